@@ -1,0 +1,120 @@
+"""Shared tiny models, and the fixture that fails a test which leaks hooks, flags, modes or global random state."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from workbench.models import HookedModel, Student, Teacher
+from workbench.pretraining import word_tokenizer
+from workbench.sources import quiet
+from workbench.tasks.base import PromptPairs, encode, task_dataset
+from workbench.tasks.entity_tracking import EntityTracking
+
+torch.set_num_threads(2)
+
+
+def config_of(architecture: str, **sizes: int) -> Any:
+    """A tiny `transformers` config: llama (grouped-query attention), llama-mha, gpt2, neox (parallel blocks)."""
+    vocabulary = len(word_tokenizer())
+    layers, heads, width = sizes.get("layers", 3), sizes.get("heads", 4), sizes.get("d_model", 32)
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    if architecture.startswith("llama"):
+        kv_heads = {"llama": heads // 2, "llama-mha": heads, "llama-mqa": 1}[architecture]
+        return LlamaConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, max_position_embeddings=256, initializer_range=0.2, **ids,
+        )  # fmt: skip
+    if architecture == "gpt2":
+        return GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, n_positions=256, initializer_range=0.2, **ids)
+    assert architecture == "neox"
+    return GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        max_position_embeddings=256, initializer_range=0.2, **ids,
+    )  # fmt: skip
+
+
+ModelFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """`model_folder("llama", seed=0, layers=3)` -> a saved Hugging Face directory with random weights and the word-level tokenizer."""
+    made: dict[Any, Path] = {}
+
+    def make(architecture: str, *, seed: int = 0, **sizes: int) -> Path:
+        key = (architecture, seed, tuple(sorted(sizes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{architecture}-")
+            with torch.random.fork_rng(), quiet():
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(config_of(architecture, **sizes))
+                for name, parameter in model.named_parameters():  # biases start at 0, norms at 1: give them values that a mistake would show
+                    if name.endswith("bias") or "norm" in name or ".ln_" in name:
+                        parameter.data += 0.1 * torch.randn_like(parameter)
+                model.save_pretrained(folder)
+                word_tokenizer().save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(params=["llama", "gpt2", "neox"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each supported architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def load_teacher(model_folder: ModelFolder) -> Callable[..., Teacher]:
+    """A fresh frozen model."""
+    return lambda architecture="llama", **kwargs: Teacher.load(model_folder(architecture, **kwargs))
+
+
+@pytest.fixture
+def load_student(model_folder: ModelFolder) -> Callable[..., Student]:
+    """A fresh model that trains."""
+    return lambda architecture="llama", **kwargs: Student.load(model_folder(architecture, **kwargs))
+
+
+def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3, seed: int = 0) -> PromptPairs:
+    """Entity-tracking pairs for the word-level tokenizer."""
+    tokenizer = word_tokenizer()
+    return encode(task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that changes grad mode, default dtype or global random state, or leaves hooks or training mode on a model."""
+    before = _state()
+    yield
+    after = _state()
+    leaked = [name for name, value in before.items() if after[name] != value]
+    for model in (item for item in gc.get_objects() if issubclass(type(item), HookedModel)):
+        hooked = [name for name, point in model.model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+        if hooked or model.model.training:
+            leaked.append(f"{model.name}: hooks {hooked[:3]}, training {model.model.training}")
+        if isinstance(model, Teacher) and any(parameter.requires_grad for _, parameter in model.model.named_parameters()):
+            leaked.append(f"{model.name}: a teacher's parameter takes gradients")
+    assert not leaked, f"the test leaked: {leaked}"
+
+
+def _state() -> dict[str, Any]:
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "torch RNG": torch.get_rng_state().numpy().tobytes(),
+        "numpy RNG": np.random.get_state()[1].tobytes(),  # type: ignore[union-attr]
+        "python RNG": random.getstate(),
+    }

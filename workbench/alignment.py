@@ -1,0 +1,156 @@
+"""Which activations of a matched pair are compared, and the CKA of each pair with its shuffled floor.
+
+A pair is compared on `hook_z` (or the head's output in the residual stream) at positions: each head's own (the default: where it acts in its
+circuit), or one named position for both (`last` is the paper's reading). m, the number of examples that CKA sees, is the number of
+prompts times the tokens of the position.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench import hooks, seeds
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError
+from workbench.matching import HeadMap
+from workbench.models import HookedModel
+from workbench.refs import Head, Position
+from workbench.similarity.cka import Estimator, linear_cka
+from workbench.tasks.base import PromptPairs
+
+Activation = Literal["z", "result"]
+"""`hook_z` [d_head], or what the head writes to the residual stream [d_model]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignedPair:
+    """A matched pair with the positions at which each side is read (equally many tokens a prompt)."""
+
+    student: Head
+    teacher: Head
+    student_positions: tuple[Position, ...]
+    teacher_positions: tuple[Position, ...]
+
+    def __str__(self) -> str:
+        return f"{self.student}~{self.teacher}"
+
+
+def aligned_pairs(head_map: HeadMap, student_circuit: Circuit, teacher_circuit: Circuit, prompts: PromptPairs, *, positions: str = "own") -> tuple[AlignedPair, ...]:
+    """Each match with its positions. With `own`, a teacher head outside its circuit (random control) is read where its student head acts,
+    and so is one whose own positions hold another number of tokens: rows of both sides must belong to the same prompts."""
+    return tuple(_aligned(student, teacher, student_circuit, teacher_circuit, prompts, positions) for student, teacher in head_map.pairs)
+
+
+def _aligned(student: Head, teacher: Head, ours: Circuit, theirs: Circuit, prompts: PromptPairs, positions: str) -> AlignedPair:
+    if positions != "own":
+        prompts.position(positions)
+        return AlignedPair(student=student, teacher=teacher, student_positions=(positions,), teacher_positions=(positions,))
+    mine = ours.scope.get(student, ("last",))
+    other = theirs.scope.get(teacher, mine)
+    if not torch.equal(place(prompts, mine).sum(1), place(prompts, other).sum(1)):
+        other = mine
+    return AlignedPair(student=student, teacher=teacher, student_positions=mine, teacher_positions=other)
+
+
+def place(prompts: PromptPairs, positions: Sequence[Position]) -> Tensor:
+    """The mask of several named positions together: [batch pos]."""
+    masks = [prompts.position(position) for position in positions]
+    return torch.stack(masks).any(0)
+
+
+def hook_names(heads: Sequence[Head]) -> list[str]:
+    """The hooks that heads are read from, in layer order."""
+    return [hooks.z(layer) for layer in sorted({head.layer for head in heads})]
+
+
+def head_rows(
+    model_weights: Mapping[int, Float[Tensor, "head d_head d_model"]] | None, activations: Mapping[str, Tensor], head: Head, where: Tensor
+) -> Float[Tensor, "m features"]:
+    """A head's rows at the chosen tokens, prompt by prompt; with `model_weights` (layer -> W_O) as written to the residual stream."""
+    rows = activations[hooks.z(head.layer)][:, :, head.index][where]
+    return rows if model_weights is None else rows @ model_weights[head.layer][head.index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairCka:
+    """CKA of a pair on held-out prompts, beside the CKA of the same rows with the teacher's prompts shuffled."""
+
+    pair: AlignedPair
+    cka: float
+    floor: float
+    """Mean over shuffles: what unrelated rows of this shape give."""
+    floor_high: float
+    """The highest of the shuffles."""
+    rows: int
+    """m."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "student": str(self.pair.student),
+            "teacher": str(self.pair.teacher),
+            "student_positions": list(self.pair.student_positions),
+            "teacher_positions": list(self.pair.teacher_positions),
+            "cka": self.cka,
+            "floor": self.floor,
+            "floor_high": self.floor_high,
+            "rows": self.rows,
+        }
+
+
+def pair_ckas(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    pairs: Sequence[AlignedPair],
+    *,
+    activation: Activation = "z",
+    estimator: Estimator = "debiased",
+    shuffles: int = 8,
+    seed: int = 0,
+) -> list[PairCka]:
+    """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased one's depends on m."""
+    _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs]))
+    _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs]))
+    our_weights, their_weights = (output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs])))
+    return [_pair_cka(x, y, pair, estimator, shuffles, seed) for pair, x, y in _rows(pairs, prompts, ours, theirs, our_weights, their_weights)]
+
+
+def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:
+    """W_O of the layers of some heads for activation `result`; None for `z`, which needs none."""
+    return None if activation == "z" else {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
+
+
+def _rows(
+    pairs: Sequence[AlignedPair], prompts: PromptPairs, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], our_weights: Any, their_weights: Any
+) -> Iterator[tuple[AlignedPair, Tensor, Tensor]]:
+    for pair in pairs:
+        x = head_rows(our_weights, ours, pair.student, place(prompts, pair.student_positions))
+        yield pair, x, head_rows(their_weights, theirs, pair.teacher, place(prompts, pair.teacher_positions))
+
+
+def _pair_cka(x: Tensor, y: Tensor, pair: AlignedPair, estimator: Estimator, shuffles: int, seed: int) -> PairCka:
+    x, y = x.detach(), y.detach()
+    if len(x) != len(y):
+        raise InputError(f"{pair}: {len(x)} rows of the student against {len(y)} of the teacher; align both at one named position.")
+    orders = [torch.randperm(len(y), generator=seeds.generator(seed, "floor", draw)) for draw in range(shuffles)]
+    floors = torch.stack([linear_cka(x, y[order], estimator=estimator) for order in orders])
+    return PairCka(pair=pair, cka=float(linear_cka(x, y, estimator=estimator)), floor=float(floors.mean()), floor_high=float(floors.max()), rows=len(x))
+
+
+def floor_warning(ckas: Sequence[PairCka]) -> str | None:
+    """A warning when the matched pairs' CKA is at the shuffled floor: alignment presupposes shared geometry, and hurts without it."""
+    if not ckas:
+        return None
+    mean, floor = (sum(getattr(c, name) for c in ckas) / len(ckas) for name in ("cka", "floor"))
+    at_floor = [str(c.pair) for c in ckas if c.cka <= c.floor_high + 0.05]
+    if mean - floor > 0.2 and len(at_floor) * 2 <= len(ckas):
+        return None
+    return (
+        f"the matched pairs' mean CKA is {mean:.2f} where shuffled prompts give {floor:.2f} ({len(at_floor)} of {len(ckas)} pairs at the floor: "
+        f"{', '.join(at_floor[:6])}). These models share little geometry there; the alignment term will probably hurt."
+    )

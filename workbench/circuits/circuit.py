@@ -1,0 +1,127 @@
+"""`Circuit`: attention heads with their roles and the positions where they act; set algebra and JSON both ways."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workbench import seeds
+from workbench.errors import InputError
+from workbench.refs import Head, Position
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """A head in a role, at the position where it acts in that role."""
+
+    head: Head
+    role: str
+    position: Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circuit:
+    """Some heads of one model. A head may stand in several roles; it is one head of the circuit all the same."""
+
+    members: tuple[Member, ...]
+    shape: tuple[int, int]
+    """Layers and heads per layer of the model."""
+    method: str
+    """How it was found."""
+
+    def __post_init__(self) -> None:
+        if list(self.members) != sorted(set(self.members)):
+            raise InputError("members of a circuit are sorted and stand once each; build it with `Circuit.of`.")
+        for member in self.members:
+            if member.head.layer >= self.shape[0] or member.head.index >= self.shape[1]:
+                raise InputError(f"{member.head} is outside a model of {self.shape[0]} layers x {self.shape[1]} heads.")
+
+    @classmethod
+    def of(cls, members: Iterable[Member], *, shape: tuple[int, int], method: str) -> "Circuit":
+        """A circuit of these members, in order and without repeats."""
+        return cls(members=tuple(sorted(set(members))), shape=shape, method=method)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Its heads, in order."""
+        return tuple(sorted({member.head for member in self.members}))
+
+    @property
+    def fraction(self) -> float:
+        """Share of all the model's attention heads."""
+        return len(self.heads) / (self.shape[0] * self.shape[1])
+
+    @property
+    def scope(self) -> dict[Head, tuple[Position, ...]]:
+        """Each head with the positions of all its roles."""
+        return {head: tuple(sorted({member.position for member in self.members if member.head == head})) for head in self.heads}
+
+    @property
+    def everywhere(self) -> dict[Head, tuple[Position, ...]]:
+        """Each head at every position."""
+        return {head: ("all",) for head in self.heads}
+
+    @property
+    def roles(self) -> dict[str, tuple[Head, ...]]:
+        """Role -> its heads."""
+        return {role: tuple(m.head for m in self.members if m.role == role) for role in sorted({m.role for m in self.members})}
+
+    def role_of(self, head: Head) -> str:
+        """The roles of a head, joined by `+`; empty when it is not in the circuit."""
+        return "+".join(sorted({member.role for member in self.members if member.head == head}))
+
+    def where(self, keep: Callable[[Member], bool]) -> "Circuit":
+        """The members that pass a test."""
+        return replace(self, members=tuple(member for member in self.members if keep(member)))
+
+    def without(self, heads: Iterable[Head]) -> "Circuit":
+        """The circuit without some heads."""
+        gone = set(heads)
+        return self.where(lambda member: member.head not in gone)
+
+    def __or__(self, other: "Circuit") -> "Circuit":
+        return self._merged(other, set(self.members) | set(other.members), "|")
+
+    def __and__(self, other: "Circuit") -> "Circuit":
+        return self._merged(other, set(self.members) & set(other.members), "&")
+
+    def _merged(self, other: "Circuit", members: set[Member], sign: str) -> "Circuit":
+        if self.shape != other.shape:
+            raise InputError(f"circuits of models of shapes {self.shape} and {other.shape} can't be joined; compare circuits of one model.")
+        return Circuit.of(members, shape=self.shape, method=f"({self.method}) {sign} ({other.method})")
+
+    def jaccard(self, other: "Circuit") -> float:
+        """Heads in both over heads in either (1 for two empty circuits)."""
+        either = set(self.heads) | set(other.heads)
+        return len(set(self.heads) & set(other.heads)) / len(either) if either else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` reads them back."""
+        members = [{"head": str(m.head), "role": m.role, "position": m.position} for m in self.members]
+        return {"members": members, "shape": list(self.shape), "method": self.method}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Circuit":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        try:
+            members = [Member(Head.parse(m["head"]), m["role"], m["position"]) for m in value["members"]]
+            return cls.of(members, shape=(int(value["shape"][0]), int(value["shape"][1])), method=value["method"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise InputError(f"this is not a circuit ({error!r}); it needs members (head, role, position), shape and method.") from None
+
+
+def whole_model(shape: tuple[int, int]) -> Circuit:
+    """Every head at every position: the circuit that is the model."""
+    heads = (Head(layer, index) for layer in range(shape[0]) for index in range(shape[1]))
+    return Circuit.of((Member(head, "all", "all") for head in heads), shape=shape, method="whole model")
+
+
+def random_circuit(circuit: Circuit, *, seed: int, draw: int = 0) -> Circuit:
+    """As many heads, drawn from outside the circuit (from all heads if too few are left), each taking over the roles of one of its heads."""
+    layers, heads = circuit.shape
+    everyone = [Head(layer, index) for layer in range(layers) for index in range(heads)]
+    outside = [head for head in everyone if head not in set(circuit.heads)]
+    pool = outside if len(outside) >= len(circuit.heads) else everyone
+    chosen = seeds.chooser(seed, "random circuit", draw).sample(pool, len(circuit.heads))
+    stand_in = dict(zip(circuit.heads, chosen, strict=True))
+    members = (Member(stand_in[m.head], m.role, m.position) for m in circuit.members)
+    return Circuit.of(members, shape=circuit.shape, method=f"random heads in place of: {circuit.method}")

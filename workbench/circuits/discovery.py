@@ -1,0 +1,114 @@
+"""Finding a circuit: backward search by path patching, or the strongest heads by mean ablation.
+
+`backward_search` walks a task's stages from the logits down: the heads of a stage act at its position and write into the heads of the stage
+above (Prakash et al. 2024 for entity tracking: value fetchers, position transmitters, position detectors, structure readers).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from workbench.circuits.circuit import Circuit, Member
+from workbench.metrics import METRICS
+from workbench.models import HookedModel
+from workbench.patching.path import Effect, activation_baselines, path_patch
+from workbench.refs import Head, Receiver
+from workbench.scores import Scores
+from workbench.tasks.base import PromptPairs, Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class DiscoveryConfig:
+    """How a circuit is searched for."""
+
+    method: Literal["path_patching", "mean_ablation"] = "path_patching"
+    metric: Literal["log_probability", "probability", "logit_difference", "accuracy"] = "log_probability"
+    effect: Effect = "difference"
+    """`relative` with `probability` is Prakash's score; the default is the distillation paper's log-probability."""
+    heads: Annotated[int, Field(ge=1)] = 6
+    """Most heads of one group, or the size of the circuit with `mean_ablation`."""
+    least_effect: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are left out."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """A head is taken only if this confidence interval of its mean effect lies wholly on the harmful side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Discovery:
+    """A circuit and the scores that chose it, stage by stage."""
+
+    circuit: Circuit
+    scores: Mapping[str, Scores]
+
+
+def backward_search(model: HookedModel, pairs: PromptPairs, stages: Sequence[Stage], config: DiscoveryConfig) -> Discovery:
+    """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
+
+    A stage whose receivers are empty finds nothing, which is a result. Errors: `InputError` for a position that the prompts don't name.
+    """
+    metric = METRICS[config.metric]
+    clean, corrupt = activation_baselines(model, pairs, metric)
+    least = config.least_effect * (1.0 if config.effect == "relative" else abs(clean - corrupt))
+    groups: dict[str, list[Head]] = {}
+    scores: dict[str, Scores] = {}
+    members: list[Member] = []
+    position_of = {stage.name: stage.position for stage in stages}
+    for stage in stages:
+        if stage.into is not None and not groups[stage.into]:
+            groups[stage.name] = []
+            continue
+        receivers = [] if stage.into is None or stage.composition is None else [Receiver(head, stage.composition) for head in groups[stage.into]]
+        scores[stage.name] = path_patch(
+            model,
+            pairs,
+            metric=metric,
+            unit=config.metric.replace("_", " "),
+            position=stage.position,
+            receivers=receivers,
+            receiver_position="all" if stage.into is None else _receiver_position(stage, position_of),
+            effect=config.effect,
+        )
+        groups[stage.name] = selected(scores[stage.name], most=config.heads, least=least, confidence=config.confidence)
+        members += [Member(head, stage.name, stage.position) for head in groups[stage.name]]
+    circuit = Circuit.of(members, shape=(model.n_layers, model.n_heads), method=f"path patching, {config.metric}, stages {' '.join(position_of)}")
+    return Discovery(circuit=circuit, scores=scores)
+
+
+def _receiver_position(stage: Stage, position_of: Mapping[str, str]) -> str:
+    """Queries are read where the receiving heads act; keys and values where this stage's own heads write."""
+    assert stage.into is not None
+    return position_of[stage.into] if stage.composition == "q" else stage.position
+
+
+def selected(scores: Scores, *, most: int, least: float, confidence: float, helpful: Literal["negative", "positive"] = "negative") -> list[Head]:
+    """The strongest heads: at most `most`, mean effect beyond `least`, confidence interval on one side of zero.
+
+    `negative`: patching a head that the task needs lowers the metric (path patching); `positive`: impacts of ablation.
+    """
+    sign = -1.0 if helpful == "negative" else 1.0
+    low, high = scores.confidence_interval(confidence)
+    weakest = sign * (high if helpful == "negative" else low)
+    means = sign * scores.mean()
+    order = scores.top(most, by="lowest" if helpful == "negative" else "highest")
+    return [head for head in order if float(means[head.layer, head.index]) >= least and float(weakest[head.layer, head.index]) > 0]
+
+
+def top_by_ablation(profile: Scores, config: DiscoveryConfig, *, position: str = "all") -> Circuit:
+    """The heads whose mean ablation costs most (the paper's recipe for tasks without a known graph)."""
+    span = abs(profile.baseline) if profile.baseline else float(profile.mean().abs().nan_to_num().max())
+    heads = selected(profile, most=config.heads, least=config.least_effect * span, confidence=config.confidence, helpful="positive")
+    shape = (profile.values.shape[0], profile.values.shape[1])
+    return Circuit.of((Member(head, "ablation", position) for head in heads), shape=shape, method=f"mean ablation, {profile.unit}")
+
+
+def stacked(scores: Mapping[str, Scores]) -> Scores | None:
+    """One map for all stages of a search: per head the strongest mean effect over the stages (NaN where none was measured)."""
+    if not scores:
+        return None
+    means = torch.stack([part.mean() for part in scores.values()])
+    strongest = means.nan_to_num(0).abs().argmax(0, keepdim=True)
+    values = means.gather(0, strongest)[0]
+    return Scores.of_heads(values, unit="strongest path effect over the stages " + ", ".join(scores))

@@ -1,0 +1,48 @@
+"""The losses of circuit distillation, pure functions (eq 6, 7 of the paper):
+
+    L = L_task(y, y_hat) + lambda * SUM over matched pairs (1 - CKA(K_s, K_t))
+
+A sum over pairs, not a mean. L_task is cross-entropy on the teacher's labels; cross-entropy on the ground truth and KL on the teacher's
+distribution (the classical distillation loss) stand beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from workbench.similarity.cka import Estimator, linear_cka
+
+TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "none"]
+Scalar = Float[Tensor, ""]
+
+
+def cross_entropy(logits: Float[Tensor, "batch d_vocab"], labels: Int[Tensor, " batch"]) -> Scalar:
+    """Mean cross-entropy in nats, in float32."""
+    return functional.cross_entropy(logits.float(), labels)
+
+
+def kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0) -> Scalar:
+    """Mean KL(teacher || student) at a temperature, times its square (Hinton et al. 2015), in nats."""
+    student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
+    return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def alignment_loss(rows: Sequence[tuple[Float[Tensor, "m p"], Float[Tensor, "m q"]]], *, estimator: Estimator) -> tuple[Scalar, Float[Tensor, " pairs"]]:
+    """SUM over pairs of (1 - CKA), and each pair's CKA. `rows`: (student, teacher) of each pair, rows of the same prompts in the same order.
+
+    Pairs of equal shape are computed in one batch.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (x, y) in enumerate(rows):
+        groups.setdefault((*x.shape, *y.shape), []).append(index)
+    values: list[Tensor] = [torch.empty(0)] * len(rows)
+    for members in groups.values():
+        batched = linear_cka(torch.stack([rows[i][0] for i in members]), torch.stack([rows[i][1] for i in members]), estimator=estimator)
+        for place, index in enumerate(members):
+            values[index] = batched[place]
+    ckas = torch.stack(values)
+    return (1 - ckas).sum(), ckas.detach()

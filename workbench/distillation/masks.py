@@ -1,0 +1,89 @@
+"""What is trained: the slices of the parameters that belong to some heads, or everything.
+
+Each slice becomes a leaf of its own that the optimizer holds: gradients are copied into it after backward, and its new value is written back
+into the model after the step. So weight decay, momentum and clipping see the slices alone, and nothing outside them changes by a bit.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import InputError
+from workbench.models import Matrix, Student, WeightSlice
+from workbench.refs import Head
+
+
+class TrainedSlices:
+    """Leaves for the trained parts of a student, by name. Only their parameters take gradients while `gradients()` is open."""
+
+    def __init__(self, student: Student, slices: Iterable[WeightSlice]) -> None:
+        self._parameters = student.parameters()
+        self.slices: dict[str, WeightSlice] = {}
+        for part in slices:
+            if part.parameter not in self._parameters:
+                raise InputError(f"the student has no parameter {part.parameter!r}; take slices from `student.head_slices`.")
+            self.slices[_key(part)] = part
+        self.leaves = {key: nn.Parameter(self._view(part).detach().clone()) for key, part in self.slices.items()}
+
+    def _view(self, part: WeightSlice) -> Tensor:
+        return self._parameters[part.parameter][part.index]
+
+    @property
+    def count(self) -> int:
+        """Number of trained scalars."""
+        return sum(leaf.numel() for leaf in self.leaves.values())
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Let exactly the touched parameters take gradients; the former flags come back on exit and gradients are dropped."""
+        touched = {part.parameter for part in self.slices.values()}
+        flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(name in touched)
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(flags[name])
+                parameter.grad = None
+
+    def collect_gradients(self) -> None:
+        """Move the model's gradients into the leaves and clear the model's."""
+        for key, part in self.slices.items():
+            gradient = self._parameters[part.parameter].grad
+            self.leaves[key].grad = None if gradient is None else gradient[part.index].clone()
+        for part in self.slices.values():
+            self._parameters[part.parameter].grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Write the leaves' values into the model."""
+        for key, part in self.slices.items():
+            self._view(part).copy_(self.leaves[key])
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Set leaves and model to saved values. Errors: `InputError` when they belong to other slices."""
+        if set(values) != set(self.leaves):
+            raise InputError("this checkpoint trains other slices than this run; start afresh, or resume with the configuration that wrote it.")
+        for key, leaf in self.leaves.items():
+            leaf.copy_(values[key])
+        self.write_back()
+
+
+def _key(part: WeightSlice) -> str:
+    index = ",".join(f"{i.start}:{i.stop}" if isinstance(i, slice) else str(i) for i in part.index)
+    return f"{part.parameter}[{index}]"
+
+
+def slices_of_heads(student: Student, heads: Sequence[Head], *, train_kv: bool = True) -> list[WeightSlice]:
+    """The slices of these heads. With grouped-query attention `train_kv` says whether the shared key-value group is trained too."""
+    matrices: tuple[Matrix, ...] = ("q", "k", "v", "o") if train_kv else ("q", "o")
+    return [part for head in heads for part in student.head_slices(head, matrices)]
+
+
+def slices_of_everything(student: Student) -> list[WeightSlice]:
+    """Every parameter, whole."""
+    return [WeightSlice(parameter=name, index=()) for name in student.parameters()]

@@ -1,0 +1,138 @@
+"""Ablation of attention heads: replace a head's output (`hook_z`) by zero or by its mean over reference prompts.
+
+Mean ablation takes per-position means over a reference set that never holds the evaluated prompts (METHOD: calibration against test).
+Impact of a head (eq 3, 4): metric of the model as it is, minus metric with the head ablated; positive = the head helps.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench import hooks
+from workbench.errors import InputError
+from workbench.metrics import Metric
+from workbench.models import HookedModel
+from workbench.refs import Head, Position
+from workbench.scores import Scores
+from workbench.tasks.base import PromptPairs, refuse_overlap
+
+BATCH = 256
+"""Default number of prompts in one forward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReferenceMeans:
+    """Mean `hook_z` of every head over reference prompts: layer -> [pos head d_head] (pos = 1 when averaged over positions too)."""
+
+    values: Mapping[int, Float[Tensor, "pos head d_head"]]
+    prompts: PromptPairs
+    per_position: bool
+
+    def at(self, layer: int, evaluated: PromptPairs) -> Float[Tensor, "pos head d_head"]:
+        """The means of a layer for these prompts. Errors: `InputError` when per-position means were taken at another prompt length."""
+        means = self.values[layer]
+        if self.per_position and means.shape[0] != evaluated.clean.shape[1]:
+            raise InputError(
+                f"per-position means were taken over prompts of {means.shape[0]} tokens, the evaluated ones have {evaluated.clean.shape[1]}; "
+                "use prompts of one length, or `per_position=False`."
+            )
+        return means
+
+
+def reference_means(model: HookedModel, prompts: PromptPairs, *, per_position: bool = True, batch: int = BATCH) -> ReferenceMeans:
+    """Mean of every head's output over the clean reference prompts, position by position (or over all real tokens)."""
+    model.require_eval()
+    names = [hooks.z(layer) for layer in range(model.n_layers)]
+    axes = (0,) if per_position else (0, 1)
+    sums: dict[int, Tensor] = {}
+    for part in prompts.batches(batch):
+        _, found = model.activations(part.clean, part.mask, names)
+        for layer, name in enumerate(names):
+            total = (found[name] * part.mask[:, :, None, None]).sum(axes, keepdim=not per_position)
+            sums[layer] = sums.get(layer, 0) + total.reshape(-1, *total.shape[-2:])
+    count = prompts.mask.sum(0).clamp(min=1)[:, None, None] if per_position else prompts.mask.sum()
+    return ReferenceMeans(values={layer: total / count for layer, total in sums.items()}, prompts=prompts, per_position=per_position)
+
+
+Scope = Mapping[Head, Sequence[Position]]
+"""Heads and the named positions at which each is meant."""
+
+
+def head_masks(model: HookedModel, pairs: PromptPairs, scope: Scope) -> dict[int, Bool[Tensor, "batch pos head"]]:
+    """Where the heads of a scope stand: layer -> True at their positions."""
+    masks: dict[int, Tensor] = {}
+    for head, positions in scope.items():
+        model.checked(head)
+        mask = masks.setdefault(head.layer, torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device))
+        for position in positions:
+            mask[:, :, head.index] |= pairs.position(position)
+    return masks
+
+
+def ablation_edits(
+    model: HookedModel, pairs: PromptPairs, scope: Scope, means: ReferenceMeans | Literal["zero"], *, complement: bool = False
+) -> dict[str, hooks.Edit]:
+    """Edits that ablate the heads of a scope at their positions; with `complement=True`, everything *except* them."""
+    masks = head_masks(model, pairs, scope)
+    if complement:
+        nothing = torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device)
+        masks = {layer: ~masks.get(layer, nothing) for layer in range(model.n_layers)}
+    if means != "zero":
+        refuse_overlap(means.prompts, pairs)
+    return {hooks.z(layer): _replace(mask[..., None], 0.0 if means == "zero" else means.at(layer, pairs)) for layer, mask in masks.items()}
+
+
+def _replace(mask: Bool[Tensor, "batch pos head 1"], value: Tensor | float) -> hooks.Edit:
+    def change(activation: Tensor) -> Tensor:
+        return torch.where(mask, torch.as_tensor(value, dtype=activation.dtype, device=activation.device), activation)
+
+    return change
+
+
+@torch.no_grad()
+def ablated_logits(
+    model: HookedModel, pairs: PromptPairs, scope: Scope, means: ReferenceMeans | Literal["zero"], *, complement: bool = False, batch: int = BATCH
+) -> Float[Tensor, "batch d_vocab"]:
+    """Final logits on the clean prompts with the heads of a scope (or all others) ablated."""
+    model.require_eval()
+    logits = []
+    for part in pairs.batches(batch):
+        with hooks.edit(model.model, ablation_edits(model, part, scope, means, complement=complement)):
+            logits.append(model.final_logits(part.clean, part.mask))
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def plain_logits(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) -> Float[Tensor, "batch d_vocab"]:
+    """Final logits on the clean prompts."""
+    model.require_eval()
+    return torch.cat([model.final_logits(part.clean, part.mask) for part in pairs.batches(batch)])
+
+
+def ablation_profile(
+    model: HookedModel,
+    pairs: PromptPairs,
+    means: ReferenceMeans | Literal["zero"],
+    *,
+    metric: Metric,
+    unit: str,
+    heads: Iterable[Head] | None = None,
+    position: Position = "all",
+    batch: int = BATCH,
+) -> Scores:
+    """Impact of ablating each head on its own at a position (eq 3, 4 before the choice of baseline).
+
+    Returns [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head helps.
+    `baseline` is the whole model's mean metric. Heads that were not asked for are NaN.
+    """
+    whole = metric(plain_logits(model, pairs, batch=batch), pairs.answers, pairs.distractors)
+    values = torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan)
+    for head in tqdm(model.heads if heads is None else sorted(heads), desc=f"ablating heads of {model.name}", unit="head", leave=False):
+        logits = ablated_logits(model, pairs, {head: (position,)}, means, batch=batch)
+        values[head.layer, head.index] = (whole - metric(logits, pairs.answers, pairs.distractors)).float().cpu()
+    return Scores.of_heads(values, unit=f"fall of {unit} when the head is ablated ({position})", baseline=float(whole.mean()))

@@ -1,0 +1,90 @@
+"""Centered kernel alignment with the linear kernel (Kornblith et al. 2019; eq 1 and 2 of the paper), biased and debiased.
+
+    K = X X^T, L = Y Y^T, H = I - 11^T/m, HSIC(K, L) = tr(K H L H) / (m-1)^2, CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+
+X [m p], Y [m q]: m examples, p and q features. The biased estimator is near 1 for unrelated X and Y when m is not far above p and q; the
+debiased one (unbiased HSIC of Song et al. 2012) is 0 in expectation and may be negative. Neither is clamped: a clamp has no gradient.
+Computation is in float32 at least. Constant input (no variance) has no CKA: the stated result is 0, with zero gradient.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import InputError
+
+Estimator = Literal["biased", "debiased"]
+Features = Float[Tensor, "*batch m p"]
+Others = Float[Tensor, "*batch m q"]
+Value = Float[Tensor, "*batch"]
+
+
+def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased") -> Value:
+    """CKA of X [*batch m p] and Y [*batch m q], differentiable in both.
+
+    Computed in feature space (`||Y^T X||^2`) or on Gram matrices, whichever is smaller; the value is the same.
+    Errors: `InputError` when the debiased estimator gets fewer than 4 examples, the biased one fewer than 2.
+    Source: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et al. 2021.
+    """
+    m = x.shape[-2]
+    least = 4 if estimator == "debiased" else 2
+    if m < least:
+        raise InputError(f"{estimator} CKA needs at least {least} examples, got {m}; use a larger batch or more positions.")
+    x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
+    x, y = (value - value.mean(-2, keepdim=True) for value in (x, y))
+    hsic = _biased_hsic if estimator == "biased" else _unbiased_hsic
+    xy, xx, yy = hsic(x, y), hsic(x, x), hsic(y, y)
+    return _ratio(xy, xx, yy, _noise(x) * _noise(y))
+
+
+def _ratio(xy: Value, xx: Value, yy: Value, floor: Value) -> Value:
+    """xy / sqrt(xx yy), or 0 with zero gradient where either side has no variance beyond rounding (or a non-positive unbiased HSIC)."""
+    defined = (xx > 0) & (yy > 0) & (xx * yy > floor)
+    product = torch.where(defined, xx * yy, torch.ones_like(xx))
+    return torch.where(defined, xy / product.sqrt(), torch.zeros_like(xy))
+
+
+def _noise(x: Features) -> Value:
+    """The HSIC(K, K) that rounding alone leaves in centered constant columns of this size; below it there is no variance to compare."""
+    return torch.zeros(x.shape[:-2], dtype=x.dtype, device=x.device)
+
+
+def _product_norm(x: Features, y: Others) -> Value:
+    """||Y^T X||_F^2 = tr(K L), by whichever of the two products is smaller."""
+    m, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
+    if p * q <= m * m:
+        return (y.mT @ x).square().sum((-2, -1))
+    return ((x @ x.mT) * (y @ y.mT)).sum((-2, -1))
+
+
+def _biased_hsic(x: Features, y: Others) -> Value:
+    """tr(K H L H) / (m-1)^2 of centered features."""
+    return _product_norm(x, y) / (x.shape[-2] - 1) ** 2
+
+
+def _unbiased_hsic(x: Features, y: Others) -> Value:
+    """Song et al. 2012, eq 5, of centered features: with zeroed diagonals K~, L~,
+
+        [tr(K~ L~) + 1^T K~ 1 1^T L~ 1 / ((m-1)(m-2)) - 2/(m-2) 1^T K~ L~ 1] / (m (m-3)).
+
+    Centered rows sum to zero, so K 1 = 0 and K~ 1 = -diag(K): every term needs only tr(K L) and the diagonals (squared row norms).
+    """
+    m = x.shape[-2]
+    k, l = x.square().sum(-1), y.square().sum(-1)
+    cross = (k * l).sum(-1)
+    trace = _product_norm(x, y) - cross
+    sums = k.sum(-1) * l.sum(-1) / ((m - 1) * (m - 2))
+    return (trace + sums - 2 / (m - 2) * cross) / (m * (m - 3))
+
+
+def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimator = "biased") -> Value:
+    """CKA of X with the rows of Y in another order [m]: what two unrelated sets of this shape give. Report it beside every CKA."""
+    return linear_cka(x, y[..., order, :], estimator=estimator)
+
+
+def pairwise_linear_cka(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased") -> Float[Tensor, "a b"]:
+    """CKA of every X with every Y, in one batched product."""
+    a, b = x.shape[0], y.shape[0]
+    return linear_cka(x[:, None].expand(a, b, *x.shape[1:]), y[None].expand(a, b, *y.shape[1:]), estimator=estimator)
