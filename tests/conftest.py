@@ -1,11 +1,10 @@
 """Shared tiny models, and the fixture that fails a test which leaks hooks, flags, modes or global random state."""
 
 import os
+import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import gc
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,18 @@ from workbench.sources import quiet
 from workbench.tasks.base import PromptPairs, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models gain nothing from more, and two busy processes with two threads each crawl
+LIVING: "weakref.WeakSet[HookedModel]" = weakref.WeakSet()
+"""Every wrapper that a test has made and not let go."""
+_initialise = HookedModel.__init__
+
+
+def _remembering(self: HookedModel, *args: Any, **kwargs: Any) -> None:
+    _initialise(self, *args, **kwargs)
+    LIVING.add(self)
+
+
+HookedModel.__init__ = _remembering  # type: ignore[method-assign]
 
 
 def config_of(architecture: str, **sizes: int) -> Any:
@@ -96,12 +106,15 @@ def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3,
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail a test that changes grad mode, default dtype or global random state, or leaves hooks or training mode on a model."""
+    """Fail a test that changes grad mode, default dtype or global random state, or leaves hooks or training mode on a model.
+
+    Python's own `random` is left out: beartype draws from it to choose which items of a list to check.
+    """
     before = _state()
     yield
     after = _state()
     leaked = [name for name, value in before.items() if after[name] != value]
-    for model in (item for item in gc.get_objects() if issubclass(type(item), HookedModel)):
+    for model in list(LIVING):
         hooked = [name for name, point in model.model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
         if hooked or model.model.training:
             leaked.append(f"{model.name}: hooks {hooked[:3]}, training {model.model.training}")
@@ -116,5 +129,4 @@ def _state() -> dict[str, Any]:
         "default dtype": torch.get_default_dtype(),
         "torch RNG": torch.get_rng_state().numpy().tobytes(),
         "numpy RNG": np.random.get_state()[1].tobytes(),  # type: ignore[union-attr]
-        "python RNG": random.getstate(),
     }

@@ -39,7 +39,9 @@ class AlignedPair:
         return f"{self.student}~{self.teacher}"
 
 
-def aligned_pairs(head_map: HeadMap, student_circuit: Circuit, teacher_circuit: Circuit, prompts: PromptPairs, *, positions: str = "own") -> tuple[AlignedPair, ...]:
+def aligned_pairs(
+    head_map: HeadMap, student_circuit: Circuit, teacher_circuit: Circuit, prompts: PromptPairs, *, positions: str = "own"
+) -> tuple[AlignedPair, ...]:
     """Each match with its positions. With `own`, a teacher head outside its circuit (random control) is read where its student head acts,
     and so is one whose own positions hold another number of tokens: rows of both sides must belong to the same prompts."""
     return tuple(_aligned(student, teacher, student_circuit, teacher_circuit, prompts, positions) for student, teacher in head_map.pairs)
@@ -116,7 +118,9 @@ def pair_ckas(
     """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased one's depends on m."""
     _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs]))
     _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs]))
-    our_weights, their_weights = (output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs])))
+    our_weights, their_weights = (
+        output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))
+    )
     return [_pair_cka(x, y, pair, estimator, shuffles, seed) for pair, x, y in _rows(pairs, prompts, ours, theirs, our_weights, their_weights)]
 
 
@@ -139,7 +143,9 @@ def _pair_cka(x: Tensor, y: Tensor, pair: AlignedPair, estimator: Estimator, shu
         raise InputError(f"{pair}: {len(x)} rows of the student against {len(y)} of the teacher; align both at one named position.")
     orders = [torch.randperm(len(y), generator=seeds.generator(seed, "floor", draw)) for draw in range(shuffles)]
     floors = torch.stack([linear_cka(x, y[order], estimator=estimator) for order in orders])
-    return PairCka(pair=pair, cka=float(linear_cka(x, y, estimator=estimator)), floor=float(floors.mean()), floor_high=float(floors.max()), rows=len(x))
+    return PairCka(
+        pair=pair, cka=float(linear_cka(x, y, estimator=estimator)), floor=float(floors.mean()), floor_high=float(floors.max()), rows=len(x)
+    )
 
 
 def floor_warning(ckas: Sequence[PairCka]) -> str | None:

@@ -25,7 +25,8 @@ def plain_model(hooked: Any) -> Any:
     if original is None or not hasattr(original, "config"):
         raise InputError("only a student loaded through TransformerBridge (TransformerLens 4) can be saved as a transformers directory.")
     named = {name.replace(WRAPPER, ""): parameter.detach() for name, parameter in hooked.named_parameters()}
-    plain = AutoModelForCausalLM.from_config(original.config, dtype=next(iter(named.values())).dtype)
+    with torch.random.fork_rng(devices=[]):  # its random initial weights are all replaced
+        plain = AutoModelForCausalLM.from_config(original.config, dtype=next(iter(named.values())).dtype)
     _fuse(named, original.config)
     known = plain.state_dict()
     missing = sorted(set(known) - set(named) - _tied(plain))
@@ -55,7 +56,9 @@ def _fuse(named: dict[str, Tensor], config: Any) -> None:
             stale = named.pop(f"{stem}.qkv.{kind}")
             fused, name = _fused(parts, stem, kind, config.num_attention_heads)
             if fused.shape != stale.shape:
-                raise InputError(f"the fused matrix of {stem} has shape {tuple(stale.shape)}, not {tuple(fused.shape)}; this architecture can't be saved.")
+                raise InputError(
+                    f"the fused matrix of {stem} has shape {tuple(stale.shape)}, not {tuple(fused.shape)}; this architecture can't be saved."
+                )
             named[name] = fused
 
 
@@ -66,4 +69,3 @@ def _fused(parts: list[Tensor], stem: str, kind: str, heads: int) -> tuple[Float
         stacked = torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1)
         return stacked.flatten(0, 2), f"{stem}.query_key_value.{kind}"
     raise InputError(f"don't know how {stem} stores its fused matrix; this architecture can't be saved.")
-

@@ -7,6 +7,7 @@ Order: an edit sees what earlier edits of the same forward left; a capture sees 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -94,14 +95,7 @@ def capture(model: Hooked, names: Sequence[str], *, detach: bool = True) -> Iter
     """
     wanted = checked(model, names)
     found: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(activation: Tensor, *, hook: Any) -> None:
-            found[name] = activation.detach() if detach else activation
-
-        return record
-
-    with model.hooks(fwd_hooks=[(name, recorder(name)) for name in wanted]):
+    with model.hooks(fwd_hooks=[(name, partial(_record, found, name, detach)) for name in wanted]):
         yield found
     _refuse_silent([name for name in wanted if name not in found])
 
@@ -111,20 +105,21 @@ def edit(model: Hooked, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Replace activations by hook name during the forwards inside the context."""
     checked(model, list(edits))
     fired: set[str] = set()
-
-    def replacer(name: str, change: Edit) -> Callable[..., Tensor]:
-        def replace(activation: Tensor, *, hook: Any) -> Tensor:
-            fired.add(name)
-            changed = change(activation)
-            if changed.shape != activation.shape:
-                raise InputError(f"the edit of {name} turned shape {tuple(activation.shape)} into {tuple(changed.shape)}; return the same shape.")
-            return changed
-
-        return replace
-
-    with model.hooks(fwd_hooks=[(name, replacer(name, change)) for name, change in edits.items()]):
+    with model.hooks(fwd_hooks=[(name, partial(_replace, fired, name, change)) for name, change in edits.items()]):
         yield
     _refuse_silent([name for name in edits if name not in fired])
+
+
+def _record(found: dict[str, Tensor], name: str, detach: bool, activation: Tensor, *, hook: Any) -> None:
+    found[name] = activation.detach() if detach else activation
+
+
+def _replace(fired: set[str], name: str, change: Edit, activation: Tensor, *, hook: Any) -> Tensor:
+    fired.add(name)
+    changed = change(activation)
+    if changed.shape != activation.shape:
+        raise InputError(f"the edit of {name} turned shape {tuple(activation.shape)} into {tuple(changed.shape)}; return the same shape.")
+    return changed
 
 
 def _refuse_silent(silent: Sequence[str]) -> None:

@@ -85,7 +85,13 @@ class HeadMap:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
         matches = [{"student": str(m.student), "teacher": str(m.teacher), "distance": m.distance, "margin": m.margin} for m in self.matches]
-        return {"matches": matches, "rule": self.rule, "one_to_one": self.one_to_one, "teacher_heads_used": len(self.teacher_heads), "ties": self.ties}
+        return {
+            "matches": matches,
+            "rule": self.rule,
+            "one_to_one": self.one_to_one,
+            "teacher_heads_used": len(self.teacher_heads),
+            "ties": self.ties,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "HeadMap":
@@ -97,10 +103,14 @@ class HeadMap:
             )
             return cls(matches=matches, rule=value["rule"], one_to_one=value["one_to_one"])
         except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and one_to_one.") from None
+            raise InputError(
+                f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and one_to_one."
+            ) from None
 
 
-def match_heads(student: Scores, teacher: Scores, student_circuit: Circuit, teacher_circuit: Circuit, config: MatchingConfig, *, seed: int = 0) -> HeadMap:
+def match_heads(
+    student: Scores, teacher: Scores, student_circuit: Circuit, teacher_circuit: Circuit, config: MatchingConfig, *, seed: int = 0
+) -> HeadMap:
     """Match every head of the student's circuit to a head of the teacher's.
 
     `student`, `teacher`: impacts [layer head example] of the circuits' heads. Errors: `InputError` for an empty circuit, for rule `profile`
@@ -108,13 +118,17 @@ def match_heads(student: Scores, teacher: Scores, student_circuit: Circuit, teac
     """
     ours, theirs = student_circuit.heads, teacher_circuit.heads
     if not ours or not theirs:
-        raise InputError(f"the {'student' if not ours else 'teacher'}'s circuit is empty: lower `least_effect` of discovery, use more prompts, or another method.")
+        raise InputError(
+            f"the {'student' if not ours else 'teacher'}'s circuit is empty: lower `least_effect` of discovery, use more prompts, or another method."
+        )
     if config.rule == "random":
         return random_map(student_circuit, teacher_circuit, seed=seed)
     if config.rule == "shuffled":
         return shuffled_map(match_heads(student, teacher, student_circuit, teacher_circuit, replace_rule(config, "paper"), seed=seed), seed=seed)
     if config.one_to_one and len(ours) > len(theirs):
-        raise InputError(f"one-to-one matching needs at least as many teacher heads ({len(theirs)}) as student heads ({len(ours)}); allow many-to-one.")
+        raise InputError(
+            f"one-to-one matching needs at least as many teacher heads ({len(theirs)}) as student heads ({len(ours)}); allow many-to-one."
+        )
     distances = DISTANCES[config.rule](student, teacher, ours, theirs)
     columns = linear_sum_assignment(distances.numpy())[1].tolist() if config.one_to_one else distances.argmin(1).tolist()
     matches = tuple(_match(distances[row], head, theirs, column) for row, (head, column) in enumerate(zip(ours, columns, strict=True)))
@@ -164,7 +178,9 @@ def profile_distance(student: Scores, teacher: Scores, ours: tuple[Head, ...], t
     """1 - correlation of the impacts over the same examples; a constant profile correlates 0 with everything."""
     a, b = _impacts(student, ours), _impacts(teacher, theirs)
     if a.shape[1] != b.shape[1]:
-        raise InputError(f"rule `profile` compares impacts prompt by prompt; got {a.shape[1]} and {b.shape[1]} prompts. Profile both models on the same pairs.")
+        raise InputError(
+            f"rule `profile` compares impacts prompt by prompt; got {a.shape[1]} and {b.shape[1]} prompts. Profile both models on the same pairs."
+        )
     a, b = (value - value.mean(-1, keepdim=True) for value in (a, b))
     a, b = (value / value.norm(dim=-1, keepdim=True).clamp(min=1e-12) for value in (a, b))
     return 1 - a @ b.T

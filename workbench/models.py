@@ -5,6 +5,7 @@ Everything above is written against `HookedModel`. Loading runs `self_check`, wh
 """
 
 import contextlib
+import copy
 import importlib.util
 import io
 import tempfile
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
@@ -62,11 +64,12 @@ class HookedModel:
     """
 
     def __init__(self, model: HookedTransformerLike, *, name: str = "model") -> None:
-        _refuse_processed(model)
+        _refuse_unfit(model)
         if hasattr(model, "enable_compatibility_mode") and not getattr(model, "compatibility_mode", False):
             cast(Any, model).enable_compatibility_mode(no_processing=True)
         self.model = model
         self.name = name
+        self.tokenizer: Any = model.tokenizer
         self._parameter_names = {id(parameter): key for key, parameter in model.named_parameters()}
         model.eval()
 
@@ -81,8 +84,11 @@ class HookedModel:
         tokens, mask = _probe(opened.model.config.vocab_size)
         with torch.no_grad():
             expected = opened.model(tokens, attention_mask=mask.long(), position_ids=_position_ids(mask)).logits if check else None
+        if expected is not None and not bool(expected[mask].isfinite().all()):
+            raise InputError(f"{source} has no finite logits on a padded batch in {dtype}, in `transformers` itself; load it in float32.")
         hooked = _hooked(opened, getattr(torch, dtype), device)
         loaded = cls(hooked, name=str(source))
+        loaded.tokenizer = opened.tokenizer  # TransformerLens' own copy adds a BOS token and names missing special tokens
         if expected is not None:
             self_check(loaded, tokens, mask, expected)
         return loaded
@@ -113,11 +119,6 @@ class HookedModel:
         return self.model.cfg.d_vocab
 
     @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self.model.tokenizer
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(parameter for _, parameter in self.model.named_parameters()).device
@@ -144,8 +145,7 @@ class HookedModel:
 
     def final_logits(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         """Logits at the last real token of each prompt. `mask` is True on real tokens (left or right padding)."""
-        attention = None if bool(mask.all()) else mask.long()
-        logits = self.model(tokens, attention_mask=attention)
+        logits = self.model(tokens, attention_mask=mask.long())  # also when all are real: 3.9 would guess the padding from the tokens
         return logits[torch.arange(len(tokens), device=logits.device), last_position(mask)]
 
     def activations(
@@ -184,9 +184,7 @@ class HookedModel:
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """b_O of a layer, or None."""
         attention = self.model.blocks[layer].attn
-        if hasattr(attention, "b_O") and isinstance(getattr(attention, "b_O", None), nn.Parameter):
-            return attention.b_O
-        return attention.o.original_component.bias
+        return attention.o.original_component.bias if hasattr(attention, "o") else attention.b_O
 
     def head_slices(self, head: Head, matrices: Sequence[Matrix] = ("q", "k", "v", "o")) -> list[WeightSlice]:
         """The parts of the parameters that belong to a head: its rows of W_Q, W_K, W_V with their biases and its columns of W_O.
@@ -264,10 +262,13 @@ class Student(HookedModel):
     def save(self, directory: Path) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer) that `transformers` loads to the same logits.
 
-        Errors: `InputError` for a hooked transformer that was not made from a `transformers` model.
+        A model saved there before is replaced. Errors: `InputError` for a hooked transformer that was not made from a `transformers` model, and
+        for a directory that holds anything else.
         """
         from workbench.export import plain_model
 
+        if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
+            raise InputError(f"{directory} is not a saved model; choose another directory to save to, so that its files are not replaced.")
         plain = plain_model(self.model)
 
         def fill(temporary: Path) -> None:
@@ -295,7 +296,9 @@ def _probe(vocabulary: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "bat
     return tokens, mask
 
 
-def self_check(model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], expected: Float[Tensor, "batch pos d_vocab"]) -> None:
+def self_check(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], expected: Float[Tensor, "batch pos d_vocab"]
+) -> None:
     """Refuse a mis-wired model: logits equal `transformers`, head outputs plus bias equal the attention output, attention rows sum to 1.
 
     Errors: `InputError` naming the check and the largest difference. Tolerances: rounding of the model's dtype.
@@ -309,15 +312,21 @@ def self_check(model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[
         written = model.head_outputs(layer, found[hooks.z(layer)]).sum(2)
         bias = model.output_bias(layer)
         written = written if bias is None else written + bias
-        _refuse_difference(model, f"its heads' outputs do not sum to the attention output of layer {layer}", written[mask], found[hooks.attention_output(layer)][mask])
+        _refuse_difference(
+            model,
+            f"its heads' outputs do not sum to the attention output of layer {layer}",
+            written[mask],
+            found[hooks.attention_output(layer)][mask],
+        )
         rows = found[hooks.pattern(layer)].sum(-1).transpose(1, 2)[mask]
         _refuse_difference(model, f"its attention rows of layer {layer} do not sum to 1", rows, torch.ones_like(rows))
 
 
 def _refuse_difference(model: HookedModel, what: str, found: Tensor, expected: Tensor) -> None:
-    precision = torch.finfo(found.dtype).eps
-    difference = float((found - expected).detach().abs().max())
-    allowed = 1e3 * precision * max(1.0, float(expected.abs().max()))
+    precision = min(1e3 * torch.finfo(found.dtype).eps, 0.1)  # at most a tenth: 1,000 roundings of bfloat16 would excuse anything
+    found, expected = found.detach(), expected.detach()
+    difference = float((found - expected).abs().max())
+    allowed = precision * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
         raise InputError(
             f"{model.name} fails the self-check: {what} (largest difference {difference:.2e}, allowed {allowed:.2e}). "
@@ -325,44 +334,80 @@ def _refuse_difference(model: HookedModel, what: str, found: Tensor, expected: T
         )
 
 
-def _refuse_processed(model: HookedTransformerLike) -> None:
-    if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
+def _refuse_unfit(model: HookedTransformerLike) -> None:
+    """Refuse processed weights (a bridge marks them privately, a HookedTransformer in its config) and ungrouped keys and values."""
+    if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre") or getattr(model, "_weights_processed", False):
         raise InputError(
-            "this hooked transformer has folded LayerNorm weights; load it raw: TransformerBridge.boot_transformers(...) with "
+            "this hooked transformer has processed (folded, centered) weights; load it raw: TransformerBridge.boot_transformers(...) with "
             "enable_compatibility_mode(no_processing=True), or HookedTransformer.from_pretrained_no_processing(...)."
+        )
+    if getattr(model.cfg, "ungroup_grouped_query_attention", False):
+        raise InputError(
+            "this hooked transformer repeats its grouped keys and values for every query head; "
+            "call set_ungroup_grouped_query_attention(False) before wrapping it."
         )
 
 
 def _hooked(opened: sources.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
     """The hooked transformer of the installed TransformerLens around a loaded `transformers` model."""
-    with sources.quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # 3.9 prints where it puts the model
+    # 3.9 prints where it puts the model; both draw random initial weights that are then replaced
+    with sources.quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", DeprecationWarning)
         if importlib.util.find_spec("transformer_lens.HookedTransformer") is not None:
-            return _hooked_transformer(opened, device)
+            return _hooked_transformer(opened, dtype, device)
         from transformer_lens.model_bridge import TransformerBridge
 
-        bridge = TransformerBridge.boot_transformers(str(opened.directory), hf_model=opened.model, tokenizer=opened.tokenizer, device=device, dtype=dtype)
+        bridge = TransformerBridge.boot_transformers(
+            str(opened.directory),
+            hf_model=opened.model.to(device),  # the bridge records the device of a given model, but does not move it
+            tokenizer=copy.deepcopy(opened.tokenizer),
+            device=device,
+            dtype=dtype,
+        )
         bridge.enable_compatibility_mode(no_processing=True)
         return cast(HookedTransformerLike, bridge)
 
 
-def _hooked_transformer(opened: sources.Source, device: str) -> HookedTransformerLike:
+def _hooked_transformer(opened: sources.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
     """TransformerLens 3.9's HookedTransformer, which knows hub names only: its config is read from a neutrally named copy of ours."""
-    from transformer_lens import HookedTransformer, loading_from_pretrained  # pyright: ignore
-    from transformer_lens.pretrained import weight_conversions  # pyright: ignore
-
-    converters = {"LlamaForCausalLM": "convert_llama_weights", "GPT2LMHeadModel": "convert_gpt2_weights", "GPTNeoXForCausalLM": "convert_neox_weights"}
+    lens, loading = import_module("transformer_lens"), import_module("transformer_lens.loading_from_pretrained")
+    conversions = import_module("transformer_lens.pretrained.weight_conversions")
+    converters = {
+        "LlamaForCausalLM": "convert_llama_weights",
+        "GPT2LMHeadModel": "convert_gpt2_weights",
+        "GPTNeoXForCausalLM": "convert_neox_weights",
+    }
     architecture = type(opened.model).__name__
     if architecture not in converters:
-        raise InputError(f"{architecture} directories load on TransformerLens 4 (TransformerBridge); on 3.9 pass a HookedTransformer to `HookedModel(...)`.")
+        raise InputError(
+            f"{architecture} directories load on TransformerLens 4 (TransformerBridge); on 3.9 pass a HookedTransformer to `HookedModel(...)`."
+        )
     with tempfile.TemporaryDirectory() as folder:
         config = opened.model.config.to_dict()
-        storage.write_json(Path(folder) / "model" / "config.json", {**config, "n_ctx": config.get("n_positions", config.get("max_position_embeddings"))})
-        cfg = loading_from_pretrained.get_pretrained_model_config(str(Path(folder) / "model"), device=device)
-    state = getattr(weight_conversions, converters[architecture])(opened.model, cfg)
-    hooked = HookedTransformer(cfg, opened.tokenizer, move_to_device=False)
-    hooked.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+        storage.write_json(
+            Path(folder) / "model" / "config.json", {**config, "n_ctx": config.get("n_positions", config.get("max_position_embeddings"))}
+        )
+        cfg = loading.get_pretrained_model_config(str(Path(folder) / "model"), device=device, dtype=dtype)
+    state = getattr(conversions, converters[architecture])(opened.model.to(device), cfg)
+    hooked = lens.HookedTransformer(cfg, copy.deepcopy(opened.tokenizer), move_to_device=False)
+    try:
+        hooked.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"TransformerLens 3.9 does not read this {architecture} config ({str(error).splitlines()[-1].strip()}); use TransformerLens 4."
+        ) from None
+    _fix_added_biases(hooked, opened.model)
     return hooked.to(device)
+
+
+def _fix_added_biases(hooked: nn.Module, plain: nn.Module) -> None:
+    """Make constants of the zero biases that HookedTransformer adds to a model without them, so that no head owns them and nothing trains them."""
+    biased = any(name.endswith(".bias") for name, _ in plain.named_parameters())
+    for module in hooked.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if name == "b_U" or (name.lstrip("_").startswith("b_") and not biased):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
 
 def require_same_vocabulary(teacher: HookedModel, student: HookedModel) -> None:

@@ -12,13 +12,13 @@ Every batch is a function of (seed, step) alone, so an interrupted training resu
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from workbench import seeds, storage
-from workbench.tasks.entity_tracking import LABELS, OBJECTS, Scene, context, draw_scene
+from workbench import seeds, sources, storage
+from workbench.distillation import checkpoint
+from workbench.errors import InputError
+from workbench.tasks.base import Split, encode, task_dataset
+from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
 
 CLAUSE = 7
 """Tokens of one clause of a context: `the apple is in Box F ,`; the object is the second, the label the sixth."""
@@ -35,32 +38,73 @@ QUERY = 6
 """Tokens of one query with its answer: `Box F contains the apple .`; the answer is predicted at the fourth."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class PretrainConfig:
-    """One bundled model: its size and its training."""
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class SizeConfig:
+    """The size of a Llama-style model: grouped-query attention, RMSNorm, rotary positions, untied embeddings."""
 
     layers: Annotated[int, Field(ge=1)] = 6
     heads: Annotated[int, Field(ge=1)] = 8
     kv_heads: Annotated[int, Field(ge=1)] = 4
-    d_model: Annotated[int, Field(ge=8)] = 128
-    d_mlp: Annotated[int, Field(ge=8)] = 256
-    init_std: float = 0.05
-    seed: int = 0
+    d_head: Annotated[int, Field(ge=2)] = 16
+    d_model: Annotated[int, Field(ge=8)] = 64
+    d_mlp: Annotated[int, Field(ge=8)] = 128
+    init_std: float = 0.06
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class LessonConfig:
+    """One phase of a training."""
+
+    boxes: tuple[int, int]
+    """First and last number of boxes of the curriculum."""
+    seed: int = 1
     batch: int = 64
     queries: int = 8
-    """Queries in each training sequence, drawn with replacement (without it later answers are guessed by elimination)."""
-    learning_rate: float = 1e-3
+    """Queries in each sequence, drawn with replacement (without it later answers are guessed by elimination)."""
+    learning_rate: float = 3e-3
     warmup: int = 50
-    probe_weight: float = 0.5
-    """Weight of the two temporary probes; they are dropped once two boxes are solved."""
-    boxes: tuple[int, int] = (2, 7)
-    """First and last number of boxes of the curriculum."""
+    clip: float = 1.0
+    probe_weight: float = 0.0
+    """Weight of the two temporary probes."""
+    shrink: float = 0.0
+    """Group lasso on the heads: what each step takes off the norm of a head's W_O (a proximal step), so that few heads do the work."""
     solved: float = 0.9
-    """First-query accuracy (a running mean) that adds a box."""
-    stop_at: float = 0.99
-    """Accuracy on the last number of boxes that ends the training."""
-    max_steps: int = 4000
-    checkpoint_every: int = 100
+    """Accuracy on the first query (a running mean) that adds a box."""
+    stop_at: float = 0.95
+    """The same on the last number of boxes, after which `anneal` begins."""
+    anneal: int = 0
+    """Steps over which the learning rate then falls to 0; the phase ends with them."""
+    least_steps: int = 0
+    """Steps before which the phase does not end."""
+    max_steps: int = 3000
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class BundleConfig:
+    """The three bundled models. The teacher learns in three phases: binding (two boxes, with probes), thinning (group lasso; heads whose W_O
+    has shrunk to nothing are removed for good, so that a circuit can be a small part), counting (up to seven boxes)."""
+
+    teacher: SizeConfig = Field(default_factory=SizeConfig)
+    binding: LessonConfig = Field(default_factory=lambda: LessonConfig(boxes=(2, 2), probe_weight=0.5, stop_at=0.9))
+    thinning: LessonConfig = Field(default_factory=lambda: LessonConfig(boxes=(2, 3), seed=2, shrink=0.02, least_steps=250))
+    removed_below: float = 0.2
+    """After thinning, heads whose W_O has a Frobenius norm below this share of the largest one's are removed."""
+    counting: LessonConfig = Field(default_factory=lambda: LessonConfig(boxes=(3, 7), seed=3, anneal=150))
+    student_layers: Annotated[int, Field(ge=1)] = 4
+    pruned_from: int = 3
+    """The student descends from the teacher at the moment it had solved this many boxes in the counting phase."""
+    healing: LessonConfig = Field(
+        default_factory=lambda: LessonConfig(boxes=(2, 3), seed=4, learning_rate=5e-4, solved=0.0, stop_at=2.0, max_steps=600)
+    )
+    student_band: tuple[float, float] = (0.45, 0.65)
+    """Accuracy on 7 boxes (calibration split) at which a student's training ends: above chance, below the teacher."""
+    look_every: int = 10
+    """Steps between two looks at a student's accuracy."""
+    unrelated_seed: int = 12
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,7 +127,7 @@ class Lesson:
     queried: Int[Tensor, "batch queries"]
 
 
-def lesson(vocabulary: dict[str, int], boxes: int, config: PretrainConfig, step: int) -> Lesson:
+def lesson(vocabulary: dict[str, int], boxes: int, config: LessonConfig, step: int) -> Lesson:
     """The batch of one step: scenes of the train split, each followed by its queries and their answers."""
     draw = seeds.chooser(config.seed, "lesson", step)
     scenes = [draw_scene(draw, boxes, "train") for _ in range(config.batch)]
@@ -110,14 +154,282 @@ def _words(scene: Scene, queries: Sequence[int]) -> list[str]:
     return text
 
 
-def losses(model: LlamaForCausalLM, probes: nn.ModuleDict, batch: Lesson) -> tuple[Float[Tensor, ""], Float[Tensor, ""], float]:
-    """Answer loss, probe loss, and accuracy on the first query."""
+def lesson_losses(model: LlamaForCausalLM, probes: nn.ModuleDict | None, batch: Lesson) -> tuple[Float[Tensor, ""], Float[Tensor, ""], float]:
+    """Answer loss, probe loss (0 without probes), and accuracy on the first query."""
     output = model(batch.tokens, output_hidden_states=True, use_cache=False)
     logits = output.logits[:, batch.answer_at]
     answer = nn.functional.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+    accuracy = (logits[:, 0].argmax(-1) == batch.answers[:, 0]).float().mean().item()
+    if probes is None:
+        return answer, torch.zeros(()), accuracy
     first = output.hidden_states[1]
     bound = probes["object"](first[:, batch.label_at]).flatten(0, 1)
     asked = probes["label"](first[:, batch.answer_at]).flatten(0, 1)
     probe = nn.functional.cross_entropy(bound, batch.objects.flatten()) + nn.functional.cross_entropy(asked, batch.queried.flatten())
-    accuracy = (logits[:, 0].argmax(-1) == batch.answers[:, 0]).float().mean().item()
     return answer, probe, accuracy
+
+
+def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised model; the global random state is left as it was."""
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=size.d_model, intermediate_size=size.d_mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads, head_dim=size.d_head, max_position_embeddings=256, tie_word_embeddings=False,
+        initializer_range=size.init_std, bos_token_id=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+class Curriculum:
+    """One phase of training on more and more boxes, resumable to the bit. `alive` [layer head] says which heads may write."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, vocabulary: dict[str, int], config: LessonConfig, *, label: str, alive: Float[Tensor, "layer head"]
+    ) -> None:
+        self.model, self.vocabulary, self.config, self.label, self.alive = model, vocabulary, config, label, alive
+        width = model.config.hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(config.seed, "probes"))
+            self.probes = nn.ModuleDict({name: nn.Linear(width, len(vocabulary)) for name in ("object", "label")})
+        self.leaves = {f"{part}.{name}": p for part, module in (("model", model), ("probes", self.probes)) for name, p in module.named_parameters()}
+        self.optimizer = torch.optim.Adam(self.leaves.values(), lr=config.learning_rate, betas=(0.9, 0.98))
+        self.step, self.boxes, self.accuracy = 0, config.boxes[0], 0.0
+        self.annealing: int | None = None
+        """The step at which the learning rate began to fall."""
+        self.log: list[dict[str, float]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last number of boxes is solved and the learning rate has fallen."""
+        return self.annealing is not None and self.step >= max(self.annealing + self.config.anneal, self.config.least_steps)
+
+    def advance(self) -> int | None:
+        """One optimizer step. Returns the number of boxes when this step solved it."""
+        config = self.config
+        draw = seeds.chooser(config.seed, "boxes", self.step)
+        boxes = self.boxes if draw.random() < 0.6 else draw.randint(config.boxes[0], self.boxes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * self._share_of_rate()
+        probes = self.probes if config.probe_weight else None
+        answer, probe, accuracy = lesson_losses(self.model, probes, lesson(self.vocabulary, boxes, config, self.step))
+        self.optimizer.zero_grad()
+        (answer + config.probe_weight * probe).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        shrink_heads(self.model, config.shrink, self.alive)
+        self.log.append({"step": self.step, "boxes": boxes, "answer_loss": answer.item(), "probe_loss": probe.item(), "accuracy": accuracy})
+        self.step += 1
+        if boxes == self.boxes:
+            self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
+        return self._graduate()
+
+    def _share_of_rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / self.config.warmup)
+        return warm if self.annealing is None else warm * max(0.02, 1 - (self.step - self.annealing) / max(1, self.config.anneal))
+
+    def _graduate(self) -> int | None:
+        last = self.boxes == self.config.boxes[1]
+        if self.annealing is not None or self.accuracy <= (self.config.stop_at if last else self.config.solved):
+            return None
+        solved = self.boxes
+        if last:
+            self.annealing = self.step
+        else:
+            self.boxes, self.accuracy = self.boxes + 1, 0.0
+        return solved
+
+    def save(self, folder: Path) -> None:
+        """Write an exact checkpoint."""
+        extra = {"boxes": self.boxes, "accuracy": self.accuracy, "annealing": self.annealing, "log": self.log}
+        storage.write_json(folder / f"state-{self.step}.json", extra)
+        checkpoint.save(folder / "checkpoint.safetensors", step=self.step, leaves=self.leaves, optimizer=self.optimizer, identity=self._identity())
+        for old in folder.glob("state-*.json"):
+            if old.name != f"state-{self.step}.json":
+                old.unlink()
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        if (folder / "checkpoint.safetensors").exists():
+            self.step, values = checkpoint.load(
+                folder / "checkpoint.safetensors", leaves=self.leaves, optimizer=self.optimizer, identity=self._identity()
+            )
+            extra = storage.read_json(folder / f"state-{self.step}.json")
+            self.boxes, self.accuracy, self.annealing, self.log = extra["boxes"], extra["accuracy"], extra["annealing"], extra["log"]
+            with torch.no_grad():
+                for key, leaf in self.leaves.items():
+                    leaf.copy_(values[key])
+
+    def _identity(self) -> str:
+        return f"{self.label} {json.dumps(asdict(self.config), sort_keys=True)} {self.alive.int().tolist()}"
+
+
+def head_norms(model: LlamaForCausalLM) -> Float[Tensor, "layer head"]:
+    """Frobenius norm of each head's W_O."""
+    heads = model.config.num_attention_heads
+    return torch.stack([layer.self_attn.o_proj.weight.detach().unflatten(1, (heads, -1)).square().sum((0, 2)).sqrt() for layer in model.model.layers])
+
+
+@torch.no_grad()
+def shrink_heads(model: LlamaForCausalLM, amount: float, alive: Float[Tensor, "layer head"]) -> None:
+    """The proximal step of a group lasso: take `amount` off the norm of each head's W_O; heads that are not alive get 0."""
+    share = (1 - amount / head_norms(model).clamp(min=1e-9)).clamp(min=0) * alive
+    for layer, kept in zip(model.model.layers, share, strict=True):
+        weight = layer.self_attn.o_proj.weight
+        weight.mul_(kept.repeat_interleave(weight.shape[1] // len(kept)))
+
+
+@torch.no_grad()
+def task_accuracy(model: LlamaForCausalLM, *, boxes: int, split: Split, scenes: int, seed: int = 0) -> float:
+    """Accuracy on held-out scenes of the task itself, each queried at each of its boxes."""
+    tokenizer = word_tokenizer()
+    pairs = encode(task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer)
+    right = [model(part.clean).logits[:, -1].argmax(-1) == part.answers for part in pairs.batches(256)]
+    return float(torch.cat(right).float().mean())
+
+
+def pruned(model: LlamaForCausalLM, layers: int, batch: Lesson) -> tuple[LlamaForCausalLM, list[int]]:
+    """The model with so many whole layers kept that cost least: every choice of layers to drop is tried on a batch; returns which were kept."""
+    total = model.config.num_hidden_layers
+    candidates = [(0, *rest) for rest in itertools.combinations(range(1, total), layers - 1)]
+    with torch.no_grad():
+        costs = {kept: lesson_losses(_keep(model, kept), None, batch)[0].item() for kept in candidates}
+    kept = min(costs, key=lambda choice: (costs[choice], choice))
+    return _keep(model, kept), list(kept)
+
+
+def _keep(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalLM:
+    config = model.config.to_dict()
+    config.pop("layer_types", None)
+    with torch.random.fork_rng(devices=[]):  # the initial values are drawn and thrown away
+        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept)}))
+    renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
+    state = {}
+    for name, value in model.state_dict().items():
+        stem = ".".join(name.split(".")[:3]) + "."
+        if not name.startswith("model.layers."):
+            state[name] = value
+        elif stem in renamed:
+            state[name.replace(stem, renamed[stem], 1)] = value
+    smaller.load_state_dict(state)
+    return smaller
+
+
+def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]:
+    """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in `folder`.
+
+    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracy on 7 boxes on test scenes.
+    """
+    made = {
+        "teacher": _finished(folder / "teacher", lambda: _train_teacher(config, folder / "teacher", work)),
+        "student": _finished(folder / "student", lambda: _train_student(config, folder / "student", work)),
+        "unrelated-student": _finished(folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)),
+    }
+    return {name: task_accuracy(model, boxes=7, split="test", scenes=100) for name, model in made.items()}
+
+
+def _finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:
+    if not (target / "config.json").exists():
+        train()
+    with sources.quiet():
+        return LlamaForCausalLM.from_pretrained(target, local_files_only=True, use_safetensors=True)
+
+
+def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
+    size = config.teacher
+    everyone = torch.ones(size.layers, size.heads)
+    bound = _finished(
+        work / "bound", lambda: _phase(new_model(size, len(word_tokenizer()), seed=config.binding.seed), config.binding, work / "bound", everyone)
+    )
+    thin = _finished(work / "thin", lambda: _phase(bound, config.thinning, work / "thin", everyone))
+    norms = head_norms(thin)
+    alive = (norms >= config.removed_below * norms.max()).float()
+    shrink_heads(thin, 0.0, alive)
+    _phase(thin, config.counting, target, alive, work=work / "counting", described={"size": asdict(size), "removed_heads": int((alive == 0).sum())})
+
+
+def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
+    """The pruned student, healed on few boxes until its accuracy on 7 is in the band."""
+    ancestor = _finished(work / "counting" / f"solved-{config.pruned_from}", lambda: _train_teacher(config, work / "again", work))
+    vocabulary = word_tokenizer().get_vocab()
+    model, kept = pruned(ancestor, config.student_layers, lesson(vocabulary, config.pruned_from, config.healing, -1))
+    course = Curriculum(model, vocabulary, config.healing, label="student", alive=(head_norms(model) > 0).float())
+    course.resume(work / "healing")
+    _until_in_band(course, config, work / "healing")
+    made = {"ancestor": f"the teacher when it had solved {config.pruned_from} boxes", "kept_layers": kept, "lessons": [asdict(config.healing)]}
+    _save(course.model, target, made, course.log)
+
+
+def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
+    """The student of equal size and another initialisation, trained from scratch until its accuracy on 7 boxes is in the same band."""
+    size = replace(config.teacher, layers=config.student_layers)
+    binding, counting = (replace(lessons, seed=config.unrelated_seed + lessons.seed) for lessons in (config.binding, config.counting))
+    everyone = torch.ones(size.layers, size.heads)
+    bound = _finished(
+        work / "unrelated", lambda: _phase(new_model(size, len(word_tokenizer()), seed=binding.seed), binding, work / "unrelated", everyone)
+    )
+    course = Curriculum(
+        bound,
+        word_tokenizer().get_vocab(),
+        replace(counting, boxes=(2, 7), learning_rate=config.healing.learning_rate),
+        label="unrelated student",
+        alive=everyone,
+    )
+    course.resume(work / "unrelated-counting")
+    _until_in_band(course, config, work / "unrelated-counting")
+    _save(course.model, target, {"size": asdict(size), "lessons": [asdict(binding), asdict(course.config)]}, course.log)
+
+
+def _phase(
+    model: LlamaForCausalLM, config: LessonConfig, target: Path, alive: Tensor, *, work: Path | None = None, described: dict[str, Any] | None = None
+) -> None:
+    """Train one phase to its end and save the model to `target`, and as `solved-N` in `work` at each number of boxes."""
+    work = work or target.with_name(f"{target.name}-work")
+    course = Curriculum(model, word_tokenizer().get_vocab(), config, label=work.name, alive=alive)
+    course.resume(work)
+    for solved in _steps(course, work):
+        if solved is not None:
+            _save(model, work / f"solved-{solved}", {"lessons": [asdict(config)]}, course.log)
+        if course.finished:
+            break
+    _save(model, target, {**(described or {}), "lessons": [asdict(config)]}, course.log)
+
+
+def _until_in_band(course: Curriculum, config: BundleConfig, work: Path) -> None:
+    low, high = config.student_band
+    for _ in _steps(course, work):
+        if course.step % config.look_every == 0:
+            accuracy = task_accuracy(course.model, boxes=7, split="calibration", scenes=40)
+            course.log[-1]["accuracy_on_7_boxes"] = accuracy
+            if low <= accuracy <= high:
+                return
+            if accuracy > high:
+                raise InputError(
+                    f"{course.label} is at {accuracy:.2f} on 7 boxes, above {high}; lower `look_every`, the learning rate or `pruned_from`."
+                )
+
+
+def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
+    """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
+    with tqdm(total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step") as bar:
+        while course.step < course.config.max_steps:
+            solved = course.advance()
+            bar.update()
+            bar.set_postfix(boxes=course.boxes, accuracy=f"{course.accuracy:.2f}")
+            if course.step % course.config.checkpoint_every == 0:
+                course.save(work)
+            yield solved
+    raise InputError(f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or max_steps.")
+
+
+def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], log: list[dict[str, float]]) -> None:
+    """Write a Hugging Face directory with `training.json` (what made it) and `training_log.jsonl`."""
+
+    def fill(temporary: Path) -> None:
+        with sources.quiet():
+            model.save_pretrained(temporary)
+            word_tokenizer().save_pretrained(temporary)
+        storage.write_json(temporary / "training.json", {**made, "command": "workbench pretrain", "steps": len(log)})
+        storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+    sources.replace_directory(target, fill)

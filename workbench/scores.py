@@ -40,7 +40,9 @@ class Scores:
             raise InputError(f"values have {self.values.ndim} dimensions, axes name {len(self.axes)}: {self.axes}.")
         for axis, names in self.labels.items():
             if axis not in self.axes or len(names) != self.values.shape[self.axes.index(axis)]:
-                raise InputError(f"axis {axis!r} has {len(names)} labels that do not fit values of shape {tuple(self.values.shape)} over {self.axes}.")
+                raise InputError(
+                    f"axis {axis!r} has {len(names)} labels that do not fit values of shape {tuple(self.values.shape)} over {self.axes}."
+                )
 
     @classmethod
     def of_heads(cls, values: Tensor, *, unit: str, baseline: float | None = None) -> "Scores":

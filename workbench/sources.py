@@ -5,9 +5,11 @@ No remote code is ever executed, weights are safetensors (or the GGUF file), and
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -44,15 +47,16 @@ def open_source(name: str | Path, *, dtype: torch.dtype) -> Source:
     directory = local_directory(name)
     adapter = directory if (directory / "adapter_config.json").exists() else None
     if adapter is not None:
-        directory = local_directory(storage.read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+        directory = _base_directory(adapter)
     if not (directory / "config.json").exists():
         raise InputError(f"{directory} has no config.json; give a Hugging Face model directory, an adapter directory or a .gguf file.")
+    _require_safetensors(directory)
     with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{directory} could not be loaded by transformers: {error}") from error
         if adapter is not None:
             model = _merged(model, adapter)
@@ -75,29 +79,66 @@ def local_directory(name: str | Path) -> Path:
 
 
 def _hub_snapshot(name: str) -> Path:
-    with contextlib.suppress(LocalEntryNotFoundError):
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+            if any(cached.glob("*.safetensors")):  # other programs leave a config alone in the cache
+                return cached
+    except HFValidationError as error:
+        raise InputError(f"{name!r} is neither a local path nor a hub id ({error}); give a directory, a .gguf file or owner/name.") from None
     remedy = "give a local directory or a .gguf file, or go online once to fetch it"
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{name!r} is neither a local path nor in the hub cache, and HF_HUB_OFFLINE is set; {remedy}.")
     try:
         HfApi().model_info(name, timeout=5)
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except HfHubHTTPError as error:
         raise InputError(f"the hub does not give {name!r} ({error}); check the name and your access to it.") from None
     except Exception as error:  # whatever the HTTP client raises without a network: not reachable is all that matters here
-        raise InputError(f"{name!r} is neither a local path nor in the hub cache, and the hub can't be reached ({type(error).__name__}); {remedy}.") from None
-    return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        raise InputError(
+            f"{name!r} is neither a local path nor in the hub cache, and the hub can't be reached ({type(error).__name__}); {remedy}."
+        ) from None
+
+
+def _base_directory(adapter: Path) -> Path:
+    _require_package("peft", "adapters")
+    _require_safetensors(adapter)
+    base = storage.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{adapter / 'adapter_config.json'} does not name its base model; set base_model_name_or_path in it.")
+    try:
+        return local_directory(base)
+    except InputError as error:
+        raise InputError(f"the base model of the adapter {adapter} can't be had; mend base_model_name_or_path in its config: {error}") from None
+
+
+def _require_safetensors(directory: Path) -> None:
+    if not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"{directory} has no .safetensors weights. Pickled weights are never loaded, because loading them can run code: "
+            "where they come from, save them with save_pretrained(..., safe_serialization=True)."
+        )
+
+
+def _require_package(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f'this source needs the package {package}: pip install "circuit-distillation-workbench[{extra}]".')
 
 
 def _merged(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # it draws initial weights, which are then replaced
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft still asks transformers under the old name
+        adapted = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+    if not hasattr(adapted, "merge_and_unload"):
+        raise InputError(f"the adapter {adapter} changes no weights (it is of type {adapted.peft_type}); give one that can be merged, such as LoRA.")
+    return adapted.merge_and_unload()
 
 
 def _tokenizer(adapter: Path | None, directory: Path) -> Any:
     for place in filter(None, (adapter, directory)):
-        if any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        if any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
             return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     raise InputError(f"{directory} has no tokenizer; save one beside the model (tokenizer.save_pretrained).")
 
@@ -110,9 +151,7 @@ def cache_root() -> Path:
 
 def converted_gguf(path: Path) -> Path:
     """A GGUF file as a plain Hugging Face directory in float32, converted once and kept by the file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
-    target = cache_root() / "gguf" / digest[:24]
+    target = cache_root() / "gguf" / _sha256(path)[:24]
     if not (target / "config.json").exists():
         replace_directory(target, lambda temporary: _convert_gguf(path, temporary))
     return target
@@ -127,9 +166,10 @@ def _sha256(path: Path) -> str:
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
+    _require_package("gguf", "gguf")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are dequantized; with it `save_pretrained` and loading refuse
     model.config.architectures = [type(model).__name__]

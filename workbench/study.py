@@ -1,8 +1,37 @@
 """Conditions x seeds -> the results table and its statistics."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from workbench import storage
+from workbench.circuits.evaluation import CircuitReport
+from workbench.errors import InputError
+from workbench.experiment import Experiment, mean_cka_and_floor
+from workbench.models import HookedModel
+from workbench.runs import RunFolder
+from workbench.scores import mcnemar
+
+log = logging.getLogger("workbench")
+COMPARED_WITH = ("full_ce", "circuit_ce")
+"""The conditions that McNemar's test sets every other one against."""
+TITLES: Mapping[str, str] = {
+    "base": "base (untrained)",
+    "full_ce": "full / CE",
+    "circuit_ce": "circuit / CE",
+    "circuit_cka": "circuit / CKA",
+    "circuit_ce_random_cka": "circuit / CE + random CKA",
+    "circuit_ce_shuffled_cka": "circuit / CE + shuffled CKA",
+    "circuit_ce_cka": "circuit / CE + CKA",
+    "full_kl": "full / KL",
+    "full_ce_cka": "full / CE + CKA",
+    "teacher": "teacher",
+}
+"""The conditions in the words of the paper, in the order of its table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,3 +62,133 @@ class ConditionResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ConditionResult":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        try:
+            return cls(**{**value, "full_interval": tuple(value["full_interval"]), "circuit_interval": tuple(value["circuit_interval"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"this is not a row of results ({error!r}); run the evaluation again.") from None
+
+
+def run_study(experiment: Experiment, *, resume: bool = False) -> list[ConditionResult]:
+    """Discover, match, then train and evaluate every condition with every seed, and the teacher; writes `results.json`.
+
+    What is already in the run folder is not done again; a condition that was killed in training goes on from its last checkpoint.
+    """
+    return run_conditions(
+        experiment, [(condition, seed) for seed in experiment.recipe.seeds for condition in experiment.recipe.conditions], resume=resume
+    )
+
+
+def run_conditions(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
+    """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder then holds."""
+    experiment.match()
+    folder = experiment.folder
+    for condition, seed in arms:
+        if not (folder.condition(condition, seed) / "result.json").exists():
+            log.info("%s, seed %d", TITLES[condition], seed)
+            _run_condition(experiment, condition, seed, resume=resume)
+    if not (folder.condition("teacher", 0) / "result.json").exists():
+        _record(experiment, "teacher", 0, experiment.teacher, trained=0, steps=0)
+    return collect(folder)
+
+
+def _run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool) -> None:
+    student, slices = experiment.distill(condition, seed, resume=resume)
+    _record(experiment, condition, seed, student, trained=slices.count, steps=experiment.recipe.training.steps if slices.count else 0)
+
+
+def _record(experiment: Experiment, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:
+    """Evaluate a model on the test prompts and write its row and its per-prompt outcomes."""
+    folder, is_teacher = experiment.folder.condition(condition, seed), condition == "teacher"
+    report, outcomes = experiment.evaluate(model, experiment.folder.circuit("teacher" if is_teacher else "student"))
+    ckas = [] if is_teacher else experiment.ckas(model, experiment.folder.head_map(), experiment.prompts.test)
+    cka, floor = mean_cka_and_floor(ckas)
+    total = sum(parameter.numel() for parameter in model.parameters().values())
+    result = ConditionResult(
+        condition=condition, seed=seed, **_accuracies(report), mean_cka=cka, cka_floor=floor,
+        trained_parameters=trained, trained_fraction=trained / total, steps=steps, mcnemar={},
+    )  # fmt: skip
+    storage.write_tensors(folder / "outcomes.safetensors", outcomes)
+    storage.write_json(folder / "ckas.json", [value.to_json() for value in ckas])
+    storage.write_json(folder / "circuit_report.json", report.to_json())
+    storage.write_json(folder / "result.json", result.to_json())
+    log.info("  full %.3f, circuit %.3f, random circuit %.3f", report.full_accuracy, report.circuit_accuracy, report.random_circuit_accuracy)
+
+
+def _accuracies(report: CircuitReport) -> dict[str, Any]:
+    names = ("full_accuracy", "full_interval", "circuit_accuracy", "circuit_interval", "random_circuit_accuracy", "faithfulness")
+    return {name: getattr(report, name) for name in names}
+
+
+def collect(folder: RunFolder) -> list[ConditionResult]:
+    """Every row of a run folder in the order of the paper's table, with McNemar's tests; writes `results.json`."""
+    files = sorted((folder.path / "conditions").glob("*/result.json"))
+    if not files:
+        raise InputError(f"{folder.path} holds no evaluated condition; run `workbench evaluate` or `workbench demo` into it first.")
+    rows = [ConditionResult.from_json(storage.read_json(file)) for file in files]
+    rows.sort(key=lambda row: (list(TITLES).index(row.condition), row.seed))
+    tested = [_tested(row, rows, folder) for row in rows]
+    storage.write_json(folder.path / "results.json", [row.to_json() for row in tested])
+    return tested
+
+
+def _tested(row: ConditionResult, rows: Sequence[ConditionResult], folder: RunFolder) -> ConditionResult:
+    """The row with its p values against full CE and circuit CE of the same seed (none for the teacher, and none against itself)."""
+    there = {(other.condition, other.seed) for other in rows}
+    against = [other for other in COMPARED_WITH if row.condition not in (other, "teacher") and (other, row.seed) in there]
+    values = {other: _mcnemar(folder, (row.condition, row.seed), (other, row.seed)) for other in against}
+    return ConditionResult.from_json({**row.to_json(), "mcnemar": values})
+
+
+def _mcnemar(folder: RunFolder, first: tuple[str, int], second: tuple[str, int]) -> float:
+    paired = [storage.read_tensors(folder.condition(*which) / "outcomes.safetensors")[0]["full"].to(torch.bool) for which in (first, second)]
+    return mcnemar(paired[0], paired[1])[2]
+
+
+def table(results: Sequence[ConditionResult]) -> str:
+    """The results as text: full accuracy and circuit accuracy with intervals, and every row's controls beside them."""
+    head = (
+        "condition",
+        "seed",
+        "full accuracy",
+        "circuit accuracy",
+        "random",
+        "faithful",
+        "CKA",
+        "floor",
+        "trained",
+        "p vs full CE",
+        "p vs circuit CE",
+    )
+    lines = [head, *(_cells(row) for row in results)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def _cells(row: ConditionResult) -> tuple[str, ...]:
+    return (
+        TITLES[row.condition],
+        str(row.seed),
+        f"{row.full_accuracy:.3f} [{row.full_interval[0]:.2f}, {row.full_interval[1]:.2f}]",
+        f"{row.circuit_accuracy:.3f} [{row.circuit_interval[0]:.2f}, {row.circuit_interval[1]:.2f}]",
+        f"{row.random_circuit_accuracy:.3f}",
+        _number(row.faithfulness, 2),
+        _number(row.mean_cka, 2),
+        _number(row.cka_floor, 2),
+        f"{row.trained_parameters:,} ({row.trained_fraction:.0%})",
+        _number(row.mcnemar.get("full_ce"), 4),
+        _number(row.mcnemar.get("circuit_ce"), 4),
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def run_logs(folder: RunFolder) -> dict[str, Path]:
+    """The training logs of a run folder: condition folder name -> JSONL file."""
+    return {file.parent.name: file for file in sorted((folder.path / "conditions").glob("*/log.jsonl"))}

@@ -58,7 +58,7 @@ class Circuit:
     @property
     def everywhere(self) -> dict[Head, tuple[Position, ...]]:
         """Each head at every position."""
-        return {head: ("all",) for head in self.heads}
+        return dict.fromkeys(self.heads, ("all",))
 
     @property
     def roles(self) -> dict[str, tuple[Head, ...]]:

@@ -111,4 +111,5 @@ def stacked(scores: Mapping[str, Scores]) -> Scores | None:
     means = torch.stack([part.mean() for part in scores.values()])
     strongest = means.nan_to_num(0).abs().argmax(0, keepdim=True)
     values = means.gather(0, strongest)[0]
-    return Scores.of_heads(values, unit="strongest path effect over the stages " + ", ".join(scores))
+    kinds = sorted({part.unit.split(", path from")[0] for part in scores.values()})
+    return Scores.of_heads(values, unit=f"{' / '.join(kinds)} (patched minus clean), strongest over the stages {', '.join(scores)}")

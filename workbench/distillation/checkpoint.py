@@ -29,7 +29,9 @@ def load(path: Path, *, leaves: Mapping[str, nn.Parameter], optimizer: torch.opt
     tensors, metadata = storage.read_tensors(path)
     described: dict[str, Any] = json.loads(metadata.get("checkpoint", "{}"))
     if described.get("identity") != identity:
-        raise InputError(f"{path} was written by a run with another configuration, model or data; delete the run folder or resume with the recipe that began it.")
+        raise InputError(
+            f"{path} was written by a run with another configuration, model or data; delete the run folder or resume with the recipe that began it."
+        )
     values: dict[str, Tensor] = {}
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

@@ -76,7 +76,15 @@ class Distillation:
     """One training run of a student; `run()` goes from the last checkpoint (with `resume`) or from the start to the last step."""
 
     def __init__(
-        self, student: Student, slices: TrainedSlices, prompts: PromptPairs, teacher: TeacherCache, pairs: Sequence[AlignedPair], config: TrainingConfig, *, seed: int
+        self,
+        student: Student,
+        slices: TrainedSlices,
+        prompts: PromptPairs,
+        teacher: TeacherCache,
+        pairs: Sequence[AlignedPair],
+        config: TrainingConfig,
+        *,
+        seed: int,
     ) -> None:
         if config.weight > 0 and not pairs:
             raise InputError("lambda is above 0 but no heads are matched; match heads first, or set `weight: 0`.")
@@ -92,7 +100,14 @@ class Distillation:
         self.identity = self._identity()
 
     def _identity(self) -> str:
-        parts = [json.dumps(asdict(self.config), sort_keys=True), str(self.seed), self.prompts.fingerprint(), self.student.fingerprint(), *map(repr, self.pairs), *self.slices.slices]
+        parts = [
+            json.dumps(asdict(self.config), sort_keys=True),
+            str(self.seed),
+            self.prompts.fingerprint(),
+            self.student.fingerprint(),
+            *map(repr, self.pairs),
+            *self.slices.slices,
+        ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     def run(self, folder: Path, *, resume: bool = False, label: str = "distilling") -> list[StepReport]:
@@ -108,7 +123,12 @@ class Distillation:
         scheduler = get_scheduler(self.config.schedule, self.optimizer, self.config.warmup, self.config.steps)
         for _ in range(start):
             scheduler.step()
-        with self.slices.gradients(), self.student.training(), log.open("a") as file, tqdm(total=self.config.steps, initial=start, desc=label, unit="step", leave=False) as bar:
+        with (
+            self.slices.gradients(),
+            self.student.training(),
+            log.open("a") as file,
+            tqdm(total=self.config.steps, initial=start, desc=label, unit="step", leave=False) as bar,
+        ):
             for step in range(start, self.config.steps):
                 report = self.step(step)
                 scheduler.step()
@@ -195,5 +215,3 @@ def read_log(path: Path, *, first: int | None = None) -> list[StepReport]:
         return [StepReport(**json.loads(line)) for line in path.read_text().splitlines()[:first]]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); run this condition again.") from None
-
-

@@ -31,7 +31,9 @@ def kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor,
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def alignment_loss(rows: Sequence[tuple[Float[Tensor, "m p"], Float[Tensor, "m q"]]], *, estimator: Estimator) -> tuple[Scalar, Float[Tensor, " pairs"]]:
+def alignment_loss(
+    rows: Sequence[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]], *, estimator: Estimator
+) -> tuple[Scalar, Float[Tensor, " pairs"]]:
     """SUM over pairs of (1 - CKA), and each pair's CKA. `rows`: (student, teacher) of each pair, rows of the same prompts in the same order.
 
     Pairs of equal shape are computed in one batch.

@@ -114,25 +114,27 @@ def plain_logits(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) 
     return torch.cat([model.final_logits(part.clean, part.mask) for part in pairs.batches(batch)])
 
 
-def ablation_profile(
+def ablation_profiles(
     model: HookedModel,
     pairs: PromptPairs,
     means: ReferenceMeans | Literal["zero"],
     *,
-    metric: Metric,
-    unit: str,
+    metrics: Mapping[str, Metric],
     heads: Iterable[Head] | None = None,
     position: Position = "all",
     batch: int = BATCH,
-) -> Scores:
-    """Impact of ablating each head on its own at a position (eq 3, 4 before the choice of baseline).
+) -> dict[str, Scores]:
+    """Impact of ablating each head on its own at a position, in several metrics at once (eq 3, 4 before the choice of baseline).
 
-    Returns [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head helps.
-    `baseline` is the whole model's mean metric. Heads that were not asked for are NaN.
+    Returns metric name -> [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head
+    helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN.
     """
-    whole = metric(plain_logits(model, pairs, batch=batch), pairs.answers, pairs.distractors)
-    values = torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan)
+    logits = plain_logits(model, pairs, batch=batch)
+    whole = {name: metric(logits, pairs.answers, pairs.distractors) for name, metric in metrics.items()}
+    values = {name: torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan) for name in metrics}
     for head in tqdm(model.heads if heads is None else sorted(heads), desc=f"ablating heads of {model.name}", unit="head", leave=False):
         logits = ablated_logits(model, pairs, {head: (position,)}, means, batch=batch)
-        values[head.layer, head.index] = (whole - metric(logits, pairs.answers, pairs.distractors)).float().cpu()
-    return Scores.of_heads(values, unit=f"fall of {unit} when the head is ablated ({position})", baseline=float(whole.mean()))
+        for name, metric in metrics.items():
+            values[name][head.layer, head.index] = (whole[name] - metric(logits, pairs.answers, pairs.distractors)).float().cpu()
+    unit = "fall of {} when the head is ablated" + ("" if position == "all" else f" at {position}")
+    return {name: Scores.of_heads(values[name], unit=unit.format(name.replace("_", " ")), baseline=float(whole[name].mean())) for name in metrics}

@@ -56,6 +56,8 @@ class PathPatcher:
         freeze_mlps: bool = False,
     ) -> Float[Tensor, "batch d_vocab"]:
         """Patched final logits when the senders jointly take their corrupt outputs at a position, along paths to the receivers."""
+        self.model.require_eval()
+        self._refuse_unknown(senders, receivers)
         where = self.pairs.position(position)
         frozen = self._frozen_run_edits(senders, where, freeze_mlps)
         if not receivers:
@@ -66,6 +68,13 @@ class PathPatcher:
             _, recorded = self.model.activations(self.pairs.clean, self.pairs.mask, names)
         with hooks.edit(self.model.model, self._receiver_edits(receivers, recorded, self.pairs.position(receiver_position))):
             return self.model.final_logits(self.pairs.clean, self.pairs.mask)
+
+    def _refuse_unknown(self, senders: Collection[Sender], receivers: Sequence[Receiver]) -> None:
+        for head in (*(sender for sender in senders if isinstance(sender, Head)), *(receiver.head for receiver in receivers)):
+            self.model.checked(head)
+        for mlp in (sender for sender in senders if isinstance(sender, Mlp)):
+            if not 0 <= mlp.layer < self.model.n_layers:
+                raise InputError(f"{self.model.name} has no MLP {mlp}: its layers are 0 to {self.model.n_layers - 1}.")
 
     def _frozen_run_edits(self, senders: Collection[Sender], where: Bool[Tensor, "batch pos"], freeze_mlps: bool) -> dict[str, hooks.Edit]:
         """Every head fixed: senders to their corrupt output at the position, all else to clean. MLPs and embedding only as asked."""
@@ -82,7 +91,6 @@ class PathPatcher:
     def _mixed_heads(self, layer: int, senders: Collection[Sender], where: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch pos head d_head"]:
         z = self.clean[hooks.z(layer)].clone()
         for head in (sender for sender in senders if isinstance(sender, Head) and sender.layer == layer):
-            self.model.checked(head)
             z[:, :, head.index] = torch.where(where[..., None], self.corrupt[hooks.z(layer)][:, :, head.index], z[:, :, head.index])
         return z
 
@@ -130,13 +138,16 @@ def path_patch(
     """
     for receiver in receivers:
         model.checked(receiver.head)
+    _refuse_no_gap(model, pairs, metric, batch)
     top = max((receiver.head.layer for receiver in receivers), default=model.n_layers)
     senders = [head for head in model.heads if head.layer < top]
     target = f"{', '.join(map(str, receivers))} at {receiver_position}" if receivers else "the logits"
     described = f"{'relative ' if effect == 'relative' else ''}change of {unit}, path from {position} to {target}"
     parts = list(pairs.batches(batch))
     with tqdm(total=len(senders) * len(parts), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
-        return joined([_sweep(PathPatcher(model, part), senders, position, receivers, receiver_position, metric, effect, described, bar) for part in parts])
+        return joined(
+            [_sweep(PathPatcher(model, part), senders, position, receivers, receiver_position, metric, effect, described, bar) for part in parts]
+        )
 
 
 def _sweep(
@@ -152,8 +163,6 @@ def _sweep(
 ) -> Scores:
     model, pairs = patcher.model, patcher.pairs
     clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
-    if bool((metric(patcher.corrupt_logits, pairs.answers, pairs.distractors) == clean).all()):
-        raise InputError("clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the corrupt prompts differ in what the answer depends on.")
     values = torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan)
     for head in senders:
         logits = patcher.logits([head], position, receivers=receivers, receiver_position=receiver_position)
@@ -161,6 +170,15 @@ def _sweep(
         values[head.layer, head.index] = (relative_change(patched, clean) if effect == "relative" else patched - clean).float().cpu()
         bar.update()
     return Scores.of_heads(values, unit=unit, baseline=float(clean.mean()))
+
+
+def _refuse_no_gap(model: HookedModel, pairs: PromptPairs, metric: Metric, batch: int) -> None:
+    ends = (plain_logits(model, pairs, batch=batch), plain_logits(model, pairs.swapped(), batch=batch))
+    clean, corrupt = (metric(logits, pairs.answers, pairs.distractors) for logits in ends)
+    if bool((clean == corrupt).all()):
+        raise InputError(
+            "clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the corrupt prompts differ in what the answer depends on."
+        )
 
 
 def activation_baselines(model: HookedModel, pairs: PromptPairs, metric: Metric) -> tuple[float, float]:

@@ -10,7 +10,7 @@ Computation is in float32 at least. Constant input (no variance) has no CKA: the
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -32,23 +32,24 @@ def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased") -> Va
     least = 4 if estimator == "debiased" else 2
     if m < least:
         raise InputError(f"{estimator} CKA needs at least {least} examples, got {m}; use a larger batch or more positions.")
-    x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
-    x, y = (value - value.mean(-2, keepdim=True) for value in (x, y))
+    (x, x_varies), (y, y_varies) = _standardised(x), _standardised(y)
     hsic = _biased_hsic if estimator == "biased" else _unbiased_hsic
     xy, xx, yy = hsic(x, y), hsic(x, x), hsic(y, y)
-    return _ratio(xy, xx, yy, _noise(x) * _noise(y))
+    defined = x_varies & y_varies & ~(xx <= 0) & ~(yy <= 0)  # a NaN is not hidden: it stays in the result
+    product = torch.where(defined, xx * yy, 1.0)  # the inner `where` keeps NaN out of the gradient
+    return torch.where(defined, xy / product.sqrt(), 0.0)
 
 
-def _ratio(xy: Value, xx: Value, yy: Value, floor: Value) -> Value:
-    """xy / sqrt(xx yy), or 0 with zero gradient where either side has no variance beyond rounding (or a non-positive unbiased HSIC)."""
-    defined = (xx > 0) & (yy > 0) & (xx * yy > floor)
-    product = torch.where(defined, xx * yy, torch.ones_like(xx))
-    return torch.where(defined, xy / product.sqrt(), torch.zeros_like(xy))
-
-
-def _noise(x: Features) -> Value:
-    """The HSIC(K, K) that rounding alone leaves in centered constant columns of this size; below it there is no variance to compare."""
-    return torch.zeros(x.shape[:-2], dtype=x.dtype, device=x.device)
+def _standardised(x: Features) -> tuple[Features, Bool[Tensor, "*batch"]]:
+    """Centered features at unit scale in float32 or more (CKA does not depend on scale; squares of squares overflow), and whether they vary
+    beyond the rounding of their mean."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = x.detach().abs().amax((-2, -1), keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)
+    centered = x - x.mean(-2, keepdim=True)
+    norm = centered.detach().square().sum((-2, -1), keepdim=True)
+    varies = ~(norm <= (16 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum((-2, -1), keepdim=True))
+    return centered / torch.where(varies, norm, 1.0).sqrt(), varies[..., 0, 0]
 
 
 def _product_norm(x: Features, y: Others) -> Value:

@@ -202,7 +202,9 @@ def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str
     names = set(rows[0]["positions"])
     for number, row in enumerate(rows):
         if set(row["positions"]) != names:
-            raise InputError(f"row {number} of {source} names the positions {sorted(row['positions'])}, the first row {sorted(names)}; name the same in each.")
+            raise InputError(
+                f"row {number} of {source} names the positions {sorted(row['positions'])}, the first row {sorted(names)}; name the same in each."
+            )
     text = dict.fromkeys(("clean", "corrupt", "answer", "distractor"), Value("string"))
     positions = {name: List(Value("int32")) for name in sorted(names)}
     return Dataset.from_list(rows, features=Features({**text, "positions": positions}))
@@ -212,16 +214,26 @@ def _checked_row(number: int, pair: Pair, tokenizer: Any) -> dict[str, Any]:
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
     length, other = len(encoded["input_ids"]), len(tokenizer(pair.corrupt, add_special_tokens=False)["input_ids"])
     if length != other:
-        raise InputError(f"row {number}: the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. Reword one.")
+        raise InputError(
+            f"row {number}: the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. Reword one."
+        )
     for column in ("answer", "distractor"):
         word = getattr(pair, column)
         if single_token(tokenizer, word) is None:
             count = len(tokenizer(word, add_special_tokens=False)["input_ids"])
-            raise InputError(f"row {number}: the {column} {word!r} is {count} token(s) or unknown to this tokenizer; it must be one known token. Choose another word (mind the space before it).")
+            raise InputError(
+                f"row {number}: the {column} {word!r} is {count} token(s) or unknown to this tokenizer; it must be one known token. Choose another word (mind the space before it)."
+            )
     if pair.answer == pair.distractor:
         raise InputError(f"row {number}: answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer.")
     positions = {name: _token_indices(number, name, where, pair.clean, encoded["offset_mapping"]) for name, where in pair.positions.items()}
-    return {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer, "distractor": pair.distractor, "positions": {**positions, "last": [length - 1]}}
+    return {
+        "clean": pair.clean,
+        "corrupt": pair.corrupt,
+        "answer": pair.answer,
+        "distractor": pair.distractor,
+        "positions": {**positions, "last": [length - 1]},
+    }
 
 
 def _token_indices(number: int, name: str, where: Any, text: str, offsets: list[Span]) -> list[int]:
@@ -231,7 +243,9 @@ def _token_indices(number: int, name: str, where: Any, text: str, offsets: list[
             raise InputError(f"row {number}: position {name!r} is {where!r}, which the clean prompt does not contain.")
         return [_covering(offsets, start, start + len(where))[-1]]
     entries = [where] if isinstance(where, int) else list(where)
-    found = sorted({index for entry in entries for index in (_covering(offsets, *entry) if isinstance(entry, tuple) else [entry + len(offsets) * (entry < 0)])})
+    found = sorted(
+        {index for entry in entries for index in (_covering(offsets, *entry) if isinstance(entry, tuple) else [entry + len(offsets) * (entry < 0)])}
+    )
     if not found or not all(0 <= index < len(offsets) for index in found):
         raise InputError(f"row {number}: position {name!r} ({where!r}) is outside the {len(offsets)} tokens of the prompt.")
     return found

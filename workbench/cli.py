@@ -1,0 +1,171 @@
+"""`workbench COMMAND`: parse -> recipe -> one call -> run folder. Each stage of the road is a command; `demo` walks all of it."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from workbench import __version__, storage
+from workbench.errors import InputError
+from workbench.experiment import CONDITIONS, Experiment
+from workbench.recipe import Recipe, parse_config, read_recipe
+from workbench.runs import RunFolder
+
+log = logging.getLogger("workbench")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or 2 for bad input (the message names the remedy)."""
+    options = parser().parse_args(arguments)
+    _log_to_screen()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        options.run(options)
+    except InputError as error:
+        if options.debug:
+            raise
+        print(f"workbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("workbench: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="workbench", description=__doc__.split("\n")[0] if __doc__ else None)
+    top.add_argument("--version", action="version", version=f"workbench {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _command(commands, demo, "the whole road on the bundled models: discover, match, distil under all conditions, compare, report", recipe="demo")
+    _command(commands, discover, "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by groups")
+    _command(commands, match, "match the student's circuit heads to the teacher's by ablation impact (eq 3 to 5), with each pair's CKA and floor")
+    distilling = _command(commands, distill, "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)")
+    distilling.add_argument("--condition", default="circuit_ce_cka", choices=sorted(CONDITIONS), help="the arm of the table (default: %(default)s)")
+    distilling.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
+    _command(
+        commands,
+        evaluate,
+        "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar",
+    )
+    reporting = commands.add_parser(
+        "report", help="write report.html of a run folder: heat maps, matching, loss curves, table", description="Write report.html of a run folder."
+    )
+    reporting.add_argument("--out", type=Path, required=True, help="the run folder")
+    _common(reporting, report)
+    training = commands.add_parser(
+        "pretrain",
+        help="train the bundled teacher and students on entity tracking",
+        description="Train the bundled teacher, its pruned student and the unrelated student.",
+    )
+    training.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
+    training.add_argument(
+        "--work", type=Path, default=Path("runs/pretrain"), help="where checkpoints go; a killed training goes on from there (default: %(default)s)"
+    )
+    training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
+    _common(training, pretrain_models)
+    return top
+
+
+def _command(commands: Any, run: Callable[[argparse.Namespace], None], summary: str, *, recipe: str | None = None) -> argparse.ArgumentParser:
+    made = commands.add_parser(run.__name__, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    made.add_argument(
+        "--recipe",
+        default=recipe,
+        required=recipe is None,
+        help="a YAML file or a bundled recipe's name" + (f" (default: {recipe})" if recipe else ""),
+    )
+    made.add_argument("--out", type=Path, default=Path(f"runs/{recipe}") if recipe else None, required=recipe is None, help="the run folder")
+    made.add_argument("--resume", action="store_true", help="go on in a run folder that holds a run")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. training.steps=20 or student=PATH")
+    _common(made, run)
+    return made
+
+
+def _common(made: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    made.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made.set_defaults(run=run)
+
+
+def _log_to_screen() -> None:
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` settings; values are YAML."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"--set {pair!r} is not KEY=VALUE; write for example --set training.steps=20")
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    recipe: Recipe = read_recipe(options.recipe, overrides=_overrides(options.set))
+    experiment = Experiment(recipe, RunFolder(options.out))
+    experiment.begin(resume=options.resume)
+    return experiment
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Everything, then the table and the report."""
+    evaluate(options)
+    report(options)
+
+
+def discover(options: argparse.Namespace) -> None:
+    """Circuits."""
+    _experiment(options).discover()
+    report(options)
+
+
+def match(options: argparse.Namespace) -> None:
+    """Circuits and the head map."""
+    _experiment(options).match()
+    report(options)
+
+
+def distill(options: argparse.Namespace) -> None:
+    """One condition, trained and evaluated."""
+    from workbench.study import run_conditions, table
+
+    print(table(run_conditions(_experiment(options), [(options.condition, options.seed)], resume=options.resume)))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """All conditions and seeds."""
+    from workbench.study import run_study, table
+
+    print("\n" + table(run_study(_experiment(options), resume=options.resume)))
+
+
+def report(options: argparse.Namespace) -> None:
+    """The page of a run folder."""
+    from workbench.plots.run import run_report
+
+    page = options.out / "report.html"
+    storage.write_text(page, run_report(RunFolder(options.out)))
+    log.info("report: %s", page)
+
+
+def pretrain_models(options: argparse.Namespace) -> None:
+    """The bundled models."""
+    from workbench.pretraining import BundleConfig, pretrain
+
+    config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
+    for name, accuracy in pretrain(config, options.out, options.work).items():
+        print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

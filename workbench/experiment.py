@@ -1,0 +1,308 @@
+"""The road, stage by stage: discover in teacher and student, match, distil under a condition, evaluate. Each stage writes into a run folder
+and is skipped when its files are there.
+"""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from workbench import sources, storage
+from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, hook_names, pair_ckas
+from workbench.circuits import discovery, evaluation
+from workbench.circuits.circuit import Circuit
+from workbench.distillation.loop import Distillation, TrainingConfig
+from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
+from workbench.distillation.teacher_cache import teacher_cache
+from workbench.errors import InputError
+from workbench.matching import HeadMap, match_heads, replace_rule
+from workbench.metrics import METRICS
+from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
+from workbench.patching.ablation import ReferenceMeans, ablation_profiles, plain_logits, reference_means
+from workbench.recipe import Recipe, to_plain
+from workbench.runs import RunFolder
+from workbench.scores import Scores
+from workbench.tasks.base import PromptPairs, Split, Stage, encode, load_pairs, task_dataset
+from workbench.tasks.entity_tracking import EntityTracking
+
+log = logging.getLogger("workbench")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionSpec:
+    """What a condition trains and on what: the arms of the paper's table."""
+
+    trains: str | None
+    """`circuit` (the student's matched heads), `all`, or None (untrained)."""
+    task_loss: str | None
+    """None: the recipe's own task loss; `none`: no task loss; or a task loss by name."""
+    aligns: str | None
+    """`matched`, `random`, `shuffled`, or None."""
+
+
+CONDITIONS: Mapping[str, ConditionSpec] = {
+    "base": ConditionSpec(trains=None, task_loss=None, aligns=None),
+    "full_ce": ConditionSpec(trains="all", task_loss=None, aligns=None),
+    "circuit_ce": ConditionSpec(trains="circuit", task_loss=None, aligns=None),
+    "circuit_cka": ConditionSpec(trains="circuit", task_loss="none", aligns="matched"),
+    "circuit_ce_random_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="random"),
+    "circuit_ce_shuffled_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="shuffled"),
+    "circuit_ce_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="matched"),
+    "full_kl": ConditionSpec(trains="all", task_loss="kl_teacher", aligns=None),
+    "full_ce_cka": ConditionSpec(trains="all", task_loss=None, aligns="matched"),
+}
+
+
+class Prompts:
+    """The prompts of a recipe, by their use; each is disjoint from the others."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        self.recipe, self.data, self.tokenizer = recipe, recipe.data, tokenizer
+
+    @functools.cached_property
+    def _calibration(self) -> tuple[PromptPairs, PromptPairs]:
+        if self.data.pairs is not None:
+            pairs = self._encode(self._rows)
+            if self.data.reference == "corrupt":
+                return pairs.swapped(), pairs
+            return pairs.rows(slice(0, self.data.reference_scenes)), pairs.rows(
+                slice(self.data.reference_scenes, self.data.reference_scenes + self.data.discovery_scenes)
+            )
+        pairs = self._task("calibration", self.data.reference_scenes + self.data.discovery_scenes)
+        cut = self.data.reference_scenes * (len(pairs) // (self.data.reference_scenes + self.data.discovery_scenes))
+        return pairs.rows(slice(0, cut)), pairs.rows(slice(cut, None))
+
+    @property
+    def reference(self) -> PromptPairs:
+        """For the means of the ablation."""
+        return self._calibration[0]
+
+    @property
+    def discovery(self) -> PromptPairs:
+        """For path patching, ablation impacts and matching."""
+        if len(self._calibration[1]) == 0:
+            raise InputError(
+                f"no pairs are left for discovery after {self.data.reference_scenes} reference rows; give more rows, or set data.reference to corrupt."
+            )
+        return self._calibration[1]
+
+    @functools.cached_property
+    def train(self) -> PromptPairs:
+        """For distillation."""
+        return self._split("train", self.data.train_scenes)
+
+    @functools.cached_property
+    def test(self) -> PromptPairs:
+        """For every number of the results table."""
+        return self._split("test", self.data.test_scenes)
+
+    @functools.cached_property
+    def _rows(self) -> Dataset:
+        assert self.data.pairs is not None
+        return load_pairs(located(self.data.pairs), self.tokenizer)
+
+    def _split(self, split: Split, scenes: int) -> PromptPairs:
+        if self.data.pairs is None:
+            return self._task(split, scenes)
+        start = self.data.reference_scenes + self.data.discovery_scenes + (self.data.train_scenes if split == "test" else 0)
+        rows = self._encode(self._rows).rows(slice(start, start + scenes))
+        if len(rows) == 0:
+            raise InputError(f"{self.data.pairs} has {len(self._rows)} rows, none left for {split}; lower the numbers of `data` or give more rows.")
+        return rows
+
+    def _task(self, split: Split, scenes: int) -> PromptPairs:
+        return self._encode(task_dataset(EntityTracking(boxes=self.data.boxes), self.tokenizer, split=split, scenes=scenes, seed=self.data.seed))
+
+    def _encode(self, dataset: Dataset) -> PromptPairs:
+        return encode(dataset, self.tokenizer, padding_side=self.data.padding_side, prepend_bos=self.data.prepend_bos).to(self.recipe.device)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the backward search: the recipe's, else the task's."""
+        if self.recipe.stages is not None:
+            return tuple(Stage(name=s.name, title=s.title, position=s.position, into=s.into, composition=s.composition) for s in self.recipe.stages)
+        return EntityTracking.stages if self.data.pairs is None else (Stage(name="A", title="direct", position="last"),)
+
+
+def located(name: str) -> str:
+    """A relative path of the working directory, else of the project's root; anything else as it is."""
+    inside = Path(__file__).parents[1] / name
+    return str(inside) if not Path(name).exists() and inside.exists() else name
+
+
+class Experiment:
+    """A recipe at work in a run folder."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def begin(self, *, resume: bool) -> None:
+        """Open the run folder. Errors: `InputError` when it holds another run, or one and `resume` is off."""
+        self.folder.begin({"recipe": to_plain(self.recipe)}, resume=resume)
+
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, self-checked."""
+        return Teacher.load(located(self.recipe.teacher), device=self.recipe.device, dtype=self.recipe.dtype)
+
+    @functools.cached_property
+    def student(self) -> Student:
+        """The student as it came, self-checked."""
+        student = self.fresh_student(check=True)
+        require_same_vocabulary(self.teacher, student)
+        return student
+
+    def fresh_student(self, *, check: bool = False) -> Student:
+        """Another copy of the untrained student."""
+        if self.recipe.student is None:
+            raise InputError("this recipe names no student; add `student: <directory or hub id>`.")
+        return Student.load(located(self.recipe.student), device=self.recipe.device, dtype=self.recipe.dtype, check=check)
+
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """The recipe's prompts, in the teacher's tokens."""
+        return Prompts(self.recipe, self.teacher.tokenizer)
+
+    def models(self) -> dict[str, HookedModel]:
+        """Teacher and, where the recipe names one, student."""
+        return {"teacher": self.teacher} if self.recipe.student is None else {"teacher": self.teacher, "student": self.student}
+
+    def means(self, model: HookedModel) -> ReferenceMeans:
+        """A model's ablation means over the reference prompts."""
+        return reference_means(model, self.prompts.reference, per_position=self.recipe.data.per_position_means)
+
+    def discover(self) -> dict[str, Circuit]:
+        """Ablation impacts, path effects and a circuit in each model on its own; writes scores and circuits."""
+        return {name: self._discover(name, model) for name, model in self.models().items()}
+
+    def _discover(self, name: str, model: HookedModel) -> Circuit:
+        if self.folder.circuit_file(name).exists():
+            return self.folder.circuit(name)
+        accuracy = float(evaluation.correct(plain_logits(model, self.prompts.discovery), self.prompts.discovery).float().mean())
+        log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(self.prompts.discovery), len(model.heads))
+        profiles = self._profiles(name, model)
+        if self.recipe.discovery.method == "mean_ablation":
+            circuit = discovery.top_by_ablation(profiles[self.recipe.discovery.metric], self.recipe.discovery)
+        else:
+            found = discovery.backward_search(model, self.prompts.discovery, self.prompts.stages, self.recipe.discovery)
+            for stage, scores in found.scores.items():
+                scores.save(self.folder.scores_file(name, f"path-{stage}"))
+            circuit = found.circuit
+        storage.write_json(self.folder.circuit_file(name), circuit.to_json())
+        log.info(
+            "%s: circuit of %d heads (%.0f %%): %s",
+            name,
+            len(circuit.heads),
+            100 * circuit.fraction,
+            "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
+        )
+        return circuit
+
+    def _profiles(self, name: str, model: HookedModel) -> dict[str, Scores]:
+        wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})
+        files = {metric: self.folder.scores_file(name, f"ablation-{metric}") for metric in wanted}
+        if not all(file.exists() for file in files.values()):
+            profiles = ablation_profiles(model, self.prompts.discovery, self.means(model), metrics={metric: METRICS[metric] for metric in wanted})
+            for metric, scores in profiles.items():
+                scores.save(files[metric])
+        return {metric: Scores.load(file) for metric, file in files.items()}
+
+    def match(self) -> HeadMap:
+        """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with its floor."""
+        circuits = self.discover()
+        if not self.folder.head_map_file.exists():
+            impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
+            head_map = match_heads(impacts["student"], impacts["teacher"], circuits["student"], circuits["teacher"], self.recipe.matching)
+            storage.write_json(self.folder.head_map_file, head_map.to_json())
+        head_map = self.folder.head_map()
+        ckas = self.ckas(self.student, head_map, self.prompts.discovery)
+        storage.write_json(self.folder.path / "ckas.json", [cka.to_json() for cka in ckas])
+        log.info(
+            "matched %d student heads to %d teacher heads (rule %s, %d ties)",
+            len(head_map.matches),
+            len(head_map.teacher_heads),
+            head_map.rule,
+            head_map.ties,
+        )
+        warning = floor_warning(ckas)
+        if warning:
+            log.warning("%s", warning)
+        return head_map
+
+    def aligned(self, head_map: HeadMap) -> tuple[AlignedPair, ...]:
+        """The pairs of a map with their positions."""
+        circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
+        return aligned_pairs(head_map, *circuits, self.prompts.test, positions=self.recipe.alignment.positions)
+
+    def ckas(self, student: HookedModel, head_map: HeadMap, prompts: PromptPairs) -> list[PairCka]:
+        """Debiased CKA of each pair on some prompts with its shuffled floor."""
+        return pair_ckas(student, self.teacher, prompts, self.aligned(head_map), activation=self.recipe.alignment.activation)
+
+    def head_map_of(self, spec: ConditionSpec, seed: int) -> HeadMap:
+        """The map that a condition aligns by: the matched one or a control drawn with the seed."""
+        matched = self.folder.head_map()
+        if spec.aligns in (None, "matched"):
+            return matched
+        rule = "random" if spec.aligns == "random" else "shuffled"
+        impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
+        return match_heads(
+            impacts["student"],
+            impacts["teacher"],
+            self.folder.circuit("student"),
+            self.folder.circuit("teacher"),
+            replace_rule(self.recipe.matching, rule),
+            seed=seed,
+        )
+
+    def training_config(self, spec: ConditionSpec) -> TrainingConfig:
+        """The recipe's training with a condition's losses."""
+        alignment = self.recipe.alignment
+        return replace(
+            self.recipe.training,
+            task_loss=spec.task_loss or self.recipe.training.task_loss,
+            weight=alignment.weight if spec.aligns else 0.0,
+            estimator=alignment.estimator,
+            activation=alignment.activation,
+        )
+
+    def distill(self, condition: str, seed: int, *, resume: bool) -> tuple[Student, TrainedSlices]:
+        """Train a fresh student under a condition; writes its log, checkpoints and (if wanted) the student itself."""
+        spec, student = CONDITIONS[condition], self.fresh_student()
+        heads = self.folder.head_map().pairs
+        if spec.trains is None:
+            return student, TrainedSlices(student, [])
+        parts = (
+            slices_of_everything(student)
+            if spec.trains == "all"
+            else slices_of_heads(student, [ours for ours, _ in heads], train_kv=self.recipe.train_kv)
+        )
+        slices = TrainedSlices(student, parts)
+        pairs = self.aligned(self.head_map_of(spec, seed)) if spec.aligns else ()
+        cache = teacher_cache(self.teacher, self.prompts.train, hook_names([pair.teacher for pair in pairs]), sources.cache_root() / "teacher")
+        run = Distillation(student, slices, self.prompts.train, cache, pairs, self.training_config(spec), seed=seed)
+        folder = self.folder.condition(condition, seed)
+        run.run(folder, resume=resume, label=f"{condition}, seed {seed}")
+        if self.recipe.save_students:
+            student.save(folder / "student")
+        return student, slices
+
+    def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
+        """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""
+        means, config = self.means(model), self.recipe.evaluation
+        report = evaluation.evaluate_circuit(model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits)
+        full = evaluation.correct(plain_logits(model, self.prompts.test), self.prompts.test)
+        alone = evaluation.correct(evaluation.circuit_logits(model, self.prompts.test, circuit, means, scope=config.scope), self.prompts.test)
+        return report, {"full": full.to(torch.uint8), "circuit": alone.to(torch.uint8)}
+
+
+def mean_cka_and_floor(values: Sequence[PairCka]) -> tuple[float | None, float | None]:
+    """(mean CKA, mean floor) of some pairs; None without pairs."""
+    if not values:
+        return None, None
+    return sum(v.cka for v in values) / len(values), sum(v.floor for v in values) / len(values)

@@ -1,0 +1,123 @@
+"""The look of every figure: one frozen `Theme`, passed to each figure function, never global.
+
+Colours can be told apart with colour-blindness: categories are Okabe and Ito's (without their yellow, which is lost on white), signed values run
+blue - neutral - orange around zero, shares run along a part of matplotlib's `magma`. No web fonts: a figure needs no network.
+"""
+
+import html
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plotly import graph_objects as go
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Theme:
+    """Colours (CSS) and font of a figure."""
+
+    background: str
+    ink: str
+    """Text, outlines."""
+    muted: str
+    """Secondary text, unmatched or missing things."""
+    grid: str
+    """Grid lines and the seams between cells."""
+    missing: str
+    """Cells that were not measured."""
+    strong_ink: str
+    """Text on a cell of strong colour."""
+    strong: float
+    """The share of the largest value from which a cell's colour is strong."""
+    diverging: tuple[str, ...]
+    """Most negative ... zero ... most positive, evenly spaced."""
+    sequential: tuple[str, ...]
+    """0 ... 1, evenly spaced, all readable as a thin line on the background."""
+    categories: tuple[str, ...]
+    font: str = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
+    size: int = 13
+    """Font size in pixels."""
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    ink="#1a1c1f",
+    muted="#6b7178",
+    grid="#e3e6ea",
+    missing="#c9cdd2",
+    strong_ink="#ffffff",
+    strong=0.75,
+    diverging=("#0b4f8a", "#4c93c8", "#b9d7ec", "#ffffff", "#fbd3a6", "#e8893a", "#a8480b"),
+    sequential=("#feb078", "#f1605d", "#b73779", "#721f81", "#2c115f"),
+    categories=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#1a1c1f"),
+)
+DARK = Theme(
+    background="#14171a",
+    ink="#eceff2",
+    muted="#9aa2aa",
+    grid="#31363c",
+    missing="#565d64",
+    strong_ink="#14171a",
+    strong=0.5,
+    diverging=("#a5d4ff", "#4a95d6", "#1f4a70", "#14171a", "#5e3512", "#cf7423", "#ffc48f"),
+    sequential=("#8c2981", "#c83e73", "#f76f5c", "#feb078", "#fcfdbf"),
+    categories=("#4aa3df", "#e69f00", "#00b98a", "#e08fbd", "#9ad7fa", "#ff7a2e", "#eceff2"),
+)
+
+
+def colour_scale(colours: Sequence[str]) -> list[tuple[float, str]]:
+    """Evenly spaced colours as a plotly colour scale."""
+    return [(place / (len(colours) - 1), colour) for place, colour in enumerate(colours)]
+
+
+def escaped(text: str) -> str:
+    """Text as plotly shows it literally: its labels read some HTML."""
+    return html.escape(text, quote=False)
+
+
+def wrapped(text: str, pixels: int, theme: Theme) -> list[str]:
+    """Escaped lines of text that fit a width, at about half the font size per character."""
+    return [escaped(line) for line in textwrap.wrap(text, max(12, int(pixels / (0.52 * theme.size)))) or [""]]
+
+
+def templated(figure: go.Figure, theme: Theme) -> go.Figure:
+    """The same figure with the theme's fonts, colours, margins and background."""
+    axis = {
+        "gridcolor": theme.grid,
+        "linecolor": theme.muted,
+        "tickcolor": theme.muted,
+        "zeroline": False,
+        "showline": True,
+        "ticks": "outside",
+        "ticklen": 4,
+        "automargin": True,
+        "title": {"standoff": 8, "font": {"size": theme.size}},
+    }
+    layout = go.Layout(
+        font={"family": theme.font, "size": theme.size, "color": theme.ink},
+        paper_bgcolor=theme.background,
+        plot_bgcolor=theme.background,
+        margin={"l": 60, "r": 30, "t": 60, "b": 55},
+        hoverlabel={"bgcolor": theme.background, "bordercolor": theme.muted, "font": {"family": theme.font, "color": theme.ink}, "align": "left"},
+        legend={"bgcolor": "rgba(0,0,0,0)"},
+        xaxis=axis,
+        yaxis=axis,
+        colorway=theme.categories,
+        coloraxis={"colorbar": {"title": {"font": {"size": theme.size}}, "tickfont": {"size": theme.size - 1}}},
+    )
+    return figure.update_layout(template=go.layout.Template(layout=layout))
+
+
+def titled(figure: go.Figure, title: str, remarks: Sequence[str], theme: Theme, *, width: int, height: int, above: int = 0) -> go.Figure:
+    """The themed figure with a title and remarks below it, each on lines of its own.
+
+    `width` is the whole figure's, `height` that of the plot with its bottom margin, `above` what the plot needs above itself, in pixels.
+    """
+    lines = [line for remark in remarks for line in wrapped(remark, width - 40, theme)]
+    top = 50 + round(1.3 * theme.size * len(lines)) + above
+    spans = [f'<span style="font-size:{theme.size + 4}px"><b>{escaped(title)}</b></span>']
+    spans += [f'<span style="font-size:{theme.size - 1}px;color:{theme.muted}">{line}</span>' for line in lines]
+    heading = {"text": "<br>".join(spans), "font": {"size": theme.size}, "yref": "container", "yanchor": "top"}
+    place = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "pad": {"l": 20, "t": 24}}
+    templated(figure, theme)
+    return figure.update_layout(title={**heading, **place}, width=width, height=top + height, margin_t=top)
