@@ -290,6 +290,9 @@ def tiny_folder(target: Path, config: type, **settings: Any) -> Path:
         model = AutoModelForCausalLM.from_config(
             config(**{"vocab_size": len(word_tokenizer()), "max_position_embeddings": 256, "initializer_range": 0.2, **sizes, **ids, **settings})
         )
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # they start at 0, which would hide that they are forgotten
+                parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(target)
     word_tokenizer().save_pretrained(target)
     return target

@@ -56,10 +56,8 @@ class SizeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class LessonConfig:
-    """One phase of a training."""
+    """How a bundled model is trained."""
 
-    boxes: tuple[int, int]
-    """First and last number of boxes of the curriculum."""
     seed: int = 1
     batch: int = 64
     queries: int = 8
@@ -67,44 +65,34 @@ class LessonConfig:
     learning_rate: float = 3e-3
     warmup: int = 50
     clip: float = 1.0
-    probe_weight: float = 0.0
-    """Weight of the two temporary probes."""
-    shrink: float = 0.0
-    """Group lasso on the heads: what each step takes off the norm of a head's W_O (a proximal step), so that few heads do the work."""
+    probe_weight: float = 0.5
+    """Weight of the two temporary probes; they are dropped once the first number of boxes is solved."""
+    boxes: tuple[int, int] = (2, 7)
+    """First and last number of boxes of the curriculum."""
     solved: float = 0.9
     """Accuracy on the first query (a running mean) that adds a box."""
-    stop_at: float = 0.95
-    """The same on the last number of boxes, after which `anneal` begins."""
-    anneal: int = 0
-    """Steps over which the learning rate then falls to 0; the phase ends with them."""
-    least_steps: int = 0
-    """Steps before which the phase does not end."""
-    max_steps: int = 3000
+    stop_at: float = 0.99
+    """The same on the last number of boxes, which ends the training."""
+    max_steps: int = 4000
     checkpoint_every: int = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class BundleConfig:
-    """The three bundled models. The teacher learns in three phases: binding (two boxes, with probes), thinning (group lasso; heads whose W_O
-    has shrunk to nothing are removed for good, so that a circuit can be a small part), counting (up to seven boxes)."""
+    """The three bundled models."""
 
     teacher: SizeConfig = Field(default_factory=SizeConfig)
-    binding: LessonConfig = Field(default_factory=lambda: LessonConfig(boxes=(2, 2), probe_weight=0.5, stop_at=0.9))
-    thinning: LessonConfig = Field(default_factory=lambda: LessonConfig(boxes=(2, 3), seed=2, shrink=0.02, least_steps=250))
-    removed_below: float = 0.2
-    """After thinning, heads whose W_O has a Frobenius norm below this share of the largest one's are removed."""
-    counting: LessonConfig = Field(default_factory=lambda: LessonConfig(boxes=(3, 7), seed=3, anneal=150))
     student_layers: Annotated[int, Field(ge=1)] = 4
+    lessons: LessonConfig = Field(default_factory=LessonConfig)
     pruned_from: int = 3
-    """The student descends from the teacher at the moment it had solved this many boxes in the counting phase."""
-    healing: LessonConfig = Field(
-        default_factory=lambda: LessonConfig(boxes=(2, 3), seed=4, learning_rate=5e-4, solved=0.0, stop_at=2.0, max_steps=600)
-    )
+    """The student descends from the teacher at the moment it had solved this many boxes."""
     student_band: tuple[float, float] = (0.45, 0.65)
     """Accuracy on 7 boxes (calibration split) at which a student's training ends: above chance, below the teacher."""
+    healing_rate: float = 5e-4
+    """Learning rate of the pruned student."""
     look_every: int = 10
     """Steps between two looks at a student's accuracy."""
-    unrelated_seed: int = 12
+    unrelated_seed: int = 2
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -182,12 +170,10 @@ def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausal
 
 
 class Curriculum:
-    """One phase of training on more and more boxes, resumable to the bit. `alive` [layer head] says which heads may write."""
+    """Training on more and more boxes, resumable to the bit."""
 
-    def __init__(
-        self, model: LlamaForCausalLM, vocabulary: dict[str, int], config: LessonConfig, *, label: str, alive: Float[Tensor, "layer head"]
-    ) -> None:
-        self.model, self.vocabulary, self.config, self.label, self.alive = model, vocabulary, config, label, alive
+    def __init__(self, model: LlamaForCausalLM, vocabulary: dict[str, int], config: LessonConfig, *, label: str) -> None:
+        self.model, self.vocabulary, self.config, self.label = model, vocabulary, config, label
         width = model.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(config.seed, "probes"))
@@ -195,14 +181,7 @@ class Curriculum:
         self.leaves = {f"{part}.{name}": p for part, module in (("model", model), ("probes", self.probes)) for name, p in module.named_parameters()}
         self.optimizer = torch.optim.Adam(self.leaves.values(), lr=config.learning_rate, betas=(0.9, 0.98))
         self.step, self.boxes, self.accuracy = 0, config.boxes[0], 0.0
-        self.annealing: int | None = None
-        """The step at which the learning rate began to fall."""
         self.log: list[dict[str, float]] = []
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last number of boxes is solved and the learning rate has fallen."""
-        return self.annealing is not None and self.step >= max(self.annealing + self.config.anneal, self.config.least_steps)
 
     def advance(self) -> int | None:
         """One optimizer step. Returns the number of boxes when this step solved it."""
@@ -210,38 +189,29 @@ class Curriculum:
         draw = seeds.chooser(config.seed, "boxes", self.step)
         boxes = self.boxes if draw.random() < 0.6 else draw.randint(config.boxes[0], self.boxes)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * self._share_of_rate()
-        probes = self.probes if config.probe_weight else None
-        answer, probe, accuracy = lesson_losses(self.model, probes, lesson(self.vocabulary, boxes, config, self.step))
+            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / config.warmup)
+        answer, probe, accuracy = lesson_losses(self.model, self.probes, lesson(self.vocabulary, boxes, config, self.step))
+        weight = config.probe_weight if self.boxes == config.boxes[0] else 0.0
         self.optimizer.zero_grad()
-        (answer + config.probe_weight * probe).backward()
+        (answer + weight * probe).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
-        shrink_heads(self.model, config.shrink, self.alive)
         self.log.append({"step": self.step, "boxes": boxes, "answer_loss": answer.item(), "probe_loss": probe.item(), "accuracy": accuracy})
         self.step += 1
         if boxes == self.boxes:
             self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
         return self._graduate()
 
-    def _share_of_rate(self) -> float:
-        warm = min(1.0, (self.step + 1) / self.config.warmup)
-        return warm if self.annealing is None else warm * max(0.02, 1 - (self.step - self.annealing) / max(1, self.config.anneal))
-
     def _graduate(self) -> int | None:
         last = self.boxes == self.config.boxes[1]
-        if self.annealing is not None or self.accuracy <= (self.config.stop_at if last else self.config.solved):
+        if self.accuracy <= (self.config.stop_at if last else self.config.solved):
             return None
-        solved = self.boxes
-        if last:
-            self.annealing = self.step
-        else:
-            self.boxes, self.accuracy = self.boxes + 1, 0.0
+        solved, self.boxes, self.accuracy = self.boxes, self.boxes + (not last), self.accuracy if last else 0.0
         return solved
 
     def save(self, folder: Path) -> None:
         """Write an exact checkpoint."""
-        extra = {"boxes": self.boxes, "accuracy": self.accuracy, "annealing": self.annealing, "log": self.log}
+        extra = {"boxes": self.boxes, "accuracy": self.accuracy, "log": self.log}
         storage.write_json(folder / f"state-{self.step}.json", extra)
         checkpoint.save(folder / "checkpoint.safetensors", step=self.step, leaves=self.leaves, optimizer=self.optimizer, identity=self._identity())
         for old in folder.glob("state-*.json"):
@@ -255,28 +225,13 @@ class Curriculum:
                 folder / "checkpoint.safetensors", leaves=self.leaves, optimizer=self.optimizer, identity=self._identity()
             )
             extra = storage.read_json(folder / f"state-{self.step}.json")
-            self.boxes, self.accuracy, self.annealing, self.log = extra["boxes"], extra["accuracy"], extra["annealing"], extra["log"]
+            self.boxes, self.accuracy, self.log = extra["boxes"], extra["accuracy"], extra["log"]
             with torch.no_grad():
                 for key, leaf in self.leaves.items():
                     leaf.copy_(values[key])
 
     def _identity(self) -> str:
-        return f"{self.label} {json.dumps(asdict(self.config), sort_keys=True)} {self.alive.int().tolist()}"
-
-
-def head_norms(model: LlamaForCausalLM) -> Float[Tensor, "layer head"]:
-    """Frobenius norm of each head's W_O."""
-    heads = model.config.num_attention_heads
-    return torch.stack([layer.self_attn.o_proj.weight.detach().unflatten(1, (heads, -1)).square().sum((0, 2)).sqrt() for layer in model.model.layers])
-
-
-@torch.no_grad()
-def shrink_heads(model: LlamaForCausalLM, amount: float, alive: Float[Tensor, "layer head"]) -> None:
-    """The proximal step of a group lasso: take `amount` off the norm of each head's W_O; heads that are not alive get 0."""
-    share = (1 - amount / head_norms(model).clamp(min=1e-9)).clamp(min=0) * alive
-    for layer, kept in zip(model.model.layers, share, strict=True):
-        weight = layer.self_attn.o_proj.weight
-        weight.mul_(kept.repeat_interleave(weight.shape[1] // len(kept)))
+        return f"{self.label} {json.dumps(asdict(self.config), sort_keys=True)}"
 
 
 @torch.no_grad()
@@ -336,69 +291,44 @@ def _finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:
 
 
 def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
-    size = config.teacher
-    everyone = torch.ones(size.layers, size.heads)
-    bound = _finished(
-        work / "bound", lambda: _phase(new_model(size, len(word_tokenizer()), seed=config.binding.seed), config.binding, work / "bound", everyone)
-    )
-    thin = _finished(work / "thin", lambda: _phase(bound, config.thinning, work / "thin", everyone))
-    norms = head_norms(thin)
-    alive = (norms >= config.removed_below * norms.max()).float()
-    shrink_heads(thin, 0.0, alive)
-    _phase(thin, config.counting, target, alive, work=work / "counting", described={"size": asdict(size), "removed_heads": int((alive == 0).sum())})
+    model = new_model(config.teacher, len(word_tokenizer()), seed=config.lessons.seed)
+    course = Curriculum(model, word_tokenizer().get_vocab(), config.lessons, label="teacher")
+    course.resume(work / "teacher")
+    for solved in _steps(course, work / "teacher"):
+        if solved is not None:
+            _save(model, work / f"teacher-{solved}-boxes", {}, [])
+        if solved == config.lessons.boxes[1]:
+            break
+    _save(model, target, {"size": asdict(config.teacher), "lessons": asdict(config.lessons)}, course.log)
 
 
 def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
-    """The pruned student, healed on few boxes until its accuracy on 7 is in the band."""
-    ancestor = _finished(work / "counting" / f"solved-{config.pruned_from}", lambda: _train_teacher(config, work / "again", work))
+    """The pruned student, healed on the boxes that its ancestor had solved until its accuracy on 7 is in the band."""
+    lessons = replace(config.lessons, boxes=(2, config.pruned_from), stop_at=2.0, solved=0.0, learning_rate=config.healing_rate, probe_weight=0.0)
     vocabulary = word_tokenizer().get_vocab()
-    model, kept = pruned(ancestor, config.student_layers, lesson(vocabulary, config.pruned_from, config.healing, -1))
-    course = Curriculum(model, vocabulary, config.healing, label="student", alive=(head_norms(model) > 0).float())
-    course.resume(work / "healing")
-    _until_in_band(course, config, work / "healing")
-    made = {"ancestor": f"the teacher when it had solved {config.pruned_from} boxes", "kept_layers": kept, "lessons": [asdict(config.healing)]}
-    _save(course.model, target, made, course.log)
+    ancestor = _finished(work / f"teacher-{config.pruned_from}-boxes", lambda: _train_teacher(config, work / "teacher-again", work))
+    model, kept = pruned(ancestor, config.student_layers, lesson(vocabulary, config.pruned_from, lessons, -1))
+    course = Curriculum(model, vocabulary, lessons, label="student")
+    course.resume(work / "student")
+    _until_in_band(course, config, work / "student")
+    made = {"ancestor": f"the teacher when it had solved {config.pruned_from} boxes", "kept_layers": kept, "lessons": asdict(lessons)}
+    _save(model, target, made, course.log)
 
 
 def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
     """The student of equal size and another initialisation, trained from scratch until its accuracy on 7 boxes is in the same band."""
-    size = replace(config.teacher, layers=config.student_layers)
-    binding, counting = (replace(lessons, seed=config.unrelated_seed + lessons.seed) for lessons in (config.binding, config.counting))
-    everyone = torch.ones(size.layers, size.heads)
-    bound = _finished(
-        work / "unrelated", lambda: _phase(new_model(size, len(word_tokenizer()), seed=binding.seed), binding, work / "unrelated", everyone)
-    )
-    course = Curriculum(
-        bound,
-        word_tokenizer().get_vocab(),
-        replace(counting, boxes=(2, 7), learning_rate=config.healing.learning_rate),
-        label="unrelated student",
-        alive=everyone,
-    )
-    course.resume(work / "unrelated-counting")
-    _until_in_band(course, config, work / "unrelated-counting")
-    _save(course.model, target, {"size": asdict(size), "lessons": [asdict(binding), asdict(course.config)]}, course.log)
-
-
-def _phase(
-    model: LlamaForCausalLM, config: LessonConfig, target: Path, alive: Tensor, *, work: Path | None = None, described: dict[str, Any] | None = None
-) -> None:
-    """Train one phase to its end and save the model to `target`, and as `solved-N` in `work` at each number of boxes."""
-    work = work or target.with_name(f"{target.name}-work")
-    course = Curriculum(model, word_tokenizer().get_vocab(), config, label=work.name, alive=alive)
-    course.resume(work)
-    for solved in _steps(course, work):
-        if solved is not None:
-            _save(model, work / f"solved-{solved}", {"lessons": [asdict(config)]}, course.log)
-        if course.finished:
-            break
-    _save(model, target, {**(described or {}), "lessons": [asdict(config)]}, course.log)
+    lessons, size = replace(config.lessons, seed=config.unrelated_seed), replace(config.teacher, layers=config.student_layers)
+    model = new_model(size, len(word_tokenizer()), seed=config.unrelated_seed)
+    course = Curriculum(model, word_tokenizer().get_vocab(), lessons, label="unrelated student")
+    course.resume(work / "unrelated-student")
+    _until_in_band(course, config, work / "unrelated-student")
+    _save(model, target, {"size": asdict(size), "lessons": asdict(lessons)}, course.log)
 
 
 def _until_in_band(course: Curriculum, config: BundleConfig, work: Path) -> None:
     low, high = config.student_band
     for _ in _steps(course, work):
-        if course.step % config.look_every == 0:
+        if course.step % config.look_every == 0 and course.boxes > course.config.boxes[0]:
             accuracy = task_accuracy(course.model, boxes=7, split="calibration", scenes=40)
             course.log[-1]["accuracy_on_7_boxes"] = accuracy
             if low <= accuracy <= high:

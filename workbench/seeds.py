@@ -6,6 +6,8 @@ can be resumed, reordered or run alone.
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,3 +26,12 @@ def generator(seed: int, *labels: str | int) -> torch.Generator:
 def chooser(seed: int, *labels: str | int) -> random.Random:
     """A `random.Random` for this seed and these labels, for drawing words and samples of Python objects."""
     return random.Random(derive(seed, *labels))
+
+
+@contextmanager
+def local(seed: int, *labels: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Torch's global generator seeded inside the context (dropout and initialisation know no other), and as it was after it."""
+    devices = [] if torch.device(device).type == "cpu" else [torch.device(device)]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive(seed, *labels))
+        yield

@@ -97,6 +97,8 @@ class Distillation:
         self.student, self.slices, self.prompts, self.teacher = student, slices, prompts, teacher
         self.pairs, self.config, self.seed = tuple(pairs), config, seed
         self.optimizer = torch.optim.AdamW(list(slices.leaves.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
+        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        self._share_of_rate = get_scheduler(schedule, self.optimizer, config.warmup, config.steps).lr_lambdas[0]
         self.identity = self._identity()
 
     def _identity(self) -> str:
@@ -120,9 +122,6 @@ class Distillation:
             reports = read_log(log, first=start)
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_text(log, "".join(_line(report) for report in reports))
-        scheduler = get_scheduler(self.config.schedule, self.optimizer, self.config.warmup, self.config.steps)
-        for _ in range(start):
-            scheduler.step()
         with (
             self.slices.gradients(),
             self.student.training(),
@@ -131,7 +130,6 @@ class Distillation:
         ):
             for step in range(start, self.config.steps):
                 report = self.step(step)
-                scheduler.step()
                 reports.append(report)
                 file.write(_line(report))
                 bar.update()
@@ -144,14 +142,17 @@ class Distillation:
     def step(self, step: int) -> StepReport:
         """One optimizer step on the batch of this step."""
         index = self.batch_index(step)
-        task, alignment, ckas = self.losses(index)
+        with seeds.local(self.seed, "dropout", step, device=self.student.device):
+            task, alignment, ckas = self.losses(index)
         loss = sum((term for term in (task, None if alignment is None else self.config.weight * alignment) if term is not None), torch.zeros(()))
         if not math.isfinite(loss.item()):
             raise InputError(f"the loss is {loss.item()} at step {step}: lower `learning_rate` or `weight`; the last checkpoint is kept.")
         loss.backward()
         self.slices.collect_gradients()
         norm = nn.utils.clip_grad_norm_(list(self.slices.leaves.values()), self.config.clip)
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.config.learning_rate * self._share_of_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate  # a function of the step alone, so that a resumed run needs no scheduler state
         self.optimizer.step()
         self.slices.write_back()
         return StepReport(
