@@ -54,8 +54,29 @@ def test_the_whole_road(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     conditions = [row["condition"] for row in results]
-    assert conditions == ["base", "full_ce", "circuit_ce", "circuit_cka", "circuit_ce_random_cka", "circuit_ce_cka", "full_kl", "full_ce_cka", "teacher"]
-    wanted = {"condition", "seed", "full_accuracy", "circuit_accuracy", "random_circuit_accuracy", "faithfulness", "mean_cka", "cka_floor", "trained_parameters", "steps"}
+    assert conditions == [
+        "base",
+        "full_ce",
+        "circuit_ce",
+        "circuit_cka",
+        "circuit_ce_random_cka",
+        "circuit_ce_cka",
+        "full_kl",
+        "full_ce_cka",
+        "teacher",
+    ]
+    wanted = {
+        "condition",
+        "seed",
+        "full_accuracy",
+        "circuit_accuracy",
+        "random_circuit_accuracy",
+        "faithfulness",
+        "mean_cka",
+        "cka_floor",
+        "trained_parameters",
+        "steps",
+    }
     assert all(wanted <= set(row) for row in results)
     trained = {row["condition"]: row["trained_parameters"] for row in results}
     assert 0 == trained["base"] == trained["teacher"] < trained["circuit_ce"] == trained["circuit_ce_cka"] < trained["full_ce"]
@@ -130,7 +151,7 @@ def test_recipes(recipe: Path, tmp_path: Path) -> None:
     assert parse_recipe(to_plain(read_recipe(recipe))) == read_recipe(recipe)
     for bundled in (ROOT / "workbench" / "recipes").glob("*.yaml"):
         assert read_recipe(bundled.stem).title
-    with pytest.raises(InputError, match="neither a file nor a bundled recipe.*'demo'"):
+    with pytest.raises(InputError, match=r"neither a file nor a bundled recipe.*'demo'"):
         read_recipe("demoo")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(InputError, match="not a mapping"):
@@ -150,11 +171,15 @@ def test_bad_input_exits_with_its_remedy(recipe: Path, tmp_path: Path, capsys: p
     (out / "run.json").write_text("{half a")
     assert "damaged" in refused("match", "--recipe", recipe, "--out", out, "--resume")
     assert "no student" in refused("match", "--recipe", recipe, "--out", tmp_path / "a", "--set", "student=null")
-    assert "neither a local path nor in the hub cache" in refused("discover", "--recipe", recipe, "--out", tmp_path / "b", "--set", "teacher=nobody/nothing")
+    assert "neither a local path nor in the hub cache" in refused(
+        "discover", "--recipe", recipe, "--out", tmp_path / "b", "--set", "teacher=nobody/nothing"
+    )
     assert "KEY=VALUE" in refused("discover", "--recipe", recipe, "--out", tmp_path / "c", "--set", "teacher")
 
 
-def test_different_vocabularies_are_refused(recipe: Path, model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_vocabularies_are_refused(
+    recipe: Path, model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     other = tmp_path / "other"
@@ -169,11 +194,19 @@ def test_different_vocabularies_are_refused(recipe: Path, model_folder: Callable
 
 def test_own_pairs_by_mean_ablation(recipe: Path, tmp_path: Path) -> None:
     rows = [
-        {"clean": f"The {a} is in Box F . Box F contains the", "corrupt": f"The {b} is in Box G . Box H contains the", "answer": f" {a}", "distractor": f" {b}"}
+        {
+            "clean": f"The {a} is in Box F . Box F contains the",
+            "corrupt": f"The {b} is in Box G . Box H contains the",
+            "answer": f" {a}",
+            "distractor": f" {b}",
+        }
         for a, b in [("apple", "ball"), ("bag", "bell"), ("boat", "bomb"), ("bone", "book")]
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = {"data": {"pairs": str(tmp_path / "pairs.jsonl"), "reference": "corrupt"}, "discovery": {"method": "mean_ablation", "heads": 3, "least_effect": 0.0, "confidence": 0.01}}
+    own = {
+        "data": {"pairs": str(tmp_path / "pairs.jsonl"), "reference": "corrupt"},
+        "discovery": {"method": "mean_ablation", "heads": 3, "least_effect": 0.0, "confidence": 0.01},
+    }
     value = {**yaml.safe_load(recipe.read_text()), **own, "student": None}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(value))
     assert run("discover", "--recipe", tmp_path / "own.yaml", "--out", tmp_path / "run") == 0

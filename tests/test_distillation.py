@@ -50,7 +50,9 @@ def inside(student: Student, heads: list[Head], *, train_kv: bool = True) -> dic
     return masks
 
 
-def trained(student: Student, cache: teacher_cache.TeacherCache, config: TrainingConfig, folder: Path, *, everything: bool = False, **run: Any) -> Any:
+def trained(
+    student: Student, cache: teacher_cache.TeacherCache, config: TrainingConfig, folder: Path, *, everything: bool = False, **run: Any
+) -> Any:
     parts = slices_of_everything(student) if everything else slices_of_heads(student, HEADS)
     pairs = PAIRS if config.weight else ()
     return Distillation(student, TrainedSlices(student, parts), PROMPTS, cache, pairs, config, seed=3).run(folder, **run)
@@ -59,7 +61,9 @@ def trained(student: Student, cache: teacher_cache.TeacherCache, config: Trainin
 def test_alignment_gradient_is_in_every_matched_head_and_nowhere_else(load_student: Loader, architecture: str, cache: Any) -> None:
     """The trap of a detached activation: a loss that looks fine and trains nothing."""
     student: Student = load_student(architecture)
-    run = Distillation(student, TrainedSlices(student, slices_of_everything(student)), PROMPTS, cache, PAIRS, replace(CONFIG, task_loss="none"), seed=0)
+    run = Distillation(
+        student, TrainedSlices(student, slices_of_everything(student)), PROMPTS, cache, PAIRS, replace(CONFIG, task_loss="none"), seed=0
+    )
     masks = inside(student, HEADS)
     for pair in PAIRS:
         alone = Distillation(student, run.slices, PROMPTS, cache, [pair], replace(CONFIG, task_loss="none"), seed=0)
@@ -127,7 +131,9 @@ def test_lambda_zero_equals_plain_head_only_fine_tuning_to_the_bit(load_student:
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_killed_and_resumed_ends_with_the_same_bits(load_student: Loader, cache: Any, tmp_path: Path, architecture: str, everything: bool, monkeypatch: Any) -> None:
+def test_killed_and_resumed_ends_with_the_same_bits(
+    load_student: Loader, cache: Any, tmp_path: Path, architecture: str, everything: bool, monkeypatch: Any
+) -> None:
     whole: Student = load_student(architecture)
     config = replace(CONFIG, schedule="cosine", warmup=2)
     reports = trained(whole, cache, config, tmp_path / "whole", everything=everything)
@@ -208,7 +214,7 @@ def test_cache_is_by_content_never_stale_and_rebuilt_when_damaged(load_teacher: 
     assert torch.equal(teacher_cache.teacher_cache(teacher, PROMPTS, names, tmp_path).logits, changed.logits)
     with pytest.raises(InputError, match="not in this teacher cache"):
         first.rows(torch.arange(2), [hooks.z(1)])
-    with pytest.raises(InputError, match="no hook 'blocks.0.attn.hook_zz'.*hook_z"):
+    with pytest.raises(InputError, match=r"no hook 'blocks.0.attn.hook_zz'.*hook_z"):
         teacher_cache.teacher_cache(teacher, PROMPTS, ["blocks.0.attn.hook_zz"], tmp_path)
 
 

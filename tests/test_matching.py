@@ -51,7 +51,9 @@ def test_other_rules_by_hand() -> None:
     assert [str(t) for _, t in normalised.pairs] == ["L0H2", "L0H1", "L0H2"]
     one_to_one = match_heads(STUDENT, TEACHER, OURS, THEIRS, MatchingConfig(one_to_one=True))
     assert len(one_to_one.teacher_heads) == 3
-    assert sum(m.distance or 0 for m in one_to_one.matches) == pytest.approx(0.20), "the cheapest assignment; head by head it would cost 0.15 with two on one"
+    assert sum(m.distance or 0 for m in one_to_one.matches) == pytest.approx(0.20), (
+        "the cheapest assignment; head by head it would cost 0.15 with two on one"
+    )
 
 
 def test_profile_rule_follows_the_shape_of_impacts() -> None:
@@ -73,12 +75,18 @@ def test_controls_are_seeded_and_differ_from_the_match() -> None:
 
 
 def test_refusals_name_the_remedy() -> None:
-    with pytest.raises(InputError, match="student's circuit is empty.*least_effect"):
+    with pytest.raises(InputError, match=r"student's circuit is empty.*least_effect"):
         match_heads(STUDENT, TEACHER, circuit(), THEIRS, MatchingConfig())
     with pytest.raises(InputError, match="many-to-one"):
         match_heads(STUDENT, TEACHER, OURS, circuit("L0H0"), MatchingConfig(one_to_one=True))
     with pytest.raises(InputError, match="same pairs"):
-        match_heads(STUDENT, Scores.of_heads(torch.rand(2, 3, 4, generator=seeds.generator(0)), unit="x", baseline=0.9), OURS, THEIRS, MatchingConfig(rule="profile"))
+        match_heads(
+            STUDENT,
+            Scores.of_heads(torch.rand(2, 3, 4, generator=seeds.generator(0)), unit="x", baseline=0.9),
+            OURS,
+            THEIRS,
+            MatchingConfig(rule="profile"),
+        )
     unmeasured = Scores.of_heads(torch.full((2, 3, 4), torch.nan), unit="x", baseline=0.9)
     with pytest.raises(InputError, match="profile every head"):
         match_heads(unmeasured, TEACHER, OURS, THEIRS, MatchingConfig())
@@ -127,7 +135,9 @@ def test_a_student_of_permuted_heads_is_matched_back(load_teacher: Callable[...,
     student = Teacher.load(tmp_path)
     prompts, reference = entity_pairs(split="test", scenes=8), entity_pairs(split="calibration", scenes=8)
     impacts = [
-        ablation_profiles(model, prompts, reference_means(model, reference), metrics={"log_probability": METRICS["log_probability"]})["log_probability"]
+        ablation_profiles(model, prompts, reference_means(model, reference), metrics={"log_probability": METRICS["log_probability"]})[
+            "log_probability"
+        ]
         for model in (student, teacher)
     ]
     everyone = Circuit.of((Member(head, "A", "last") for head in teacher.heads), shape=(2, 4), method="all")

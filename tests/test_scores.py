@@ -54,7 +54,10 @@ def test_frame_and_file_round_trip(tmp_path: Path) -> None:
     assert len(frame) == 6
     scores.save(tmp_path / "s.safetensors")
     again = Scores.load(tmp_path / "s.safetensors")
-    assert torch.equal(again.values, scores.values, ) or bool((again.values.nan_to_num() == scores.values.nan_to_num()).all())
+    assert torch.equal(
+        again.values,
+        scores.values,
+    ) or bool((again.values.nan_to_num() == scores.values.nan_to_num()).all())
     assert (again.axes, dict(again.labels), again.unit, again.baseline) == (scores.axes, dict(scores.labels), "nats", 1.5)
     (tmp_path / "s.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="damaged"):
@@ -98,7 +101,9 @@ def test_metrics_one_value_per_example() -> None:
     rows = torch.arange(6)
     assert metrics.log_probability(logits, answers, distractors).tolist() == pytest.approx(logits.log_softmax(-1)[rows, answers].tolist())
     assert metrics.probability(logits, answers, distractors).tolist() == pytest.approx(logits.softmax(-1)[rows, answers].tolist())
-    assert metrics.logit_difference(logits, answers, distractors).tolist() == pytest.approx((logits[rows, answers] - logits[rows, distractors]).tolist())
+    assert metrics.logit_difference(logits, answers, distractors).tolist() == pytest.approx(
+        (logits[rows, answers] - logits[rows, distractors]).tolist()
+    )
     assert metrics.accuracy(logits, logits.argmax(-1), distractors).tolist() == [1.0] * 6
     other = torch.randn(6, 11, generator=seeds.generator(0, "other"), dtype=torch.float64)
     by_hand = [stats.entropy(other[i].softmax(-1).numpy(), logits[i].softmax(-1).numpy()) for i in range(6)]

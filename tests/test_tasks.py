@@ -62,9 +62,14 @@ def test_the_corrupt_prompt_keeps_the_form_and_none_of_the_information() -> None
 
 
 def test_splits_are_disjoint_whatever_the_seed_and_reproducible() -> None:
-    scenes = {split: {row["clean"].rsplit(" Box ", 1)[0] for seed in range(3) for row in rows(split=split, seed=seed)} for split in ("train", "calibration", "test")}
+    scenes = {
+        split: {row["clean"].rsplit(" Box ", 1)[0] for seed in range(3) for row in rows(split=split, seed=seed)}
+        for split in ("train", "calibration", "test")
+    }
     assert all(len(found) == 18 for found in scenes.values())
-    assert not (scenes["train"] & scenes["test"] or scenes["train"] & scenes["calibration"] or scenes["calibration"] & scenes["test"])
+    assert not scenes["train"] & scenes["test"]
+    assert not scenes["train"] & scenes["calibration"]
+    assert not scenes["calibration"] & scenes["test"]
     assert rows(seed=1)["clean"][:] == rows(seed=1)["clean"][:] != rows(seed=2)["clean"][:]
 
 
@@ -113,7 +118,12 @@ def test_overlap_of_reference_and_evaluated_prompts_is_refused() -> None:
         refuse_overlap(pairs.rows(slice(0, 1)), pairs)
 
 
-GOOD = {"clean": "The apple is in Box F . Box F contains the", "corrupt": "The book is in Box G . Box H contains the", "answer": " apple", "distractor": " book"}
+GOOD = {
+    "clean": "The apple is in Box F . Box F contains the",
+    "corrupt": "The book is in Box G . Box H contains the",
+    "answer": " apple",
+    "distractor": " book",
+}
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -152,7 +162,7 @@ def test_a_bad_row_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -
 
 
 def test_other_bad_sources(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="row 1 .*not JSON"):
+    with pytest.raises(InputError, match=r"row 1 .*not JSON"):
         load_pairs(write(tmp_path / "p.jsonl", GOOD, "{nonsense"), TOKENIZER)
     with pytest.raises(InputError, match="not a file"):
         load_pairs(tmp_path / "absent.jsonl", TOKENIZER)

@@ -98,7 +98,9 @@ class Distillation:
         self.pairs, self.config, self.seed = tuple(pairs), config, seed
         self.optimizer = torch.optim.AdamW(list(slices.leaves.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        self._share_of_rate = get_scheduler(schedule, self.optimizer, config.warmup, config.steps).lr_lambdas[0]
+        scheduler = get_scheduler(schedule, self.optimizer, config.warmup, config.steps)
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        self._share_of_rate = scheduler.lr_lambdas[0]
         self.identity = self._identity()
 
     def _identity(self) -> str:

@@ -10,7 +10,7 @@ head's whole key-value group.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -159,7 +159,7 @@ def _sweep(
     metric: Metric,
     effect: Effect,
     unit: str,
-    bar: "tqdm[None]",
+    bar: "tqdm[Any]",
 ) -> Scores:
     model, pairs = patcher.model, patcher.pairs
     clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
