@@ -28,14 +28,21 @@ def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased") -> Va
     Errors: `InputError` when the debiased estimator gets fewer than 4 examples, the biased one fewer than 2.
     Source: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et al. 2021.
     """
-    m = x.shape[-2]
+    _require_examples(x.shape[-2], estimator)
+    (x, x_varies), (y, y_varies) = _standardised(x), _standardised(y)
+    xy, xx, yy = (_hsic(a, b, estimator) for a, b in ((x, y), (x, x), (y, y)))
+    return _ratio(xy, xx, yy, x_varies & y_varies)
+
+
+def _require_examples(m: int, estimator: Estimator) -> None:
     least = 4 if estimator == "debiased" else 2
     if m < least:
         raise InputError(f"{estimator} CKA needs at least {least} examples, got {m}; use a larger batch or more positions.")
-    (x, x_varies), (y, y_varies) = _standardised(x), _standardised(y)
-    hsic = _biased_hsic if estimator == "biased" else _unbiased_hsic
-    xy, xx, yy = hsic(x, y), hsic(x, x), hsic(y, y)
-    defined = x_varies & y_varies & ~(xx <= 0) & ~(yy <= 0)  # a NaN is not hidden: it stays in the result
+
+
+def _ratio(xy: Value, xx: Value, yy: Value, vary: Bool[Tensor, "*batch"]) -> Value:
+    """xy / sqrt(xx yy); 0 with zero gradient where it is not defined. A NaN is not hidden: it stays in the result."""
+    defined = vary & ~(xx <= 0) & ~(yy <= 0)
     product = torch.where(defined, xx * yy, 1.0)  # the inner `where` keeps NaN out of the gradient
     return torch.where(defined, xy / product.sqrt(), 0.0)
 
@@ -60,24 +67,24 @@ def _product_norm(x: Features, y: Others) -> Value:
     return ((x @ x.mT) * (y @ y.mT)).sum((-2, -1))
 
 
-def _biased_hsic(x: Features, y: Others) -> Value:
-    """tr(K H L H) / (m-1)^2 of centered features."""
-    return _product_norm(x, y) / (x.shape[-2] - 1) ** 2
-
-
-def _unbiased_hsic(x: Features, y: Others) -> Value:
-    """Song et al. 2012, eq 5, of centered features: with zeroed diagonals K~, L~,
-
-        [tr(K~ L~) + 1^T K~ 1 1^T L~ 1 / ((m-1)(m-2)) - 2/(m-2) 1^T K~ L~ 1] / (m (m-3)).
-
-    Centered rows sum to zero, so K 1 = 0 and K~ 1 = -diag(K): every term needs only tr(K L) and the diagonals (squared row norms).
-    """
-    m = x.shape[-2]
+def _hsic(x: Features, y: Others, estimator: Estimator) -> Value:
+    """HSIC of centered features."""
     k, l = x.square().sum(-1), y.square().sum(-1)
-    cross = (k * l).sum(-1)
-    trace = _product_norm(x, y) - cross
-    sums = k.sum(-1) * l.sum(-1) / ((m - 1) * (m - 2))
-    return (trace + sums - 2 / (m - 2) * cross) / (m * (m - 3))
+    return _estimate(_product_norm(x, y), (k * l).sum(-1), k.sum(-1) * l.sum(-1), x.shape[-2], estimator)
+
+
+def _estimate(trace: Value, cross: Value, sums: Value, m: int, estimator: Estimator) -> Value:
+    """HSIC from tr(K L), diag(K) . diag(L) and tr(K) tr(L) of centered features.
+
+    Biased: tr(K L) / (m-1)^2, since H K H = K. Debiased (Song et al. 2012, eq 5), with zeroed diagonals K~, L~,
+
+        [tr(K~ L~) + 1^T K~ 1 1^T L~ 1 / ((m-1)(m-2)) - 2/(m-2) 1^T K~ L~ 1] / (m (m-3)):
+
+    centered rows sum to zero, so K 1 = 0 and K~ 1 = -diag(K), and every term needs only these three numbers.
+    """
+    if estimator == "biased":
+        return trace / (m - 1) ** 2
+    return (trace - cross + sums / ((m - 1) * (m - 2)) - 2 / (m - 2) * cross) / (m * (m - 3))
 
 
 def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimator = "biased") -> Value:
@@ -86,6 +93,13 @@ def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimato
 
 
 def pairwise_linear_cka(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased") -> Float[Tensor, "a b"]:
-    """CKA of every X with every Y, in one batched product."""
-    a, b = x.shape[0], y.shape[0]
-    return linear_cka(x[:, None].expand(a, b, *x.shape[1:]), y[None].expand(a, b, *y.shape[1:]), estimator=estimator)
+    """CKA of every X with every Y: one matrix product for each X, and each self-term once. Errors as `linear_cka`."""
+    m = x.shape[-2]
+    _require_examples(m, estimator)
+    (x, x_varies), (y, y_varies) = _standardised(x), _standardised(y)
+    others = y.transpose(0, 1).flatten(1)
+    trace = torch.stack([(one.mT @ others).unflatten(1, y.shape[::2]).square().sum((0, 2)) for one in x])
+    k, l = x.square().sum(-1), y.square().sum(-1)
+    xy = _estimate(trace, k @ l.mT, k.sum(-1)[:, None] * l.sum(-1)[None], m, estimator)
+    xx, yy = _hsic(x, x, estimator)[:, None].expand_as(xy), _hsic(y, y, estimator)[None].expand_as(xy)
+    return _ratio(xy, xx, yy, x_varies[:, None] & y_varies[None])

@@ -1,0 +1,27 @@
+"""`python -m benchmarks NAME` prints one JSON object; `all` runs every benchmark and writes benchmarks/results.json."""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import cka_pairs
+from workbench import storage
+
+BENCHMARKS = {"cka-pairs": cka_pairs.run}
+
+
+def main() -> int:
+    """Run the named benchmark, or all."""
+    name = sys.argv[1] if len(sys.argv) == 2 else ""
+    if name not in (*BENCHMARKS, "all"):
+        print(f"usage: python -m benchmarks NAME, with NAME one of: all, {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    results = [run() for key, run in BENCHMARKS.items() if name in (key, "all")]
+    if name == "all":
+        storage.write_json(Path(__file__).parent / "results.json", results)
+    for result in results:
+        print(json.dumps(result))
+    return 0
+
+
+sys.exit(main())
