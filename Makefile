@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 test-slow check lint types bench notebooks models clean
+.PHONY: demo test test-tl3 test-slow check lint types bench models clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
@@ -30,9 +30,6 @@ types: $(READY)
 
 bench: $(READY)  ## all benchmarks -> benchmarks/results.json
 	$(BIN)/python -m benchmarks all
-
-notebooks: $(READY)  ## execute every notebook in its fast mode
-	$(BIN)/python -m pytest tests/test_notebooks.py
 
 models: $(READY)  ## train the bundled models anew (about half an hour)
 	$(BIN)/workbench pretrain
