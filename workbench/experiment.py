@@ -32,6 +32,7 @@ from workbench.tasks.base import PromptPairs, Split, Stage, encode, load_pairs, 
 from workbench.tasks.entity_tracking import EntityTracking
 
 log = logging.getLogger("workbench")
+NO_STUDENT = "this recipe names no student; add `student: <directory or hub id>`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ class Experiment:
     def fresh_student(self, *, check: bool = False) -> Student:
         """Another copy of the untrained student."""
         if self.recipe.student is None:
-            raise InputError("this recipe names no student; add `student: <directory or hub id>`.")
+            raise InputError(NO_STUDENT)
         return Student.load(located(self.recipe.student), device=self.recipe.device, dtype=self.recipe.dtype, check=check)
 
     @functools.cached_property
@@ -215,6 +216,8 @@ class Experiment:
 
     def match(self) -> HeadMap:
         """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with its floor."""
+        if self.recipe.student is None:
+            raise InputError(NO_STUDENT)
         circuits = self.discover()
         if not self.folder.head_map_file.exists():
             impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
