@@ -9,11 +9,11 @@ match's margin. Impacts come as profiles from `ablation_profile`: [layer head ex
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -39,8 +39,6 @@ class MatchingConfig:
     """What an impact is measured in; the paper uses accuracy, continuous metrics have fewer ties."""
     one_to_one: bool = False
     """Assign each teacher head at most once (optimal assignment); the paper allows many-to-one."""
-    prompts: Annotated[int, Field(ge=4)] = 140
-    """Calibration prompts that impacts are measured on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
