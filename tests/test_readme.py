@@ -14,7 +14,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert "L" in capsys.readouterr().out
+    assert "Head(layer=" in capsys.readouterr().out, "the example finds value fetchers"
 
 
 def test_what_the_readme_names_is_there() -> None:

@@ -19,7 +19,7 @@ from workbench.errors import InputError
 from workbench.matching import HeadMap
 from workbench.models import HookedModel
 from workbench.refs import Head, Position
-from workbench.similarity.cka import Estimator, linear_cka
+from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
 from workbench.tasks.base import PromptPairs
 
 Activation = Literal["z", "result"]
@@ -142,7 +142,7 @@ def _pair_cka(x: Tensor, y: Tensor, pair: AlignedPair, estimator: Estimator, shu
     if len(x) != len(y):
         raise InputError(f"{pair}: {len(x)} rows of the student against {len(y)} of the teacher; align both at one named position.")
     orders = [torch.randperm(len(y), generator=seeds.generator(seed, "floor", draw)) for draw in range(shuffles)]
-    floors = torch.stack([linear_cka(x, y[order], estimator=estimator) for order in orders])
+    floors = torch.stack([shuffled_floor(x, y, order=order, estimator=estimator) for order in orders])
     return PairCka(
         pair=pair, cka=float(linear_cka(x, y, estimator=estimator)), floor=float(floors.mean()), floor_high=float(floors.max()), rows=len(x)
     )
