@@ -32,7 +32,8 @@ from workbench.circuits.evaluation import circuit_logits, evaluate_circuit
 from workbench.metrics import METRICS, accuracy, log_probability
 from workbench.models import Teacher
 from workbench.patching.ablation import ablated_logits, ablation_profiles, plain_logits, reference_means
-from workbench.patching.path import PathPatcher, activation_baselines
+from workbench.patching.hooked import HookedPatcher
+from workbench.patching.path import activation_baselines
 from workbench.pretraining import word_tokenizer
 from workbench.refs import Head
 from workbench.sources import quiet
@@ -284,7 +285,7 @@ def test_the_model_solves_the_task_and_knows_nothing_of_the_answer_on_corrupt_pr
 
 
 def test_distractors_are_at_work_and_the_rest_is_inert(known, pairs):
-    patcher = PathPatcher(known, pairs)
+    patcher = HookedPatcher(known, pairs)
     assert {head.layer for head in DISTRACTORS} == set(range(LAYERS))
     for head in known.heads:
         clean, corrupt = (run[hooks.z(head.layer)][:, :, head.index] for run in (patcher.clean, patcher.corrupt))

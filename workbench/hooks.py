@@ -58,9 +58,24 @@ def pattern(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
+def rotary_cos(layer: int) -> str:
+    """Cosines of the rotary angles of every position: [1 or batch, pos, rotary width]; only in models with rotary positions."""
+    return f"blocks.{layer}.attn.hook_cos"
+
+
+def rotary_sin(layer: int) -> str:
+    """Sines of the rotary angles, as `rotary_cos`."""
+    return f"blocks.{layer}.attn.hook_sin"
+
+
 def attention_output(layer: int) -> str:
     """Sum of the heads' outputs and the output bias: [batch pos d_model]."""
     return f"blocks.{layer}.hook_attn_out"
+
+
+def mlp_input(layer: int) -> str:
+    """What the MLP reads, normalised: [batch pos d_model] (TransformerBridge)."""
+    return f"blocks.{layer}.mlp.hook_in"
 
 
 def mlp_output(layer: int) -> str:

@@ -56,6 +56,6 @@ METRICS: dict[str, Metric] = {
 """The metrics that a recipe can name."""
 
 
-def relative_change(patched: PerExample, clean: PerExample) -> PerExample:
+def relative_change(patched: Float[Tensor, "*sweep batch"], clean: PerExample) -> Float[Tensor, "*sweep batch"]:
     """(patched - clean) / clean, the score of Prakash et al. for probabilities; NaN where clean is 0."""
     return torch.where(clean == 0, torch.nan, (patched - clean) / clean)

@@ -47,7 +47,7 @@ class Receiver:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Mlp:
-    """The MLP of a layer, written `M5`."""
+    """The MLP of a layer, written `M5`: as a sender its output, as a receiver its input."""
 
     layer: int
 
@@ -65,3 +65,5 @@ class Embedding:
 
 Sender = Head | Mlp | Embedding
 """What can write to the residual stream."""
+PathEnd = Receiver | Mlp
+"""What can read from the residual stream on its way to the logits."""

@@ -1,49 +1,82 @@
 """Path patching (Wang et al. 2022; Prakash et al. 2024), exact: what does a sender do to a receiver, directly?
 
 Clean run and corrupt run. A sender at its position takes its corrupt output; every other attention head is frozen to clean; MLPs are
-recomputed (so the path runs through MLPs and the residual stream, never through another head). The receivers' q, k or v is recorded, and a
-clean run with only that replaced gives the patched logits. With no receivers the frozen run's own logits are the direct effect.
+recomputed (so the path runs through MLPs and the residual stream, never through another head). The receivers' q, k or v (or what an MLP
+reads) is recorded, and a clean run with only that replaced gives the patched logits. With no receivers the frozen run's own logits are the
+direct effect.
 
 Direction: corrupt into clean; for clean into corrupt pass `pairs.swapped()`. Sign: patched minus clean, so a head that the task needs has
 a negative score. LayerNorm is recomputed, rotary positions are the model's own. With grouped-query attention a k or v receiver is the
-head's whole key-value group.
+head's whole key-value group, or with `by_query_head` that head's own view of it.
+
+Cost, in forwards of the whole model: two for the clean and the corrupt run, whatever the number of senders; a sender to the logits then
+costs the MLPs above it at the last token (`frozen.py`), a path into heads the layers above them from the receivers' position on (`replay.py`).
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any, Literal
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench import hooks
 from workbench.errors import InputError
 from workbench.metrics import Metric, relative_change
-from workbench.models import HookedModel
+from workbench.models import HookedModel, last_position
+from workbench.parts import decoder_parts
 from workbench.patching.ablation import plain_logits
-from workbench.refs import Embedding, Head, Mlp, Position, Receiver, Sender
+from workbench.patching.chunks import MEMORY, in_chunks
+from workbench.patching.frozen import FrozenRuns, Variant, entry
+from workbench.patching.hooked import HookedPatcher
+from workbench.patching.passage import Passage, Route, alike, by_first_receiver, place_of, rows_of
+from workbench.patching.replay import Replay
+from workbench.patching.window import Spots
+from workbench.refs import Composition, Head, Mlp, PathEnd, Position, Receiver, Sender
 from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
 
+log = logging.getLogger("workbench")
 Effect = Literal["difference", "relative"]
 """patched - clean, or (patched - clean) / clean (Prakash's score for probabilities)."""
-
-Cache = dict[str, Tensor]
-INPUTS = {"q": hooks.q, "k": hooks.k, "v": hooks.v}
 BATCH = 128
 """Default number of prompts in one forward."""
 
 
 class PathPatcher:
-    """Path patching on one batch of pairs: the clean and corrupt runs are done once, each path costs one or two forwards."""
+    """Path patching on one batch of pairs: the clean and corrupt runs are done once, and every path shares what it can with them."""
 
-    def __init__(self, model: HookedModel, pairs: PromptPairs) -> None:
+    def __init__(self, model: HookedModel, pairs: PromptPairs, *, memory: int = MEMORY, engine: Literal["replay", "hooks"] | None = None) -> None:
+        """`memory`: bytes that one chunk of variants may take. `engine`: None takes `replay` where it agrees with the hooked forward, else `hooks`.
+
+        Errors: `InputError` in training mode, and where `replay` is asked for and not to be had.
+        """
         model.require_eval()
-        self.model, self.pairs = model, pairs
-        names = [hooks.embedding(), *(name(layer) for layer in range(model.n_layers) for name in (hooks.z, hooks.mlp_output))]
-        self.clean_logits, self.clean = model.activations(pairs.clean, pairs.mask, names)
+        self.model, self.pairs, self.memory = model, pairs, memory
+        parts = None if engine == "hooks" else decoder_parts(model)
+        replay = None if parts is None else Replay.of(model, parts, pairs)
+        self.replay = replay if replay is not None and replay.agrees() else None
+        if self.replay is None:
+            if engine == "replay":
+                raise InputError(
+                    f"{model.name} can't be replayed exactly (its blocks do more than the replay knows); leave `engine` out to go through hooks."
+                )
+            if engine is None:
+                log.warning("%s: patching goes through hooked forwards, which is slow: its blocks do more than the replay knows", model.name)
+            self.hooked = HookedPatcher(model, pairs)
+            self.clean_logits, self.corrupt_logits = self.hooked.clean_logits, self.hooked.corrupt_logits
+            return
+        names = [hooks.residual_pre(0), *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output))]
+        self.clean_logits = self.replay.clean_logits
         self.corrupt_logits, self.corrupt = model.activations(pairs.corrupt, pairs.mask, names)
+
+    @property
+    def engine(self) -> Literal["replay", "hooks"]:
+        """How the paths are computed."""
+        return "hooks" if self.replay is None else "replay"
 
     @torch.no_grad()
     def logits(
@@ -51,71 +84,136 @@ class PathPatcher:
         senders: Collection[Sender],
         position: Position = "all",
         *,
-        receivers: Sequence[Receiver] = (),
+        receivers: Sequence[PathEnd] = (),
         receiver_position: Position = "all",
         freeze_mlps: bool = False,
+        by_query_head: bool = False,
     ) -> Float[Tensor, "batch d_vocab"]:
         """Patched final logits when the senders jointly take their corrupt outputs at a position, along paths to the receivers."""
+        route = Route(
+            position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps, by_query_head=by_query_head
+        )
+        patched = self.clean_logits.clone()
+        for _, rows, logits in self.patched([frozenset(senders)], route):
+            patched[rows] = logits
+        return patched
+
+    def effects(
+        self, variants: Sequence[Variant], route: Route, metric: Metric, *, done: Callable[[int], object] = bool
+    ) -> Float[Tensor, "variant batch"]:
+        """The metric of each variant's patched logits on each prompt; `done` is told how many variants have been finished on how many prompts."""
+        clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
+        values = clean[None].repeat(len(variants), 1)
+        for variant, rows, logits in self.patched(variants, route):
+            values[variant, rows] = metric(logits, self.pairs.answers[rows], self.pairs.distractors[rows])
+            done(len(rows))
+        return values
+
+    @torch.no_grad()
+    def patched(self, variants: Sequence[Variant], route: Route) -> Iterator[tuple[int, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]:
+        """(number of the variant, prompts, their patched logits) for every variant; a pair that is left out has no path and stays clean.
+
+        Errors: `InputError` for a head, MLP or position that there is not, and in training mode.
+        """
         self.model.require_eval()
-        self._refuse_unknown(senders, receivers)
-        where = self.pairs.position(position)
-        frozen = self._frozen_run_edits(senders, where, freeze_mlps)
-        if not receivers:
-            with hooks.edit(self.model.model, frozen):
-                return self.model.final_logits(self.pairs.clean, self.pairs.mask)
-        names = sorted({INPUTS[receiver.composition](receiver.head.layer) for receiver in receivers})
-        with hooks.edit(self.model.model, frozen):
-            _, recorded = self.model.activations(self.pairs.clean, self.pairs.mask, names)
-        with hooks.edit(self.model.model, self._receiver_edits(receivers, recorded, self.pairs.position(receiver_position))):
-            return self.model.final_logits(self.pairs.clean, self.pairs.mask)
+        _refuse_unknown(self.model, {place for variant in variants for place in variant} | set(route.receivers))
+        sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
+        if self.replay is None:
+            yield from self._through_hooks(variants, route)
+            return
+        order = [number for number in sorted(range(len(variants)), key=lambda number: entry(variants[number])) if variants[number]]
+        if not route.receivers:
+            yield from self._to_logits(variants, order, route, sending)
+            return
+        for rows in alike(self.pairs.mask, sending & receiving):
+            passage = Passage(self.replay.rows(rows), rows_of(self.corrupt, rows), sending[rows], receiving[rows], route)
+            size = max(1, self.memory // passage.variant_bytes())
+            parallel = self.replay.parts.blocks[0].parallel
+            for first, group in by_first_receiver(variants, order, route.receivers, parallel=parallel):
+                for chunk, found in in_chunks(
+                    group, size, lambda chunk, first=first, passage=passage: passage.through(first, [variants[n] for n in chunk])
+                ):
+                    yield from ((number, rows, logits) for number, logits in zip(chunk, found, strict=True))
 
-    def _refuse_unknown(self, senders: Collection[Sender], receivers: Sequence[Receiver]) -> None:
-        for head in (*(sender for sender in senders if isinstance(sender, Head)), *(receiver.head for receiver in receivers)):
-            self.model.checked(head)
-        for mlp in (sender for sender in senders if isinstance(sender, Mlp)):
-            if not 0 <= mlp.layer < self.model.n_layers:
-                raise InputError(f"{self.model.name} has no MLP {mlp}: its layers are 0 to {self.model.n_layers - 1}.")
+    @torch.no_grad()
+    def effects_on_each(
+        self, variants: Sequence[Variant], layer: int, composition: Composition, route: Route, metric: Metric, *, done: Callable[[int], object] = bool
+    ) -> Float[Tensor, "variant receiver batch"]:
+        """The metric when each variant is patched into each head's q (or each group's k or v) of a layer alone.
 
-    def _frozen_run_edits(self, senders: Collection[Sender], where: Bool[Tensor, "batch pos"], freeze_mlps: bool) -> dict[str, hooks.Edit]:
-        """Every head fixed: senders to their corrupt output at the position, all else to clean. MLPs and embedding only as asked."""
-        edits = {hooks.z(layer): _constant(self._mixed_heads(layer, senders, where)) for layer in range(self.model.n_layers)}
-        for layer in range(self.model.n_layers):
-            if Mlp(layer) in senders:
-                edits[hooks.mlp_output(layer)] = self._corrupt_at(hooks.mlp_output(layer), where, base=self.clean if freeze_mlps else None)
-            elif freeze_mlps:
-                edits[hooks.mlp_output(layer)] = _constant(self.clean[hooks.mlp_output(layer)])
-        if Embedding() in senders:
-            edits[hooks.embedding()] = self._corrupt_at(hooks.embedding(), where, base=self.clean)
-        return edits
+        A variant that does not lie below the layer has no path: its values are the clean ones. `route.receivers` is not used.
+        """
+        self.model.require_eval()
+        count = self.model.n_heads if composition == "q" else self.model.n_kv_heads
+        clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
+        values = clean[None, None].repeat(len(variants), count, 1)
+        below = [number for number in sorted(range(len(variants)), key=lambda n: entry(variants[n])) if entry(variants[number])[0] < layer]
+        sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
+        if self.replay is None:
+            return self._each_through_hooks(values, below, variants, layer, composition, route, metric)
+        for rows in alike(self.pairs.mask, sending & receiving):
+            passage = Passage(self.replay.rows(rows), rows_of(self.corrupt, rows), sending[rows], receiving[rows], route)
+            size = max(1, self.memory // (count * passage.variant_bytes()))
+            for chunk, found in in_chunks(
+                below, size, lambda chunk, passage=passage: passage.into_each(layer, composition, [variants[n] for n in chunk])
+            ):
+                for number, logits in zip(chunk, found.unflatten(0, (len(chunk), count)), strict=True):
+                    for receiver in range(count):
+                        values[number, receiver, rows] = metric(logits[receiver], self.pairs.answers[rows], self.pairs.distractors[rows])
+                    done(count * len(rows))
+        return values
 
-    def _mixed_heads(self, layer: int, senders: Collection[Sender], where: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch pos head d_head"]:
-        z = self.clean[hooks.z(layer)].clone()
-        for head in (sender for sender in senders if isinstance(sender, Head) and sender.layer == layer):
-            z[:, :, head.index] = torch.where(where[..., None], self.corrupt[hooks.z(layer)][:, :, head.index], z[:, :, head.index])
-        return z
+    def _each_through_hooks(
+        self, values: Tensor, below: Sequence[int], variants: Sequence[Variant], layer: int, composition: Composition, route: Route, metric: Metric
+    ) -> Tensor:
+        group = 1 if composition == "q" else self.model.n_heads // self.model.n_kv_heads
+        for receiver in range(values.shape[1]):
+            into = replace(route, receivers=(Receiver(Head(layer, receiver * group), composition),))
+            for number, _, logits in self._through_hooks([variants[n] for n in below], into):
+                values[below[number], receiver] = metric(logits, self.pairs.answers, self.pairs.distractors)
+        return values
 
-    def _corrupt_at(self, name: str, where: Bool[Tensor, "batch pos"], *, base: Cache | None) -> hooks.Edit:
-        corrupt, clean = self.corrupt[name], base[name] if base is not None else None
-        return lambda activation: torch.where(where[..., None], corrupt, activation if clean is None else clean)
+    def _through_hooks(self, variants: Sequence[Variant], route: Route) -> Iterator[tuple[int, Tensor, Tensor]]:
+        if route.by_query_head:
+            raise InputError("`by_query_head` needs the replay engine, which this model has not; take receivers by key-value group.")
+        rows = torch.arange(len(self.pairs), device=self.pairs.clean.device)
+        for number, variant in enumerate(variants):
+            yield (
+                number,
+                rows,
+                self.hooked.logits(
+                    variant,
+                    route.position,
+                    receivers=route.receivers,
+                    receiver_position=route.receiver_position,
+                    freeze_mlps=route.freeze_mlps,
+                ),
+            )
 
-    def _receiver_edits(self, receivers: Sequence[Receiver], recorded: Cache, where: Bool[Tensor, "batch pos"]) -> dict[str, hooks.Edit]:
-        edits = {}
-        for name, value in recorded.items():
-            chosen = torch.zeros(value.shape[:3], dtype=torch.bool, device=value.device)
-            for receiver in receivers:
-                if INPUTS[receiver.composition](receiver.head.layer) == name:
-                    index = receiver.head.index if receiver.composition == "q" else self.model.kv_head(receiver.head)
-                    chosen[:, :, index] |= where
-            edits[name] = _mixed(value, chosen[..., None])
-        return edits
+    def _to_logits(self, variants: Sequence[Variant], order: list[int], route: Route, sending: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Direct effects: only the last token's residual stream matters."""
+        assert self.replay is not None
+        replay, rows = self.replay, torch.arange(len(self.pairs), device=self.pairs.clean.device)
+        last = last_position(self.pairs.mask)[:, None]
+        spots = Spots(index=last, real=torch.ones_like(last, dtype=torch.bool))
+        runs, at_last = FrozenRuns(replay, self.corrupt), sending.gather(1, last)
+
+        def found(chunk: list[int]) -> Tensor:
+            run = runs.run([variants[n] for n in chunk], spots, at_last, freeze_mlps=route.freeze_mlps, top=self.model.n_layers)
+            return replay.logits(run.pre[self.model.n_layers][:, :, 0])
+
+        width = 8 * self.clean_logits.shape[1] // 4 + 12 * replay.clean[0].pre.shape[-1]
+        size = max(1, self.memory // (len(rows) * width * self.clean_logits.element_size()))
+        for chunk, logits in in_chunks(order, size, found):
+            yield from ((number, rows, part) for number, part in zip(chunk, logits, strict=True))
 
 
-def _constant(value: Tensor) -> hooks.Edit:
-    return lambda activation: value
-
-
-def _mixed(value: Tensor, chosen: Bool[Tensor, "batch pos head 1"]) -> hooks.Edit:
-    return lambda activation: torch.where(chosen, value, activation)
+def _refuse_unknown(model: HookedModel, places: Iterable[Sender | PathEnd]) -> None:
+    for place in places:
+        if isinstance(place, Head | Receiver):
+            model.checked(place if isinstance(place, Head) else place.head)
+        elif isinstance(place, Mlp) and not 0 <= place.layer < model.n_layers:
+            raise InputError(f"{model.name} has no MLP {place}: its layers are 0 to {model.n_layers - 1}.")
 
 
 def path_patch(
@@ -125,7 +223,7 @@ def path_patch(
     metric: Metric,
     unit: str,
     position: Position = "last",
-    receivers: Sequence[Receiver] = (),
+    receivers: Sequence[PathEnd] = (),
     receiver_position: Position = "all",
     effect: Effect = "difference",
     batch: int = BATCH,
@@ -136,39 +234,27 @@ def path_patch(
     path to it and is NaN. Errors: `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch).
     Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
     """
-    for receiver in receivers:
-        model.checked(receiver.head)
+    _refuse_unknown(model, receivers)
     _refuse_no_gap(model, pairs, metric, batch)
-    top = max((receiver.head.layer for receiver in receivers), default=model.n_layers)
-    senders = [head for head in model.heads if head.layer < top]
+    top = max((place_of(receiver) for receiver in receivers), default=(model.n_layers, 0))
+    senders = [head for head in model.heads if (head.layer, 0) < top]
     target = f"{', '.join(map(str, receivers))} at {receiver_position}" if receivers else "the logits"
     described = f"{'relative ' if effect == 'relative' else ''}change of {unit}, path from {position} to {target}"
-    parts = list(pairs.batches(batch))
-    with tqdm(total=len(senders) * len(parts), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
-        return joined(
-            [_sweep(PathPatcher(model, part), senders, position, receivers, receiver_position, metric, effect, described, bar) for part in parts]
-        )
+    route = Route(position=position, receivers=tuple(receivers), receiver_position=receiver_position)
+    with tqdm(total=len(senders) * len(pairs), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
+        return joined([_sweep(PathPatcher(model, part), senders, route, metric, effect, described, bar.update) for part in pairs.batches(batch)])
 
 
 def _sweep(
-    patcher: PathPatcher,
-    senders: Sequence[Head],
-    position: Position,
-    receivers: Sequence[Receiver],
-    receiver_position: Position,
-    metric: Metric,
-    effect: Effect,
-    unit: str,
-    bar: "tqdm[Any]",
+    patcher: PathPatcher, senders: Sequence[Head], route: Route, metric: Metric, effect: Effect, unit: str, done: Callable[[int], object]
 ) -> Scores:
     model, pairs = patcher.model, patcher.pairs
     clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
     values = torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan)
-    for head in senders:
-        logits = patcher.logits([head], position, receivers=receivers, receiver_position=receiver_position)
-        patched = metric(logits, pairs.answers, pairs.distractors)
-        values[head.layer, head.index] = (relative_change(patched, clean) if effect == "relative" else patched - clean).float().cpu()
-        bar.update()
+    patched = patcher.effects([frozenset([head]) for head in senders], route, metric, done=done)
+    changes = relative_change(patched, clean) if effect == "relative" else patched - clean
+    for head, change in zip(senders, changes, strict=True):
+        values[head.layer, head.index] = change.float().cpu()
     return Scores.of_heads(values, unit=unit, baseline=float(clean.mean()))
 
 
