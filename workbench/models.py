@@ -114,6 +114,11 @@ class HookedModel:
         return self.model.cfg.d_head
 
     @property
+    def has_parallel_blocks(self) -> bool:
+        """Whether attention and MLP of a block read the same residual stream (NeoX), rather than one after the other."""
+        return bool(getattr(self.model.cfg, "parallel_attn_mlp", False))
+
+    @property
     def d_vocab(self) -> int:
         """Number of logits."""
         return self.model.cfg.d_vocab

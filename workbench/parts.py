@@ -100,7 +100,7 @@ def _block_parts(model: HookedModel, layer: int) -> BlockParts:
         bias_o=None if bias is None else bias.detach(),
         scale=float(getattr(plain, "scaling", model.d_head**-0.5)),
         softmax_in_float32=any(kind.__name__ == "PositionEmbeddingsAttentionBridge" for kind in type(attention).__mro__),
-        parallel=bool(getattr(hooked.cfg, "parallel_attn_mlp", False)),
+        parallel=model.has_parallel_blocks,
     )
 
 

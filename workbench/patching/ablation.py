@@ -1,22 +1,25 @@
-"""Ablation of attention heads: replace a head's output (`hook_z`) by zero or by its mean over reference prompts.
+"""Ablation of attention heads: replace a head's output (`hook_z`) by zero, by its mean over reference prompts, or by that of another prompt.
 
 Mean ablation takes per-position means over a reference set that never holds the evaluated prompts (METHOD: calibration against test).
 Impact of a head (eq 3, 4): metric of the model as it is, minus metric with the head ablated; positive = the head helps.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench import hooks
+from workbench import hooks, seeds
 from workbench.errors import InputError
 from workbench.metrics import Metric
 from workbench.models import HookedModel
+from workbench.patching.chunks import MEMORY
+from workbench.patching.replay import replay_of
+from workbench.patching.sites import replaced
 from workbench.refs import Head, Position
 from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs, refuse_overlap
@@ -59,6 +62,35 @@ def reference_means(model: HookedModel, prompts: PromptPairs, *, per_position: b
     return ReferenceMeans(values={layer: total / count for layer, total in sums.items()}, prompts=prompts, per_position=per_position)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ResampledOutputs:
+    """`hook_z` of every head on reference prompts, one of which (drawn with the seed) stands in for each evaluated prompt."""
+
+    values: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
+    prompts: PromptPairs
+    seed: int
+
+    def at(self, layer: int, evaluated: PromptPairs) -> Float[Tensor, "batch pos head d_head"]:
+        """The stand-ins of a layer for these prompts, the same for a prompt in whatever batch it comes. Errors: as `ReferenceMeans.at`."""
+        values = self.values[layer]
+        if values.shape[1] != evaluated.clean.shape[1]:
+            raise InputError(
+                f"the reference prompts have {values.shape[1]} tokens, the evaluated ones {evaluated.clean.shape[1]}; use prompts of one length."
+            )
+        rows = [seeds.derive(self.seed, "resample", row.tolist().__repr__()) % len(values) for row in evaluated.clean]
+        return values[torch.tensor(rows, device=values.device)]
+
+
+def resampled_outputs(model: HookedModel, prompts: PromptPairs, *, seed: int, batch: int = BATCH) -> ResampledOutputs:
+    """Every head's output on the clean reference prompts, to draw from (resample ablation, Chan et al. 2022)."""
+    model.require_eval()
+    names = [hooks.z(layer) for layer in range(model.n_layers)]
+    parts = [model.activations(part.clean, part.mask, names)[1] for part in prompts.batches(batch)]
+    return ResampledOutputs(values={layer: torch.cat([part[name] for part in parts]) for layer, name in enumerate(names)}, prompts=prompts, seed=seed)
+
+
+Replacement = ReferenceMeans | ResampledOutputs | Literal["zero"]
+"""What an ablated head's output becomes."""
 Scope = Mapping[Head, Sequence[Position]]
 """Heads and the named positions at which each is meant."""
 
@@ -74,9 +106,7 @@ def head_masks(model: HookedModel, pairs: PromptPairs, scope: Scope) -> dict[int
     return masks
 
 
-def ablation_edits(
-    model: HookedModel, pairs: PromptPairs, scope: Scope, means: ReferenceMeans | Literal["zero"], *, complement: bool = False
-) -> dict[str, hooks.Edit]:
+def ablation_edits(model: HookedModel, pairs: PromptPairs, scope: Scope, means: Replacement, *, complement: bool = False) -> dict[str, hooks.Edit]:
     """Edits that ablate the heads of a scope at their positions; with `complement=True`, everything *except* them."""
     masks = head_masks(model, pairs, scope)
     if complement:
@@ -84,7 +114,11 @@ def ablation_edits(
         masks = {layer: ~masks.get(layer, nothing) for layer in range(model.n_layers)}
     if means != "zero":
         refuse_overlap(means.prompts, pairs)
-    return {hooks.z(layer): _replace(mask[..., None], 0.0 if means == "zero" else means.at(layer, pairs)) for layer, mask in masks.items()}
+    return {hooks.z(layer): _replace(mask[..., None], _value(means, layer, pairs)) for layer, mask in masks.items()}
+
+
+def _value(means: Replacement, layer: int, pairs: PromptPairs) -> Tensor | float:
+    return 0.0 if means == "zero" else means.at(layer, pairs)
 
 
 def _replace(mask: Bool[Tensor, "batch pos head 1"], value: Tensor | float) -> hooks.Edit:
@@ -96,7 +130,7 @@ def _replace(mask: Bool[Tensor, "batch pos head 1"], value: Tensor | float) -> h
 
 @torch.no_grad()
 def ablated_logits(
-    model: HookedModel, pairs: PromptPairs, scope: Scope, means: ReferenceMeans | Literal["zero"], *, complement: bool = False, batch: int = BATCH
+    model: HookedModel, pairs: PromptPairs, scope: Scope, means: Replacement, *, complement: bool = False, batch: int = BATCH
 ) -> Float[Tensor, "batch d_vocab"]:
     """Final logits on the clean prompts with the heads of a scope (or all others) ablated."""
     model.require_eval()
@@ -117,24 +151,57 @@ def plain_logits(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) 
 def ablation_profiles(
     model: HookedModel,
     pairs: PromptPairs,
-    means: ReferenceMeans | Literal["zero"],
+    means: Replacement,
     *,
     metrics: Mapping[str, Metric],
     heads: Iterable[Head] | None = None,
     position: Position = "all",
     batch: int = BATCH,
+    memory: int = MEMORY,
 ) -> dict[str, Scores]:
     """Impact of ablating each head on its own at a position, in several metrics at once (eq 3, 4 before the choice of baseline).
 
     Returns metric name -> [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head
-    helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN.
+    helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN. `memory`: bytes of one chunk of heads.
     """
     logits = plain_logits(model, pairs, batch=batch)
     whole = {name: metric(logits, pairs.answers, pairs.distractors) for name, metric in metrics.items()}
     values = {name: torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan) for name in metrics}
-    for head in tqdm(model.heads if heads is None else sorted(heads), desc=f"ablating heads of {model.name}", unit="head", leave=False):
-        logits = ablated_logits(model, pairs, {head: (position,)}, means, batch=batch)
-        for name, metric in metrics.items():
-            values[name][head.layer, head.index] = (whole[name] - metric(logits, pairs.answers, pairs.distractors)).float().cpu()
+    asked = model.heads if heads is None else sorted(model.checked(head) for head in heads)
+    if means != "zero":
+        refuse_overlap(means.prompts, pairs)
+    with tqdm(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run", leave=False) as bar:
+        for start in range(0, len(pairs), batch):
+            part = pairs.rows(slice(start, start + batch))
+            clean = {name: value[start : start + batch] for name, value in whole.items()}
+            for head, rows, logits in _each_ablated(model, part, asked, means, part.position(position), memory):
+                for name, metric in metrics.items():
+                    impact = clean[name][rows] - metric(logits, part.answers[rows], part.distractors[rows])
+                    values[name][head.layer, head.index, start + rows.cpu()] = impact.float().cpu()
+                bar.update(len(rows))
+            for head in asked:  # prompts without the position: nothing was ablated
+                for name in metrics:
+                    values[name][head.layer, head.index, start : start + batch].nan_to_num_(0.0)
     unit = "fall of {} when the head is ablated" + ("" if position == "all" else f" at {position}")
     return {name: Scores.of_heads(values[name], unit=unit.format(name.replace("_", " ")), baseline=float(whole[name].mean())) for name in metrics}
+
+
+def _each_ablated(
+    model: HookedModel, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"], memory: int
+) -> Iterator[tuple[Head, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]:
+    """(head, prompts, their logits with the head alone ablated)."""
+    replay = replay_of(model, pairs)
+    if replay is None:
+        everyone = torch.arange(len(pairs), device=where.device)
+        for head in heads:
+            here = where[..., None, None] & (torch.arange(model.n_heads, device=where.device) == head.index)[:, None]
+            edits = {hooks.z(head.layer): _replace(here, _value(means, head.layer, pairs))}
+            with hooks.edit(model.model, edits):
+                yield head, everyone, model.final_logits(pairs.clean, pairs.mask)
+        return
+    for layer in sorted({head.layer for head in heads}):
+        value = torch.as_tensor(_value(means, layer, pairs), dtype=replay.clean_logits.dtype, device=where.device)
+        value = value.expand(*((1, *replay.clean[layer].z.shape[1:]) if value.ndim < 4 else value.shape))
+        wanted = [head.index for head in heads if head.layer == layer]
+        for patched in replaced(replay, "z", layer, value, [where], memory=memory, heads=wanted):
+            yield Head(layer, patched.head), patched.rows, patched.logits

@@ -77,14 +77,6 @@ class Passage:
         self.where = self.window.at(receiving)
         self.spot, self.found = self.window.find(self.spots)
 
-    def variant_bytes(self) -> int:
-        """About how much memory one variant takes."""
-        clean, parts = self.replay.clean[0], self.replay.parts
-        batch, slots = self.window.index.shape
-        keys = slots + self.window.prefix.shape[1]
-        width = 14 * clean.pre.shape[-1] + 4 * (parts.n_heads + 2 * parts.n_kv_heads) * parts.d_head + 2 * parts.n_heads * keys
-        return (batch * slots * width + 2 * batch * self.replay.clean_logits.shape[-1]) * clean.pre.element_size()
-
     @torch.no_grad()
     def through(self, first: Place, variants: Sequence[Variant]) -> Float[Tensor, "variant batch d_vocab"]:
         """Patched logits of variants whose lowest receiver is at `first`, in the order of their entry."""
@@ -100,7 +92,7 @@ class Passage:
         run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, top=layer)
         count = self.replay.parts.n_heads if composition == "q" else self.replay.parts.n_kv_heads
         value = self._recorded(layer, composition, list(range(count)), run.pre[layer])
-        change = self.replay.head_changes(layer, composition, value, self.where, self.window)
+        change = self.replay.head_changes(layer, composition, value, self.where, self.window, range(count))
         left = self.replay.after_attention(layer, change, self.window)
         return self.replay.logits(self.replay.upward(layer + 1, left, self.window, {}))
 

@@ -13,7 +13,6 @@ Cost, in forwards of the whole model: two for the clean and the corrupt run, wha
 costs the MLPs above it at the last token (`frozen.py`), a path into heads the layers above them from the receivers' position on (`replay.py`).
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -27,19 +26,17 @@ from workbench import hooks
 from workbench.errors import InputError
 from workbench.metrics import Metric, relative_change
 from workbench.models import HookedModel, last_position
-from workbench.parts import decoder_parts
 from workbench.patching.ablation import plain_logits
 from workbench.patching.chunks import MEMORY, in_chunks
 from workbench.patching.frozen import FrozenRuns, Variant, entry
 from workbench.patching.hooked import HookedPatcher
 from workbench.patching.passage import Passage, Route, alike, by_first_receiver, place_of, rows_of
-from workbench.patching.replay import Replay
+from workbench.patching.replay import replay_of
 from workbench.patching.window import Spots
 from workbench.refs import Composition, Head, Mlp, PathEnd, Position, Receiver, Sender
 from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
 
-log = logging.getLogger("workbench")
 Effect = Literal["difference", "relative"]
 """patched - clean, or (patched - clean) / clean (Prakash's score for probabilities)."""
 BATCH = 128
@@ -56,16 +53,12 @@ class PathPatcher:
         """
         model.require_eval()
         self.model, self.pairs, self.memory = model, pairs, memory
-        parts = None if engine == "hooks" else decoder_parts(model)
-        replay = None if parts is None else Replay.of(model, parts, pairs)
-        self.replay = replay if replay is not None and replay.agrees() else None
+        self.replay = None if engine == "hooks" else replay_of(model, pairs)
         if self.replay is None:
             if engine == "replay":
                 raise InputError(
                     f"{model.name} can't be replayed exactly (its blocks do more than the replay knows); leave `engine` out to go through hooks."
                 )
-            if engine is None:
-                log.warning("%s: patching goes through hooked forwards, which is slow: its blocks do more than the replay knows", model.name)
             self.hooked = HookedPatcher(model, pairs)
             self.clean_logits, self.corrupt_logits = self.hooked.clean_logits, self.hooked.corrupt_logits
             return
@@ -127,7 +120,7 @@ class PathPatcher:
             return
         for rows in alike(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(self.corrupt, rows), sending[rows], receiving[rows], route)
-            size = max(1, self.memory // passage.variant_bytes())
+            size = max(1, self.memory // passage.replay.variant_bytes(passage.window))
             parallel = self.replay.parts.blocks[0].parallel
             for first, group in by_first_receiver(variants, order, route.receivers, parallel=parallel):
                 for chunk, found in in_chunks(
@@ -153,7 +146,7 @@ class PathPatcher:
             return self._each_through_hooks(values, below, variants, layer, composition, route, metric)
         for rows in alike(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(self.corrupt, rows), sending[rows], receiving[rows], route)
-            size = max(1, self.memory // (count * passage.variant_bytes()))
+            size = max(1, self.memory // (count * passage.replay.variant_bytes(passage.window)))
             for chunk, found in in_chunks(
                 below, size, lambda chunk, passage=passage: passage.into_each(layer, composition, [variants[n] for n in chunk])
             ):

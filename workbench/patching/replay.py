@@ -8,7 +8,8 @@ angles and weights; no scale is frozen.
 A replay exists only for a model whose last token it computes as the hooked forward does, on these very prompts (`Replay.agrees`).
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from workbench import hooks
 from workbench.models import HookedModel, last_position
-from workbench.parts import BlockParts, DecoderParts
+from workbench.parts import BlockParts, DecoderParts, decoder_parts
 from workbench.patching.attend import Keys, attend, ready
 from workbench.patching.window import Window
 from workbench.tasks.base import PromptPairs
 
+log = logging.getLogger("workbench")
 Residual = Float[Tensor, "variant batch slot d_model"]
 Left = Float[Tensor, "variant batch left d_model"]
 """What leaves a layer: as many slots as entered it, or after the last layer the last slot alone."""
@@ -43,6 +45,16 @@ class CleanLayer:
     v: Tensor
     cos: Tensor | None
     sin: Tensor | None
+
+    @property
+    def middle(self) -> Tensor:
+        """The residual stream after attention."""
+        return self.pre + self.attention
+
+    @property
+    def post(self) -> Tensor:
+        """The residual stream that leaves the layer."""
+        return self.pre + self.attention + self.mlp
 
     def rows(self, index: Tensor) -> "CleanLayer":
         """The layer on some of the prompts."""
@@ -97,6 +109,13 @@ class Replay:
         clean = [layer.rows(index) for layer in self.clean]
         return Replay(self.model, self.parts, self.mask[index], clean, self.clean_logits[index])
 
+    def variant_bytes(self, window: Window) -> int:
+        """About how much memory one variant takes."""
+        batch, slots = window.index.shape
+        width = 14 * self.clean[0].pre.shape[-1] + 4 * (self.parts.n_heads + 2 * self.parts.n_kv_heads) * self.parts.d_head
+        width += 2 * self.parts.n_heads * (slots + window.prefix.shape[1])
+        return (batch * slots * width + 2 * batch * self.clean_logits.shape[-1]) * self.clean_logits.element_size()
+
     def agrees(self) -> bool:
         """Whether the last token, recomputed through every layer, gives the hooked forward's logits to rounding."""
         window = Window.of(self.mask, last_position(self.mask))
@@ -140,7 +159,9 @@ class Replay:
         """The residual stream that leaves the lowest layer with replaced inputs, where what enters it is clean."""
         if inputs.attention:
             return self.after_attention(layer, self._attention_change(layer, inputs, window), window, inputs)
-        return self.after_attention(layer, torch.zeros(1, 1, window.width, 1, dtype=self.clean_logits.dtype), window, inputs)
+        if inputs.mlp is None:
+            raise ValueError("nothing is replaced in the layer that is entered")
+        return self.after_attention(layer, torch.zeros_like(inputs.mlp), window, inputs)
 
     def _attention_change(self, layer: int, inputs: Inputs, window: Window) -> Float[Tensor, "variant batch slot d_model"]:
         """What replaced q, k and v change in the attention output of a layer: only the heads that read them are computed."""
@@ -164,9 +185,9 @@ class Replay:
         return change.flatten(-2) @ part.weight_o[heads].flatten(0, 1)
 
     def head_changes(
-        self, layer: int, composition: str, value: Tensor, where: Bool[Tensor, "batch slot"], window: Window
+        self, layer: int, composition: str, value: Tensor, where: Bool[Tensor, "*sender batch slot"], window: Window, heads: Sequence[int]
     ) -> Float[Tensor, "path batch slot d_model"]:
-        """What replacing the q (or a group's k or v) of each head alone does to the attention output: [sender * receiver batch slot d_model].
+        """What replacing the q (or a group's k or v) of each of some heads alone does to the attention output; path = sender x head.
 
         `value` is [sender batch slot head d_head] (k, v: kv_head).
         """
@@ -181,7 +202,16 @@ class Replay:
         receivers = self.parts.n_heads if composition == "q" else self.parts.n_kv_heads
         change = (z - window.at(clean.z)).unflatten(3, (receivers, -1)).flatten(4)
         weights = part.weight_o.unflatten(0, (receivers, -1)).flatten(1, 2)
-        return torch.einsum("sbnrw,rwd->srbnd", change, weights).flatten(0, 1)
+        return torch.einsum("sbnrw,rwd->srbnd", change[:, :, :, list(heads)], weights[list(heads)]).flatten(0, 1)
+
+    def written_by_heads(
+        self, layer: int, z: Float[Tensor, "_ pos head d_head"], where: Bool[Tensor, "mask batch slot"], window: Window, heads: Sequence[int]
+    ) -> Float[Tensor, "variant batch slot d_model"]:
+        """What each head alone changes in the attention output when it writes `z` at some slots; variant = mask x head."""
+        z = z.expand(len(self.mask), *z.shape[1:])
+        change = window.at((z - self.clean[layer].z)[:, :, list(heads)])
+        change = torch.einsum("bshd,hdm->hbsm", change, self.parts.blocks[layer].weight_o[list(heads)])
+        return torch.where(where[:, None, ..., None], change, 0.0).flatten(0, 1)
 
     def _block(self, layer: int, residual: Residual, window: Window, inputs: Inputs | None) -> Left:
         part, clean = self.parts.blocks[layer], self.clean[layer]
@@ -264,9 +294,20 @@ def _with(x: Tensor, replaced: Mapping[int, Tensor], where: Bool[Tensor, "batch 
     return x
 
 
-def _replaced(read: Residual, inputs: Inputs | None) -> Residual:
+def _replaced(read: Tensor, inputs: Inputs | None) -> Tensor:
     """What the MLP reads, replaced where asked."""
     if inputs is None or inputs.mlp is None:
         return read
     slots = read.shape[2]
     return torch.where(inputs.where[:, -slots:, None], inputs.mlp[:, :, -slots:], read)
+
+
+def replay_of(model: HookedModel, pairs: PromptPairs) -> Replay | None:
+    """The clean run of some prompts to replay, or None where the replay does not reproduce this model (patch through hooks then)."""
+    model.require_eval()
+    parts = decoder_parts(model)
+    replay = None if parts is None else Replay.of(model, parts, pairs)
+    if replay is not None and replay.agrees():
+        return replay
+    log.warning("%s: patching goes through hooked forwards, which is slow: its blocks do more than the replay knows", model.name)
+    return None

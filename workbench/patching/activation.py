@@ -1,0 +1,135 @@
+"""Activation patching (Vig et al. 2020; Meng et al. 2022): one activation of the clean run takes its corrupt value, and everything after it follows.
+
+Unlike path patching, all that is downstream is recomputed, so the effect is the total one. Direction: corrupt into clean (noising); for clean
+into corrupt (denoising) pass `pairs.swapped()`. Sign: patched minus clean.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench import hooks
+from workbench.errors import InputError, nearest
+from workbench.metrics import Metric
+from workbench.models import HookedModel
+from workbench.patching.chunks import MEMORY
+from workbench.patching.replay import Replay, replay_of
+from workbench.patching.sites import BY_HEAD, SITES, Patched, Site, replaced
+from workbench.refs import Position
+from workbench.scores import Scores, joined
+from workbench.tasks.base import PromptPairs
+
+BATCH = 128
+"""Default number of prompts in one forward."""
+HOOKS = {
+    "resid_pre": hooks.residual_pre, "resid_post": hooks.residual_post, "attn_out": hooks.attention_output, "mlp_out": hooks.mlp_output,
+    "z": hooks.z, "q": hooks.q, "k": hooks.k, "v": hooks.v,
+}  # fmt: skip
+"""The hook of each site, for models that are patched through hooks (`resid_mid` is patched through the attention output)."""
+
+
+def activation_patch(
+    model: HookedModel,
+    pairs: PromptPairs,
+    site: str,
+    *,
+    metric: Metric,
+    unit: str,
+    positions: Sequence[Position] | Literal["each"] = ("all",),
+    batch: int = BATCH,
+    memory: int = MEMORY,
+) -> Scores:
+    """Effect of patching a site, in every layer (and head), at each of some positions.
+
+    Returns [layer example], [layer head example] for the sites of heads (k, v: key-value heads), with an axis `position` before `example` when
+    several are asked for or `each` (every token index on its own); patched minus clean, 0 where a prompt has no such position. `memory`: bytes
+    of one chunk of variants. Errors: `InputError` for an unknown site or position, and in training mode.
+    Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
+    """
+    model.require_eval()
+    if site not in SITES:
+        raise InputError(f"no site {site!r} to patch; {nearest(site, SITES)}")
+    if site == "resid_mid" and model.has_parallel_blocks:
+        raise InputError(
+            f"{model.name} has parallel blocks, in which no residual stream stands between attention and MLP; patch attn_out or mlp_out."
+        )
+    place: Site = SITES[SITES.index(site)]
+    names = [str(index) for index in range(pairs.clean.shape[1])] if positions == "each" else list(positions)
+    parts = list(pairs.batches(batch))
+    with tqdm(total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer", leave=False) as bar:
+        found = joined([_sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar) for part in parts])
+    return found if len(names) > 1 or positions == "each" else found.select(position=names[0])
+
+
+def _masks(pairs: PromptPairs, positions: Sequence[Position] | Literal["each"]) -> list[Bool[Tensor, "batch pos"]]:
+    if positions != "each":
+        return [pairs.position(name) for name in positions]
+    alone = torch.eye(pairs.clean.shape[1], dtype=torch.bool, device=pairs.mask.device)
+    return [pairs.mask & here for here in alone]
+
+
+def _sweep(
+    model: HookedModel,
+    pairs: PromptPairs,
+    site: Site,
+    masks: Sequence[Tensor],
+    names: list[str],
+    metric: Metric,
+    unit: str,
+    memory: int,
+    bar: "tqdm[Any]",
+) -> Scores:
+    replay = replay_of(model, pairs)
+    heads = {"z": model.n_heads, "q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}.get(site, 1)
+    logits = model.activations(pairs.clean, pairs.mask, [])[0] if replay is None else replay.clean_logits
+    clean = metric(logits, pairs.answers, pairs.distractors)
+    values = torch.zeros(model.n_layers, heads, len(masks), len(pairs))
+    corrupt = None if replay is None else Replay.of(model, replay.parts, pairs.swapped())
+    for layer in range(model.n_layers):
+        runs = (
+            _through_hooks(model, pairs, site, layer, masks, heads)
+            if replay is None or corrupt is None
+            else _replayed(replay, corrupt, site, layer, masks, memory)
+        )
+        for run in runs:
+            patched = metric(run.logits, pairs.answers[run.rows], pairs.distractors[run.rows])
+            values[layer, run.head, run.mask, run.rows.cpu()] = (patched - clean[run.rows]).float().cpu()
+        bar.update()
+    axes = ("layer", "head", "position", "example") if site in BY_HEAD else ("layer", "position", "example")
+    labels = {"layer": [f"L{i}" for i in range(model.n_layers)], "head": [f"H{i}" for i in range(heads)], "position": names}
+    return Scores(
+        values=values if site in BY_HEAD else values[:, 0],
+        axes=axes,
+        labels={axis: tuple(labels[axis]) for axis in axes if axis != "example"},
+        unit=f"change of {unit}, {site} patched",
+        baseline=float(clean.mean()),
+    )
+
+
+def _replayed(replay: Replay, corrupt: Replay, site: Site, layer: int, masks: Sequence[Tensor], memory: int) -> Iterator[Patched]:
+    other = corrupt.clean[layer]
+    values = {"resid_pre": other.pre, "resid_mid": other.middle, "resid_post": other.post, "attn_out": other.attention, "mlp_out": other.mlp}
+    return replaced(replay, site, layer, values[site] if site in values else getattr(other, site), masks, memory=memory)
+
+
+def _through_hooks(model: HookedModel, pairs: PromptPairs, site: Site, layer: int, masks: Sequence[Tensor], heads: int) -> Iterator[Patched]:
+    name = HOOKS["attn_out" if site == "resid_mid" else site](layer)
+    rows, corrupt = torch.arange(len(pairs), device=pairs.mask.device), model.activations(pairs.corrupt, pairs.mask, [name])[1][name]
+    if site == "resid_mid":  # TransformerBridge's hook of that name reaches the MLP alone, not the residual stream beside it
+        pre = [model.activations(tokens, pairs.mask, [hooks.residual_pre(layer)])[1] for tokens in (pairs.corrupt, pairs.clean)]
+        corrupt = corrupt + pre[0][hooks.residual_pre(layer)] - pre[1][hooks.residual_pre(layer)]
+    for number, mask in enumerate(masks):
+        for head in range(heads):
+            here = mask[..., None]
+            if site in BY_HEAD:
+                here = here[..., None] & (torch.arange(heads, device=mask.device) == head)[:, None]
+
+            def change(value: Tensor, here: Tensor = here) -> Tensor:
+                return torch.where(here, corrupt, value)
+
+            with torch.no_grad(), hooks.edit(model.model, {name: change}):
+                yield Patched(mask=number, head=head, rows=rows, logits=model.final_logits(pairs.clean, pairs.mask))
