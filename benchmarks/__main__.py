@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import cka_pairs
+from benchmarks import cka_pairs, patching
 from workbench import storage
 
-BENCHMARKS = {"cka-pairs": cka_pairs.run}
+BENCHMARKS = {"cka-pairs": cka_pairs.run, **patching.RUNS}
 
 
 def main() -> int:
@@ -16,11 +16,13 @@ def main() -> int:
     if name not in (*BENCHMARKS, "all"):
         print(f"usage: python -m benchmarks NAME, with NAME one of: all, {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    results = [run() for key, run in BENCHMARKS.items() if name in (key, "all")]
+    results = []
+    for key, run in BENCHMARKS.items():
+        if name in (key, "all"):
+            results.append(run())
+            print(json.dumps(results[-1]), flush=True)
     if name == "all":
         storage.write_json(Path(__file__).parent / "results.json", results)
-    for result in results:
-        print(json.dumps(result))
     return 0
 
 

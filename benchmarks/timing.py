@@ -1,8 +1,15 @@
-"""Medians of interleaved repeats, after one warm-up of each."""
+"""Medians of interleaved repeats after one warm-up of each, and what a comparison of a fast way with a slow one reports."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Product = tuple[int, int, int]
+"""A matrix product: rows, inner width, columns."""
 
 
 def medians(*runs: Callable[[], object], repeats: int) -> list[float]:
@@ -16,3 +23,45 @@ def medians(*runs: Callable[[], object], repeats: int) -> list[float]:
             run()
             seconds[place].append(time.perf_counter() - start)
     return [statistics.median(values) for values in seconds]
+
+
+def compared(
+    name: str,
+    ours: Callable[[], Tensor],
+    reference: Callable[[], Tensor],
+    forward: Callable[[], object],
+    products: Sequence[Product],
+    *,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """One result. `products` are the matrix products that the question needs at least; their bare time here is the floor.
+
+    `reference` gives the same effects (patched minus clean) as `ours`; it runs once for the numbers and `repeats` times for the clock.
+    """
+    found, expected = ours(), reference()
+    difference = float((found - expected).abs().max())
+    fast, slow, plain, floor = medians(ours, reference, forward, lambda: _multiply(products), repeats=repeats)
+    return {
+        "name": name,
+        "ratio": round(slow / fast, 2),
+        "max_abs_difference": difference,
+        "effect_over_difference": round(float(expected.abs().max()) / max(difference, 1e-30), 1),
+        "forwards": round(fast / plain, 2),
+        "floor_ratio": round(fast / floor, 2),
+        "seconds": round(fast, 4),
+        "threads": torch.get_num_threads(),
+    }
+
+
+_OPERANDS: dict[tuple[int, int], Tensor] = {}
+
+
+def _multiply(products: Sequence[Product]) -> None:
+    for rows, inner, columns in products:
+        torch.mm(_operand(rows, inner), _operand(inner, columns))
+
+
+def _operand(rows: int, columns: int) -> Tensor:
+    if (rows, columns) not in _OPERANDS:
+        _OPERANDS[rows, columns] = torch.randn(rows, columns)
+    return _OPERANDS[rows, columns]

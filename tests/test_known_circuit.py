@@ -33,7 +33,7 @@ from workbench.metrics import METRICS, accuracy, log_probability
 from workbench.models import Teacher
 from workbench.patching.ablation import ablated_logits, ablation_profiles, plain_logits, reference_means
 from workbench.patching.hooked import HookedPatcher
-from workbench.patching.path import activation_baselines
+from workbench.patching.path import activation_baselines, prepared
 from workbench.pretraining import word_tokenizer
 from workbench.refs import Head
 from workbench.sources import quiet
@@ -252,7 +252,7 @@ def mean_accuracy(logits: Tensor, pairs: PromptPairs) -> float:
 
 def gap(model: Teacher, pairs: PromptPairs) -> float:
     """Mean log-probability of the answer, clean minus corrupt."""
-    clean, corrupt = activation_baselines(model, pairs, log_probability)
+    clean, corrupt = activation_baselines(prepared(model, pairs), log_probability)
     return clean - corrupt
 
 
@@ -356,7 +356,7 @@ def test_redundant_heads_are_found_by_path_patching_where_single_ablation_is_bli
 
     found = backward_search(model, pairs, EntityTracking.stages[:1], DiscoveryConfig(metric="logit_difference"))
     assert set(found.circuit.heads) == set(twins)
-    clean, corrupt = activation_baselines(model, pairs, METRICS["logit_difference"])
+    clean, corrupt = activation_baselines(prepared(model, pairs), METRICS["logit_difference"])
     for head in twins:
         assert float(found.scores["A"].at(head).mean()) == pytest.approx((corrupt - clean) / 2, rel=0.1)
 

@@ -22,7 +22,7 @@ from workbench.errors import InputError
 from workbench.metrics import METRICS, accuracy, log_probability
 from workbench.models import HookedModel, Student, Teacher
 from workbench.patching.ablation import ablated_logits, ablation_edits, ablation_profiles, plain_logits, reference_means
-from workbench.patching.path import PathPatcher, activation_baselines, path_patch
+from workbench.patching.path import PathPatcher, activation_baselines, path_patch, prepared
 from workbench.refs import Embedding, Head, Mlp, Receiver
 from workbench.sources import quiet
 from workbench.tasks.base import PromptPairs, Stage
@@ -289,7 +289,7 @@ def test_a_relative_effect_is_the_difference_over_the_clean_value(llama, pairs):
 
 def test_the_two_ends_are_the_clean_and_the_corrupt_run_on_the_same_answers(model, plain, pairs):
     expected = [float(log_probability(plain.run(tokens)[0], pairs.answers, pairs.distractors).mean()) for tokens in (pairs.clean, pairs.corrupt)]
-    assert activation_baselines(model, pairs, log_probability) == pytest.approx(expected, abs=ROUNDING)
+    assert activation_baselines(prepared(model, pairs), log_probability) == pytest.approx(expected, abs=ROUNDING)
 
 
 def test_ablating_nothing_changes_nothing(model, pairs, calibration):

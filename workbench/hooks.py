@@ -43,6 +43,11 @@ def q(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_q"
 
 
+def q_input(layer: int) -> str:
+    """What each head's queries are computed from, before the normalisation: [batch pos head d_model]; only with a split q, k, v input."""
+    return f"blocks.{layer}.hook_q_input"
+
+
 def k(layer: int) -> str:
     """Keys before rotary: [batch pos kv_head d_head]."""
     return f"blocks.{layer}.attn.hook_k"

@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 from workbench.circuits.circuit import Circuit, Member
 from workbench.metrics import METRICS
 from workbench.models import HookedModel
-from workbench.patching.path import Effect, activation_baselines, path_patch
+from workbench.patching.passage import Route
+from workbench.patching.path import Effect, Engine, activation_baselines, prepared, sweep_heads
 from workbench.refs import Head, Receiver
 from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs, Stage
@@ -44,13 +45,16 @@ class Discovery:
     scores: Mapping[str, Scores]
 
 
-def backward_search(model: HookedModel, pairs: PromptPairs, stages: Sequence[Stage], config: DiscoveryConfig) -> Discovery:
+def backward_search(
+    model: HookedModel, pairs: PromptPairs, stages: Sequence[Stage], config: DiscoveryConfig, *, engine: Engine | None = None
+) -> Discovery:
     """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
 
     A stage whose receivers are empty finds nothing, which is a result. Errors: `InputError` for a position that the prompts don't name.
     """
     metric = METRICS[config.metric]
-    clean, corrupt = activation_baselines(model, pairs, metric)
+    patchers = prepared(model, pairs, engine=engine)
+    clean, corrupt = activation_baselines(patchers, metric)
     least = config.least_effect * (1.0 if config.effect == "relative" else abs(clean - corrupt))
     groups: dict[str, list[Head]] = {}
     scores: dict[str, Scores] = {}
@@ -61,16 +65,9 @@ def backward_search(model: HookedModel, pairs: PromptPairs, stages: Sequence[Sta
             groups[stage.name] = []
             continue
         receivers = [] if stage.into is None or stage.composition is None else [Receiver(head, stage.composition) for head in groups[stage.into]]
-        scores[stage.name] = path_patch(
-            model,
-            pairs,
-            metric=metric,
-            unit=config.metric.replace("_", " "),
-            position=stage.position,
-            receivers=receivers,
-            receiver_position="all" if stage.into is None else _receiver_position(stage, position_of),
-            effect=config.effect,
-        )
+        there = "all" if stage.into is None else _receiver_position(stage, position_of)
+        route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
+        scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect)
         groups[stage.name] = selected(scores[stage.name], most=config.heads, least=least, confidence=config.confidence)
         members += [Member(head, stage.name, stage.position) for head in groups[stage.name]]
     circuit = Circuit.of(members, shape=(model.n_layers, model.n_heads), method=f"path patching, {config.metric}, stages {' '.join(position_of)}")

@@ -5,8 +5,8 @@ Impact of a head (eq 3, 4): metric of the model as it is, minus metric with the 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,10 +18,10 @@ from workbench.errors import InputError
 from workbench.metrics import Metric
 from workbench.models import HookedModel
 from workbench.patching.chunks import MEMORY
-from workbench.patching.replay import replay_of
+from workbench.patching.replay import Replay, replay_of
 from workbench.patching.sites import replaced
 from workbench.refs import Head, Position
-from workbench.scores import Scores
+from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs, refuse_overlap
 
 BATCH = 256
@@ -164,41 +164,57 @@ def ablation_profiles(
     Returns metric name -> [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head
     helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN. `memory`: bytes of one chunk of heads.
     """
-    logits = plain_logits(model, pairs, batch=batch)
-    whole = {name: metric(logits, pairs.answers, pairs.distractors) for name, metric in metrics.items()}
-    values = {name: torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan) for name in metrics}
+    model.require_eval()
     asked = model.heads if heads is None else sorted(model.checked(head) for head in heads)
     if means != "zero":
         refuse_overlap(means.prompts, pairs)
     with tqdm(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run", leave=False) as bar:
-        for start in range(0, len(pairs), batch):
-            part = pairs.rows(slice(start, start + batch))
-            clean = {name: value[start : start + batch] for name, value in whole.items()}
-            for head, rows, logits in _each_ablated(model, part, asked, means, part.position(position), memory):
-                for name, metric in metrics.items():
-                    impact = clean[name][rows] - metric(logits, part.answers[rows], part.distractors[rows])
-                    values[name][head.layer, head.index, start + rows.cpu()] = impact.float().cpu()
-                bar.update(len(rows))
-            for head in asked:  # prompts without the position: nothing was ablated
-                for name in metrics:
-                    values[name][head.layer, head.index, start : start + batch].nan_to_num_(0.0)
+        parts = [_profiles(model, part, asked, means, metrics, position, memory, bar) for part in pairs.batches(batch)]
     unit = "fall of {} when the head is ablated" + ("" if position == "all" else f" at {position}")
-    return {name: Scores.of_heads(values[name], unit=unit.format(name.replace("_", " ")), baseline=float(whole[name].mean())) for name in metrics}
+    return {name: replace(joined([part[name] for part in parts]), unit=unit.format(name.replace("_", " "))) for name in metrics}
 
 
-def _each_ablated(
-    model: HookedModel, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"], memory: int
-) -> Iterator[tuple[Head, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]:
-    """(head, prompts, their logits with the head alone ablated)."""
-    replay = replay_of(model, pairs)
-    if replay is None:
-        everyone = torch.arange(len(pairs), device=where.device)
-        for head in heads:
-            here = where[..., None, None] & (torch.arange(model.n_heads, device=where.device) == head.index)[:, None]
-            edits = {hooks.z(head.layer): _replace(here, _value(means, head.layer, pairs))}
-            with hooks.edit(model.model, edits):
-                yield head, everyone, model.final_logits(pairs.clean, pairs.mask)
-        return
+def _profiles(
+    model: HookedModel,
+    pairs: PromptPairs,
+    heads: Sequence[Head],
+    means: Replacement,
+    metrics: Mapping[str, Metric],
+    position: Position,
+    memory: int,
+    bar: "tqdm[Any]",
+) -> dict[str, Scores]:
+    replay, where = replay_of(model, pairs), pairs.position(position)
+    logits = plain_logits(model, pairs) if replay is None else replay.clean_logits
+    whole = {name: metric(logits, pairs.answers, pairs.distractors) for name, metric in metrics.items()}
+    values = {name: torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan) for name in metrics}
+    for head in heads:  # a prompt without the position keeps this: nothing was ablated
+        for name in metrics:
+            values[name][head.layer, head.index] = 0.0
+    runs = _through_hooks(model, pairs, heads, means, where) if replay is None else _replayed(replay, pairs, heads, means, where, memory)
+    for head, rows, logits in runs:
+        for name, metric in metrics.items():
+            impact = whole[name][rows] - metric(logits, pairs.answers[rows], pairs.distractors[rows])
+            values[name][head.layer, head.index, rows.cpu()] = impact.float().cpu()
+        bar.update(len(rows))
+    return {name: Scores.of_heads(values[name], unit="", baseline=float(whole[name].mean())) for name in metrics}
+
+
+Ablated = Iterator[tuple[Head, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]
+"""(head, prompts, their logits with the head alone ablated)."""
+
+
+def _through_hooks(model: HookedModel, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"]) -> Ablated:
+    everyone = torch.arange(len(pairs), device=where.device)
+    for head in heads:
+        here = where[..., None, None] & (torch.arange(model.n_heads, device=where.device) == head.index)[:, None]
+        with torch.no_grad(), hooks.edit(model.model, {hooks.z(head.layer): _replace(here, _value(means, head.layer, pairs))}):
+            yield head, everyone, model.final_logits(pairs.clean, pairs.mask)
+
+
+def _replayed(
+    replay: Replay, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"], memory: int
+) -> Ablated:
     for layer in sorted({head.layer for head in heads}):
         value = torch.as_tensor(_value(means, layer, pairs), dtype=replay.clean_logits.dtype, device=where.device)
         value = value.expand(*((1, *replay.clean[layer].z.shape[1:]) if value.ndim < 4 else value.shape))

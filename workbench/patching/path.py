@@ -26,7 +26,6 @@ from workbench import hooks
 from workbench.errors import InputError
 from workbench.metrics import Metric, relative_change
 from workbench.models import HookedModel, last_position
-from workbench.patching.ablation import plain_logits
 from workbench.patching.chunks import MEMORY, in_chunks
 from workbench.patching.frozen import FrozenRuns, Variant, entry
 from workbench.patching.hooked import HookedPatcher
@@ -34,9 +33,10 @@ from workbench.patching.passage import Passage, Route, alike, by_first_receiver,
 from workbench.patching.replay import replay_of
 from workbench.patching.window import Spots
 from workbench.refs import Composition, Head, Mlp, PathEnd, Position, Receiver, Sender
-from workbench.scores import Scores, joined
+from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
 
+Engine = Literal["replay", "hooks"]
 Effect = Literal["difference", "relative"]
 """patched - clean, or (patched - clean) / clean (Prakash's score for probabilities)."""
 BATCH = 128
@@ -46,7 +46,7 @@ BATCH = 128
 class PathPatcher:
     """Path patching on one batch of pairs: the clean and corrupt runs are done once, and every path shares what it can with them."""
 
-    def __init__(self, model: HookedModel, pairs: PromptPairs, *, memory: int = MEMORY, engine: Literal["replay", "hooks"] | None = None) -> None:
+    def __init__(self, model: HookedModel, pairs: PromptPairs, *, memory: int = MEMORY, engine: Engine | None = None) -> None:
         """`memory`: bytes that one chunk of variants may take. `engine`: None takes `replay` where it agrees with the hooked forward, else `hooks`.
 
         Errors: `InputError` in training mode, and where `replay` is asked for and not to be had.
@@ -67,7 +67,7 @@ class PathPatcher:
         self.corrupt_logits, self.corrupt = model.activations(pairs.corrupt, pairs.mask, names)
 
     @property
-    def engine(self) -> Literal["replay", "hooks"]:
+    def engine(self) -> Engine:
         """How the paths are computed."""
         return "hooks" if self.replay is None else "replay"
 
@@ -219,7 +219,10 @@ def path_patch(
     receivers: Sequence[PathEnd] = (),
     receiver_position: Position = "all",
     effect: Effect = "difference",
+    freeze_mlps: bool = False,
     batch: int = BATCH,
+    memory: int = MEMORY,
+    engine: Engine | None = None,
 ) -> Scores:
     """Path effect of every head on its own, from `position`, on the receivers (the logits when there are none).
 
@@ -228,40 +231,47 @@ def path_patch(
     Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
     """
     _refuse_unknown(model, receivers)
-    _refuse_no_gap(model, pairs, metric, batch)
-    top = max((place_of(receiver) for receiver in receivers), default=(model.n_layers, 0))
-    senders = [head for head in model.heads if (head.layer, 0) < top]
-    target = f"{', '.join(map(str, receivers))} at {receiver_position}" if receivers else "the logits"
-    described = f"{'relative ' if effect == 'relative' else ''}change of {unit}, path from {position} to {target}"
-    route = Route(position=position, receivers=tuple(receivers), receiver_position=receiver_position)
-    with tqdm(total=len(senders) * len(pairs), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
-        return joined([_sweep(PathPatcher(model, part), senders, route, metric, effect, described, bar.update) for part in pairs.batches(batch)])
+    patchers = prepared(model, pairs, batch=batch, memory=memory, engine=engine)
+    route = Route(position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps)
+    return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect)
 
 
-def _sweep(
-    patcher: PathPatcher, senders: Sequence[Head], route: Route, metric: Metric, effect: Effect, unit: str, done: Callable[[int], object]
-) -> Scores:
-    model, pairs = patcher.model, patcher.pairs
-    clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
-    values = torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan)
-    patched = patcher.effects([frozenset([head]) for head in senders], route, metric, done=done)
-    changes = relative_change(patched, clean) if effect == "relative" else patched - clean
-    for head, change in zip(senders, changes, strict=True):
-        values[head.layer, head.index] = change.float().cpu()
-    return Scores.of_heads(values, unit=unit, baseline=float(clean.mean()))
+def prepared(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memory: int = MEMORY, engine: Engine | None = None) -> list[PathPatcher]:
+    """The clean and corrupt runs of all prompts, batch by batch, for several sweeps (they are kept in memory)."""
+    return [PathPatcher(model, part, memory=memory, engine=engine) for part in pairs.batches(batch)]
 
 
-def _refuse_no_gap(model: HookedModel, pairs: PromptPairs, metric: Metric, batch: int) -> None:
-    ends = (plain_logits(model, pairs, batch=batch), plain_logits(model, pairs.swapped(), batch=batch))
-    clean, corrupt = (metric(logits, pairs.answers, pairs.distractors) for logits in ends)
+def sweep_heads(patchers: Sequence[PathPatcher], route: Route, *, metric: Metric, unit: str, effect: Effect = "difference") -> Scores:
+    """`path_patch` over a route on prompts that are prepared already."""
+    model = patchers[0].model
+    clean, corrupt = _ends(patchers, metric)
     if bool((clean == corrupt).all()):
         raise InputError(
             "clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the corrupt prompts differ in what the answer depends on."
         )
+    top = max((place_of(receiver) for receiver in route.receivers), default=(model.n_layers, 0))
+    senders = [head for head in model.heads if (head.layer, 0) < top]
+    variants = [frozenset([head]) for head in senders]
+    with tqdm(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
+        patched = torch.cat([patcher.effects(variants, route, metric, done=bar.update) for patcher in patchers], 1)
+    values = torch.full((model.n_layers, model.n_heads, len(clean)), torch.nan)
+    changes = relative_change(patched, clean) if effect == "relative" else patched - clean
+    for head, change in zip(senders, changes, strict=True):
+        values[head.layer, head.index] = change.float().cpu()
+    target = f"{', '.join(map(str, route.receivers))} at {route.receiver_position}" if route.receivers else "the logits"
+    described = f"{'relative ' if effect == 'relative' else ''}change of {unit}, path from {route.position} to {target}"
+    return Scores.of_heads(values, unit=described, baseline=float(clean.mean()))
 
 
-def activation_baselines(model: HookedModel, pairs: PromptPairs, metric: Metric) -> tuple[float, float]:
+def _ends(patchers: Sequence[PathPatcher], metric: Metric) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    parts = [
+        (metric(p.clean_logits, p.pairs.answers, p.pairs.distractors), metric(p.corrupt_logits, p.pairs.answers, p.pairs.distractors))
+        for p in patchers
+    ]
+    return torch.cat([clean for clean, _ in parts]), torch.cat([corrupt for _, corrupt in parts])
+
+
+def activation_baselines(patchers: Sequence[PathPatcher], metric: Metric) -> tuple[float, float]:
     """Mean metric of the clean and of the corrupt run: the two ends that any patching effect lies between."""
-    ends = (plain_logits(model, pairs), plain_logits(model, pairs.swapped()))
-    clean, corrupt = (float(metric(logits, pairs.answers, pairs.distractors).mean()) for logits in ends)
-    return clean, corrupt
+    clean, corrupt = _ends(patchers, metric)
+    return float(clean.mean()), float(corrupt.mean())
