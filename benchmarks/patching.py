@@ -21,17 +21,17 @@ from torch import Tensor
 from benchmarks import subjects
 from benchmarks.timing import Product, compared
 from workbench import hooks
-from workbench.circuits.discovery import DiscoveryConfig, backward_search
 from workbench.metrics import Metric, log_probability, logit_difference
 from workbench.models import Teacher
 from workbench.patching.ablation import ablated_logits, ablation_profiles, reference_means
 from workbench.patching.passage import Route
-from workbench.patching.path import Engine, PathPatcher, path_patch
-from workbench.refs import Head
+from workbench.patching.path import Engine, PathPatcher, path_patch, prepared, sweep_heads
+from workbench.refs import Head, Receiver
 from workbench.tasks.base import PromptPairs
-from workbench.tasks.entity_tracking import EntityTracking
 
 LAYERS = HEADS = 12
+GROUPS = {"A": ((6, 1), (6, 5), (7, 2), (7, 3)), "B": ((4, 0), (4, 7), (5, 2), (5, 3)), "C": ((2, 4), (2, 6), (3, 1), (3, 5))}
+"""Heads of the groups that receive in `discover-groups`."""
 
 
 def patch_to_logits() -> dict[str, Any]:
@@ -132,17 +132,37 @@ def patch_to_heads_last() -> dict[str, Any]:
 
 
 def discover_groups() -> dict[str, Any]:
-    """The four-group search on grouped-query attention, 7 boxes."""
-    model = subjects.llama(layers=8, heads=8, kv_heads=4, d_model=256, d_head=32, vocabulary=200)
-    pairs, config = subjects.entity_pairs(14), DiscoveryConfig(metric="logit_difference", heads=4, least_effect=0.0, confidence=0.05)
+    """The sweeps of the four-group search on grouped-query attention, 7 boxes: value fetchers in the top layers, their transmitters below, ..."""
+    model, pairs = subjects.llama(layers=8, heads=8, kv_heads=4, d_model=256, d_head=32, vocabulary=200), subjects.entity_pairs(14)
+    groups = {name: [Head(layer, index) for layer, index in heads] for name, heads in GROUPS.items()}
+    above = {"A": None, "B": ("A", "q"), "C": ("B", "v"), "D": ("C", "v")}
+    places = {"A": ("last", "all"), "B": ("last", "last"), "C": ("query_label", "query_label"), "D": ("earlier_label", "earlier_label")}
+    routes = []
+    for name, into in above.items():
+        receivers = () if into is None else tuple(Receiver(head, into[1]) for head in groups[into[0]])  # type: ignore[arg-type]
+        routes.append(Route(position=places[name][0], receivers=receivers, receiver_position=places[name][1]))
 
     def search(engine: Engine | None) -> Tensor:
-        found = backward_search(model, pairs, EntityTracking.stages, config, engine=engine)
-        return torch.stack([found.scores[stage.name].values for stage in EntityTracking.stages if stage.name in found.scores]).nan_to_num(0.0)
+        patchers = prepared(model, pairs, engine=engine)
+        return torch.stack([sweep_heads(patchers, route, metric=logit_difference, unit="").values for route in routes]).nan_to_num(0.0)
 
-    rows = pairs.clean.numel()
-    products = 4 * 2 * 8 * _block(model, rows)  # a lower bound: the clean and corrupt runs, without what the receivers need
-    return compared("discover-groups", lambda: search(None), lambda: search("hooks"), _forward(model, pairs), products, repeats=1)
+    products = 2 * 8 * _block(model, pairs.clean.numel())
+    for route in routes:
+        products += _route_products(model, pairs, route)
+    return compared("discover-groups", lambda: search(None), lambda: search("hooks"), _forward(model, pairs), products, repeats=2)
+
+
+def _route_products(model: Teacher, pairs: PromptPairs, route: Route) -> list[Product]:
+    """The MLPs of the frozen runs at the senders' position; then from the lowest receiver up, the tokens from the receivers' position on."""
+    layers, prompts = model.n_layers, len(pairs)
+    reads = sorted({receiver.head.layer for receiver in route.receivers if isinstance(receiver, Receiver)}) or [layers]
+    products = [p for layer in range(reads[-1]) for p in _mlp(model, (layer + 1) * model.n_heads * prompts)]
+    stretch = int((pairs.clean.shape[1] - pairs.position(route.position).int().argmax(1)).sum()) if route.receivers else 0
+    for sender_layer in range(reads[-1] if route.receivers else 0):
+        start, rows = next(layer for layer in reads if layer > sender_layer), model.n_heads * stretch
+        products += _mlp(model, rows if start < layers - 1 else model.n_heads * prompts) + max(layers - 2 - start, 0) * _block(model, rows)
+        products += _last_block(model, rows, model.n_heads * prompts) if start < layers - 1 else []
+    return products
 
 
 def ablation_profile() -> dict[str, Any]:
@@ -181,8 +201,7 @@ def _into_each_query(model: Teacher, pairs: PromptPairs, sender: Head, position:
     patcher, values = PathPatcher(model, pairs), torch.zeros(LAYERS, HEADS, len(pairs))
     clean = logit_difference(patcher.clean_logits, pairs.answers, pairs.distractors)
     route = Route(position="all", receiver_position=position, freeze_mlps=True)
-    for layer in range(1, LAYERS):
-        values[layer] = patcher.effects_on_each([frozenset([sender])], layer, "q", route, logit_difference)[0] - clean
+    values[1:] = patcher.effects_on_each([frozenset([sender])], range(1, LAYERS), "q", route, logit_difference)[0] - clean
     return values
 
 

@@ -12,9 +12,9 @@ Product = tuple[int, int, int]
 """A matrix product: rows, inner width, columns."""
 
 
-def medians(*runs: Callable[[], object], repeats: int) -> list[float]:
-    """Median seconds of each, taken in turns so that a busy moment falls on all."""
-    for run in runs:
+def medians(*runs: Callable[[], object], repeats: int, warm: bool = False) -> list[float]:
+    """Median seconds of each, taken in turns so that a busy moment falls on all; after a warm-up, unless they are warm."""
+    for run in () if warm else runs:
         run()
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
@@ -39,8 +39,10 @@ def compared(
     `reference` gives the same effects (patched minus clean) as `ours`; it runs once for the numbers and `repeats` times for the clock.
     """
     found, expected = ours(), reference()
+    forward()
+    _multiply(products)
     difference = float((found - expected).abs().max())
-    fast, slow, plain, floor = medians(ours, reference, forward, lambda: _multiply(products), repeats=repeats)
+    fast, slow, plain, floor = medians(ours, reference, forward, lambda: _multiply(products), repeats=repeats, warm=True)
     return {
         "name": name,
         "ratio": round(slow / fast, 2),

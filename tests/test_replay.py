@@ -97,17 +97,21 @@ def test_one_sender_into_each_receiver_is_the_same_as_one_by_one(both, compositi
     fast, slow = both
     group = 1 if composition == "q" else fast.model.n_heads // fast.model.n_kv_heads
     variants, route = [frozenset([Head(0, 1)]), frozenset([Head(1, 2)]), frozenset([Head(2, 0)])], Route()
-    values = fast.effects_on_each(variants, 2, composition, route, logit_difference)
+    values = fast.effects_on_each(variants, (1, 2), composition, route, logit_difference)
     clean = logit_difference(slow.clean_logits, fast.pairs.answers, fast.pairs.distractors)
     for number, variant in enumerate(variants[:2]):
-        for receiver in range(values.shape[1]):
+        for receiver in range(values.shape[2]):
             logits = slow.logits(variant, receivers=[Receiver(Head(2, receiver * group), composition)])
             expected = logit_difference(logits, fast.pairs.answers, fast.pairs.distractors)
-            assert float((values[number, receiver] - expected).abs().max()) <= ROUNDING
-    assert float((values[:2] - clean).abs().max()) >= 100 * ROUNDING
-    assert torch.allclose(values[2], clean.expand_as(values[2]), atol=ROUNDING), "a head of the receivers' own layer has no path to them"
+            assert float((values[number, 1, receiver] - expected).abs().max()) <= ROUNDING
+    assert float((values[0] - clean).abs().max()) >= 100 * ROUNDING
+    for number, layer in ((1, 0), (2, 0), (2, 1)):
+        without = values[number, layer]
+        assert torch.allclose(without, clean.expand_as(without), atol=ROUNDING), "a head at or above the receivers' layer has no path to them"
     assert torch.allclose(
-        values, PathPatcher(fast.model, fast.pairs, engine="hooks").effects_on_each(variants, 2, composition, route, logit_difference), atol=ROUNDING
+        values,
+        PathPatcher(fast.model, fast.pairs, engine="hooks").effects_on_each(variants, (1, 2), composition, route, logit_difference),
+        atol=ROUNDING,
     )
 
 

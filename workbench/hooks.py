@@ -120,6 +120,29 @@ def capture(model: Hooked, names: Sequence[str], *, detach: bool = True) -> Iter
     _refuse_silent([name for name in wanted if name not in found])
 
 
+class _AllRecorded(Exception):
+    """Everything that was asked for has been seen: the rest of the forward is not needed."""
+
+
+@contextmanager
+def capture_and_stop(model: Hooked, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record activations by hook name, and end the forward inside the context as soon as the last of them is there (it returns nothing)."""
+    wanted = checked(model, names)
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, activation: Tensor, *, hook: Any) -> None:
+        found[name] = activation.detach()
+        if len(found) == len(wanted):
+            raise _AllRecorded
+
+    try:
+        with model.hooks(fwd_hooks=[(name, partial(record, name)) for name in wanted]):
+            yield found
+    except _AllRecorded:
+        pass
+    _refuse_silent([name for name in wanted if name not in found])
+
+
 @contextmanager
 def edit(model: Hooked, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Replace activations by hook name during the forwards inside the context."""

@@ -161,6 +161,13 @@ class HookedModel:
             logits = self.final_logits(tokens, mask)
         return logits, found
 
+    @torch.no_grad()
+    def early_activations(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations by hook name from a forward that ends where the last of them is computed."""
+        with hooks.capture_and_stop(self.model, names) as found:
+            self.model(tokens, attention_mask=mask.long())
+        return found
+
     def of_head(self, head: Head, name: str, activation: Tensor) -> Tensor:
         """A head's own part of an activation captured under `name`.
 

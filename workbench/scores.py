@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from workbench import storage
+from workbench import seeds, storage
 from workbench.errors import InputError, nearest
 from workbench.refs import Head
 
@@ -73,6 +73,23 @@ class Scores:
         count = (~values.isnan()).sum(-1).clamp(min=2)
         width = torch.from_numpy(np.asarray(stats.t.ppf(0.5 + level / 2, count.numpy() - 1))).to(values.dtype) * self.standard_error()
         return self.mean() - width, self.mean() + width
+
+    def permutation_p_values(self, *, permutations: int = 9999, seed: int = 0, side: Literal["two-sided", "greater", "less"] = "two-sided") -> Tensor:
+        """p of each entry's mean being 0, by flipping the signs of examples at random (paired differences have none under the null).
+
+        The smallest p is 1 / (permutations + 1). Entries without examples are NaN. Errors: `InputError` without an example axis.
+        """
+        values = self._examples().double()
+        flat, found = values.nan_to_num(0.0).flatten(0, -2), values.nan_to_num(0.0).sum(-1).flatten()
+        sign = {"two-sided": 0.0, "greater": 1.0, "less": -1.0}[side]
+        beyond, draw = torch.ones(len(flat), dtype=torch.float64), seeds.generator(seed, "sign flips")
+        for start in range(0, permutations, 1000):
+            count = min(1000, permutations - start)
+            flips = torch.randint(0, 2, (count, flat.shape[1]), generator=draw).double() * 2 - 1
+            sums, slack = flips @ flat.T, 1e-12 * flat.abs().sum(-1)
+            beyond += ((sums.abs() >= found.abs() - slack) if sign == 0 else (sign * sums >= sign * found - slack)).sum(0)
+        p = beyond / (permutations + 1)
+        return torch.where(values.isnan().all(-1), torch.nan, p.view(values.shape[:-1]))
 
     def _examples(self) -> Tensor:
         if not self.per_example:

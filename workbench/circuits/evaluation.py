@@ -6,6 +6,7 @@ Scope `positions` (Prakash et al. 2024): every head is mean-ablated everywhere, 
 `everywhere`: circuit heads are kept at all positions. The two give different numbers, so each result says which.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from workbench import metrics
 from workbench.circuits.circuit import Circuit, random_circuit
 from workbench.models import HookedModel
-from workbench.patching.ablation import ReferenceMeans, ablated_logits, plain_logits
+from workbench.patching.ablation import Replacement, ablated_logits, plain_logits
 from workbench.scores import wilson_interval
 from workbench.tasks.base import PromptPairs
 
@@ -36,11 +37,17 @@ class CircuitReport:
     circuit_interval: tuple[float, float]
     random_circuit_accuracy: float
     """Mean over `random_circuits` draws of as many heads from outside the circuit."""
+    random_circuit_range: tuple[float, float]
+    """Least and greatest of the draws."""
     random_circuits: int
     empty_accuracy: float
     """Every head ablated: the floor of this evaluation."""
     faithfulness: float | None
-    """None when the full model is never right."""
+    """Circuit accuracy over full accuracy; None when the full model is never right."""
+    logit_differences: Mapping[str, float]
+    """Mean logit of the answer minus that of the distractor: `full`, `circuit`, `random` (mean over the draws), `empty`."""
+    logit_difference_recovered: float | None
+    """(circuit - empty) / (full - empty) logit difference; None when the two ends are equal."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
@@ -49,11 +56,12 @@ class CircuitReport:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
         """Read what `to_json` gave."""
-        return cls(**{**value, "full_interval": tuple(value["full_interval"]), "circuit_interval": tuple(value["circuit_interval"])})
+        pairs = ("full_interval", "circuit_interval", "random_circuit_range")
+        return cls(**{**value, **{name: tuple(value[name]) for name in pairs}})
 
 
 def circuit_logits(
-    model: HookedModel, pairs: PromptPairs, circuit: Circuit, means: ReferenceMeans, *, scope: EvaluationScope = "positions"
+    model: HookedModel, pairs: PromptPairs, circuit: Circuit, means: Replacement, *, scope: EvaluationScope = "positions"
 ) -> Float[Tensor, "batch d_vocab"]:
     """Final logits of the circuit alone: all else mean-ablated."""
     kept = circuit.scope if scope == "positions" else circuit.everywhere
@@ -69,18 +77,25 @@ def evaluate_circuit(
     model: HookedModel,
     pairs: PromptPairs,
     circuit: Circuit,
-    means: ReferenceMeans,
+    means: Replacement,
     *,
     scope: EvaluationScope = "positions",
     random_circuits: int = 5,
     seed: int = 0,
 ) -> CircuitReport:
-    """Full, circuit-only, random-circuit and empty accuracy on test prompts. Errors: `InputError` when they overlap the reference."""
-    full = correct(plain_logits(model, pairs), pairs)
-    alone = correct(circuit_logits(model, pairs, circuit, means, scope=scope), pairs)
+    """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test prompts. Errors: `InputError` when they overlap the reference."""
     draws = [random_circuit(circuit, seed=seed, draw=draw) for draw in range(random_circuits)]
-    randoms = [float(correct(circuit_logits(model, pairs, draw, means, scope=scope), pairs).float().mean()) for draw in draws]
-    empty = correct(circuit_logits(model, pairs, circuit.where(lambda member: False), means, scope=scope), pairs)
+    runs = {
+        "full": [plain_logits(model, pairs)],
+        "circuit": [circuit_logits(model, pairs, circuit, means, scope=scope)],
+        "random": [circuit_logits(model, pairs, draw, means, scope=scope) for draw in draws],
+        "empty": [circuit_logits(model, pairs, circuit.where(lambda member: False), means, scope=scope)],
+    }
+    right = {name: [correct(logits, pairs) for logits in found] for name, found in runs.items()}
+    full, alone = right["full"][0], right["circuit"][0]
+    randoms = [float(each.float().mean()) for each in right["random"]] or [float("nan")]
+    differences = {name: _mean_difference(found, pairs) for name, found in runs.items()}
+    gap = differences["full"] - differences["empty"]
     full_accuracy, alone_accuracy = float(full.float().mean()), float(alone.float().mean())
     return CircuitReport(
         heads=len(circuit.heads),
@@ -91,8 +106,16 @@ def evaluate_circuit(
         full_interval=wilson_interval(int(full.sum()), len(pairs)),
         circuit_accuracy=alone_accuracy,
         circuit_interval=wilson_interval(int(alone.sum()), len(pairs)),
-        random_circuit_accuracy=sum(randoms) / len(randoms) if randoms else float("nan"),
+        random_circuit_accuracy=sum(randoms) / len(randoms),
+        random_circuit_range=(min(randoms), max(randoms)),
         random_circuits=random_circuits,
-        empty_accuracy=float(empty.float().mean()),
+        empty_accuracy=float(right["empty"][0].float().mean()),
         faithfulness=alone_accuracy / full_accuracy if full_accuracy else None,
+        logit_differences=differences,
+        logit_difference_recovered=(differences["circuit"] - differences["empty"]) / gap if gap else None,
     )
+
+
+def _mean_difference(found: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
+    values = [float(metrics.logit_difference(logits, pairs.answers, pairs.distractors).mean()) for logits in found]
+    return sum(values) / len(values) if values else float("nan")

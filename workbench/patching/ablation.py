@@ -112,13 +112,13 @@ def ablation_edits(model: HookedModel, pairs: PromptPairs, scope: Scope, means: 
     if complement:
         nothing = torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device)
         masks = {layer: ~masks.get(layer, nothing) for layer in range(model.n_layers)}
-    if means != "zero":
+    if not isinstance(means, str):
         refuse_overlap(means.prompts, pairs)
     return {hooks.z(layer): _replace(mask[..., None], _value(means, layer, pairs)) for layer, mask in masks.items()}
 
 
 def _value(means: Replacement, layer: int, pairs: PromptPairs) -> Tensor | float:
-    return 0.0 if means == "zero" else means.at(layer, pairs)
+    return 0.0 if isinstance(means, str) else means.at(layer, pairs)
 
 
 def _replace(mask: Bool[Tensor, "batch pos head 1"], value: Tensor | float) -> hooks.Edit:
@@ -166,7 +166,7 @@ def ablation_profiles(
     """
     model.require_eval()
     asked = model.heads if heads is None else sorted(model.checked(head) for head in heads)
-    if means != "zero":
+    if not isinstance(means, str):
         refuse_overlap(means.prompts, pairs)
     with tqdm(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run", leave=False) as bar:
         parts = [_profiles(model, part, asked, means, metrics, position, memory, bar) for part in pairs.batches(batch)]

@@ -87,14 +87,26 @@ class Passage:
         return self.replay.logits(self.replay.upward(first[0] + 1, left, self.window, inputs))
 
     @torch.no_grad()
-    def into_each(self, layer: int, composition: Composition, variants: Sequence[Variant]) -> Float[Tensor, "path batch d_vocab"]:
-        """Patched logits of each variant into each head's q (each group's k or v) of a layer alone; path = variant x receiver."""
-        run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, top=layer)
+    def into_each(
+        self, layers: Sequence[int], composition: Composition, variants: Sequence[Variant]
+    ) -> list[tuple[int, int, Float[Tensor, "receiver batch d_vocab"]]]:
+        """(layer, number of the variant, logits) with each variant into each head's q (each group's k or v) of a layer alone.
+
+        Layers are in order, variants in that of their entry; a variant that writes too late for a layer is left out there.
+        """
+        run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, top=layers[-1])
         count = self.replay.parts.n_heads if composition == "q" else self.replay.parts.n_kv_heads
-        value = self._recorded(layer, composition, list(range(count)), run.pre[layer])
-        change = self.replay.head_changes(layer, composition, value, self.where, self.window, range(count))
-        left = self.replay.after_attention(layer, change, self.window)
-        return self.replay.logits(self.replay.upward(layer + 1, left, self.window, {}))
+        left, whose = {}, []
+        for layer in layers:
+            if len(run.pre[layer]):
+                value = self._recorded(layer, composition, list(range(count)), run.pre[layer])
+                change = self.replay.head_changes(layer, composition, value, self.where, self.window, range(count))
+                left[layer] = self.replay.after_attention(layer, change, self.window)
+                whose += [(layer, number) for number in range(len(run.pre[layer]))]
+        if not left:
+            return []
+        logits = self.replay.logits(self.replay.joined_upward(left, self.window))
+        return [(layer, number, part) for (layer, number), part in zip(whose, logits.unflatten(0, (len(whose), count)), strict=True)]
 
     def _inputs(self, layer: int, run: FrozenRun, places: Sequence[Place]) -> Inputs:
         replaced: dict[str, dict[int, Tensor]] = {"q": {}, "k": {}, "v": {}}
@@ -146,4 +158,5 @@ class Passage:
 
 def rows_of(corrupt: Corrupt, rows: Int[Tensor, " rows"]) -> Corrupt:
     """The corrupt run on some prompts."""
-    return {name: value[rows] for name, value in corrupt.items()}
+    whole = len(rows) == len(next(iter(corrupt.values()))) and bool((rows[1:] > rows[:-1]).all())
+    return corrupt if whole else {name: value[rows] for name, value in corrupt.items()}

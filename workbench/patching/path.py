@@ -13,6 +13,7 @@ Cost, in forwards of the whole model: two for the clean and the corrupt run, wha
 costs the MLPs above it at the last token (`frozen.py`), a path into heads the layers above them from the receivers' position on (`replay.py`).
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -27,12 +28,12 @@ from workbench.errors import InputError
 from workbench.metrics import Metric, relative_change
 from workbench.models import HookedModel, last_position
 from workbench.patching.chunks import MEMORY, in_chunks
-from workbench.patching.frozen import FrozenRuns, Variant, entry
+from workbench.patching.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.hooked import HookedPatcher
 from workbench.patching.passage import Passage, Route, alike, by_first_receiver, place_of, rows_of
 from workbench.patching.replay import replay_of
 from workbench.patching.window import Spots
-from workbench.refs import Composition, Head, Mlp, PathEnd, Position, Receiver, Sender
+from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
 from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
 
@@ -60,11 +61,28 @@ class PathPatcher:
                     f"{model.name} can't be replayed exactly (its blocks do more than the replay knows); leave `engine` out to go through hooks."
                 )
             self.hooked = HookedPatcher(model, pairs)
-            self.clean_logits, self.corrupt_logits = self.hooked.clean_logits, self.hooked.corrupt_logits
+            self.clean_logits = self.hooked.clean_logits
             return
-        names = [hooks.residual_pre(0), *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output))]
         self.clean_logits = self.replay.clean_logits
-        self.corrupt_logits, self.corrupt = model.activations(pairs.corrupt, pairs.mask, names)
+        self._corrupt: Corrupt = {}
+        self._corrupt_layers = -1
+
+    @functools.cached_property
+    def corrupt_logits(self) -> Float[Tensor, "batch d_vocab"]:
+        """Final logits of the corrupt run."""
+        if self.replay is None:
+            return self.hooked.corrupt_logits
+        logits, self._corrupt = self.model.activations(self.pairs.corrupt, self.pairs.mask, _written_below(self.model.n_layers))
+        self._corrupt_layers = self.model.n_layers
+        return logits
+
+    def _sent_by(self, variants: Iterable[Variant]) -> Corrupt:
+        """The corrupt run as far up as the highest sender writes."""
+        layers = max((0 if isinstance(sender, Embedding) else sender.layer + 1 for variant in variants for sender in variant), default=0)
+        if layers > self._corrupt_layers:
+            self._corrupt = self.model.early_activations(self.pairs.corrupt, self.pairs.mask, _written_below(layers))
+            self._corrupt_layers = layers
+        return self._corrupt
 
     @property
     def engine(self) -> Engine:
@@ -115,11 +133,12 @@ class PathPatcher:
             yield from self._through_hooks(variants, route)
             return
         order = [number for number in sorted(range(len(variants)), key=lambda number: entry(variants[number])) if variants[number]]
+        corrupt = self._sent_by(variants)
         if not route.receivers:
             yield from self._to_logits(variants, order, route, sending)
             return
         for rows in alike(self.pairs.mask, sending & receiving):
-            passage = Passage(self.replay.rows(rows), rows_of(self.corrupt, rows), sending[rows], receiving[rows], route)
+            passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
             size = max(1, self.memory // passage.replay.variant_bytes(passage.window))
             parallel = self.replay.parts.blocks[0].parallel
             for first, group in by_first_receiver(variants, order, route.receivers, parallel=parallel):
@@ -130,40 +149,62 @@ class PathPatcher:
 
     @torch.no_grad()
     def effects_on_each(
-        self, variants: Sequence[Variant], layer: int, composition: Composition, route: Route, metric: Metric, *, done: Callable[[int], object] = bool
+        self,
+        variants: Sequence[Variant],
+        layers: Sequence[int],
+        composition: Composition,
+        route: Route,
+        metric: Metric,
+        *,
+        done: Callable[[int], object] = bool,
     ) -> Float[Tensor, "variant receiver batch"]:
-        """The metric when each variant is patched into each head's q (or each group's k or v) of a layer alone.
+        """The metric when each variant is patched into each head's q (or each group's k or v) of each of some layers, alone.
 
-        A variant that does not lie below the layer has no path: its values are the clean ones. `route.receivers` is not used.
+        A variant that does not lie below a layer has no path to it: its values are the clean ones. `route.receivers` is not used.
         """
         self.model.require_eval()
+        _refuse_unknown(self.model, {place for variant in variants for place in variant})
         count = self.model.n_heads if composition == "q" else self.model.n_kv_heads
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
-        values = clean[None, None].repeat(len(variants), count, 1)
-        below = [number for number in sorted(range(len(variants)), key=lambda n: entry(variants[n])) if entry(variants[number])[0] < layer]
-        sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
+        values = clean[None, None, None].repeat(len(variants), len(layers), count, 1)
+        order = sorted(range(len(variants)), key=lambda number: entry(variants[number]))
         if self.replay is None:
-            return self._each_through_hooks(values, below, variants, layer, composition, route, metric)
+            return self._each_through_hooks(values, order, variants, layers, composition, route, metric)
+        corrupt = self._sent_by(variants)
+        sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
         for rows in alike(self.pairs.mask, sending & receiving):
-            passage = Passage(self.replay.rows(rows), rows_of(self.corrupt, rows), sending[rows], receiving[rows], route)
-            size = max(1, self.memory // (count * passage.replay.variant_bytes(passage.window)))
-            for chunk, found in in_chunks(
-                below, size, lambda chunk, passage=passage: passage.into_each(layer, composition, [variants[n] for n in chunk])
-            ):
-                for number, logits in zip(chunk, found.unflatten(0, (len(chunk), count)), strict=True):
-                    for receiver in range(count):
-                        values[number, receiver, rows] = metric(logits[receiver], self.pairs.answers[rows], self.pairs.distractors[rows])
-                    done(count * len(rows))
+            passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
+            fit = max(1, self.memory // (count * passage.replay.variant_bytes(passage.window)))
+            for group in _batched(sorted(layers), max(1, fit // len(order))):
+
+                def work(chunk: list[int], passage: Passage = passage, group: Sequence[int] = group) -> list[tuple[int, int, Tensor]]:
+                    return passage.into_each(group, composition, [variants[n] for n in chunk])
+
+                for chunk, found in in_chunks(order, max(1, fit // len(group)), work):
+                    for layer, place, logits in found:
+                        for receiver in range(count):
+                            patched = metric(logits[receiver], self.pairs.answers[rows], self.pairs.distractors[rows])
+                            values[chunk[place], list(layers).index(layer), receiver, rows] = patched
+                        done(count * len(rows))
         return values
 
     def _each_through_hooks(
-        self, values: Tensor, below: Sequence[int], variants: Sequence[Variant], layer: int, composition: Composition, route: Route, metric: Metric
+        self,
+        values: Tensor,
+        order: Sequence[int],
+        variants: Sequence[Variant],
+        layers: Sequence[int],
+        composition: Composition,
+        route: Route,
+        metric: Metric,
     ) -> Tensor:
         group = 1 if composition == "q" else self.model.n_heads // self.model.n_kv_heads
-        for receiver in range(values.shape[1]):
-            into = replace(route, receivers=(Receiver(Head(layer, receiver * group), composition),))
-            for number, _, logits in self._through_hooks([variants[n] for n in below], into):
-                values[below[number], receiver] = metric(logits, self.pairs.answers, self.pairs.distractors)
+        for place, layer in enumerate(layers):
+            below = [number for number in order if entry(variants[number])[0] < layer]
+            for receiver in range(values.shape[2]):
+                into = replace(route, receivers=(Receiver(Head(layer, receiver * group), composition),))
+                for number, _, logits in self._through_hooks([variants[n] for n in below], into):
+                    values[below[number], place, receiver] = metric(logits, self.pairs.answers, self.pairs.distractors)
         return values
 
     def _through_hooks(self, variants: Sequence[Variant], route: Route) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -189,7 +230,7 @@ class PathPatcher:
         replay, rows = self.replay, torch.arange(len(self.pairs), device=self.pairs.clean.device)
         last = last_position(self.pairs.mask)[:, None]
         spots = Spots(index=last, real=torch.ones_like(last, dtype=torch.bool))
-        runs, at_last = FrozenRuns(replay, self.corrupt), sending.gather(1, last)
+        runs, at_last = FrozenRuns(replay, self._corrupt), sending.gather(1, last)
 
         def found(chunk: list[int]) -> Tensor:
             run = runs.run([variants[n] for n in chunk], spots, at_last, freeze_mlps=route.freeze_mlps, top=self.model.n_layers)
@@ -199,6 +240,15 @@ class PathPatcher:
         size = max(1, self.memory // (len(rows) * width * self.clean_logits.element_size()))
         for chunk, logits in in_chunks(order, size, found):
             yield from ((number, rows, part) for number, part in zip(chunk, logits, strict=True))
+
+
+def _written_below(layers: int) -> list[str]:
+    """What every sender below a layer writes, in the order of the forward."""
+    return [hooks.residual_pre(0), *(kind(layer) for layer in range(layers) for kind in (hooks.z, hooks.mlp_output))]
+
+
+def _batched(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _refuse_unknown(model: HookedModel, places: Iterable[Sender | PathEnd]) -> None:

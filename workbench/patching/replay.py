@@ -105,7 +105,9 @@ class Replay:
         return cls(model, parts, pairs.mask, clean, logits)
 
     def rows(self, index: Tensor) -> "Replay":
-        """The same on some of the prompts."""
+        """The same on some of the prompts (itself when they are all, in order)."""
+        if len(index) == len(self.mask) and bool((index[1:] > index[:-1]).all()):
+            return self
         clean = [layer.rows(index) for layer in self.clean]
         return Replay(self.model, self.parts, self.mask[index], clean, self.clean_logits[index])
 
@@ -131,6 +133,18 @@ class Replay:
         for above in range(layer, len(self.parts.blocks)):
             residual = self._block(above, residual, window, inputs.get(above))
         return residual[:, :, -1]
+
+    @torch.no_grad()
+    def joined_upward(self, left: Mapping[int, Float[Tensor, "_ _ _ _"]], window: Window) -> Float[Tensor, "variant batch d_model"]:
+        """As `upward`, for variants that join at several layers (`left`: layer -> what leaves it), in the order of the layers."""
+        final, x = len(self.parts.blocks) - 1, None
+        for layer in range(min(left), final + 1):
+            x = None if x is None else self._block(layer, x, window, None)
+            if layer in left:
+                joining = left[layer]
+                x = joining if x is None else torch.cat([x, joining])
+        assert x is not None
+        return x[:, :, -1]
 
     @torch.no_grad()
     def logits(self, final: Float[Tensor, "variant batch d_model"]) -> Float[Tensor, "variant batch d_vocab"]:

@@ -1,0 +1,167 @@
+"""Faithfulness over circuit size, with equal-size random circuits beside it, and its two areas (MIB; Mueller et al. 2025).
+
+    f(C) = (m(C) - m(empty)) / (m(model) - m(empty))
+    CPR = integral of f over the share of heads, from none to all (higher: performance is recovered early)
+    CMD = integral of |1 - f| (lower: the circuit behaves as the model)
+
+Everything outside a circuit is mean-ablated; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench import seeds
+from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.evaluation import circuit_logits
+from workbench.errors import InputError
+from workbench.metrics import Metric
+from workbench.models import HookedModel
+from workbench.patching.ablation import Replacement, plain_logits
+from workbench.refs import Head, Position
+from workbench.tasks.base import PromptPairs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaithfulnessCurve:
+    """Faithfulness of the first k heads of a ranking, and of k random heads."""
+
+    metric: str
+    sizes: tuple[int, ...]
+    total_heads: int
+    faithfulness: tuple[float, ...]
+    random: tuple[tuple[float, ...], ...]
+    """One curve for each random ranking."""
+    full: float
+    """The metric of the whole model."""
+    empty: float
+    """The metric with every head ablated."""
+
+    @property
+    def cpr(self) -> float:
+        """Circuit performance ratio: area under the curve."""
+        return self._area(self.faithfulness)
+
+    @property
+    def cmd(self) -> float:
+        """Circuit-model difference: area between the curve and 1."""
+        return self._area([abs(1 - value) for value in self.faithfulness])
+
+    @property
+    def random_cpr(self) -> tuple[float, float]:
+        """Mean and standard deviation over the random rankings."""
+        return _mean_and_deviation([self._area(curve) for curve in self.random])
+
+    @property
+    def random_cmd(self) -> tuple[float, float]:
+        """Mean and standard deviation over the random rankings."""
+        return _mean_and_deviation([self._area([abs(1 - value) for value in curve]) for curve in self.random])
+
+    def _area(self, values: Sequence[float]) -> float:
+        return float(np.trapezoid(values, np.array(self.sizes) / self.total_heads))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values with the areas; `from_json` reads them back."""
+        areas = {"cpr": self.cpr, "cmd": self.cmd, "random_cpr": self.random_cpr, "random_cmd": self.random_cmd}
+        return {**asdict(self), **areas}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "FaithfulnessCurve":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        try:
+            return cls(
+                sizes=tuple(value["sizes"]),
+                faithfulness=tuple(value["faithfulness"]),
+                random=tuple(tuple(curve) for curve in value["random"]),
+                **{name: value[name] for name in ("metric", "total_heads", "full", "empty")},
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"this is not a faithfulness curve ({error!r}); compute it again.") from None
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def default_sizes(total: int) -> tuple[int, ...]:
+    """0, 1, 2, 3, 5, 8, ... and all heads."""
+    sizes, step = [0, 1, 2], (2, 3)
+    while step[0] + step[1] - 2 < total and step[1] < total:
+        sizes.append(step[1])
+        step = (step[1], step[0] + step[1])
+    return tuple(sorted({size for size in (*sizes, total) if size <= total}))
+
+
+class Faithfulness:
+    """f of sets of heads that are kept at a position, all others mean-ablated.
+
+    Errors: `InputError` when the mean's prompts are among `pairs`, and when ablating every head does not change the metric (nothing to recover).
+    """
+
+    def __init__(self, model: HookedModel, pairs: PromptPairs, means: Replacement, *, metric: Metric, position: Position = "all") -> None:
+        self.model, self.pairs, self.metric, self.position = model, pairs, metric, position
+        self.means: Replacement = means
+        self.full = float(metric(plain_logits(model, pairs), pairs.answers, pairs.distractors).mean())
+        self.empty = self._metric(())
+        if abs(self.full - self.empty) < 1e-9:
+            raise InputError("ablating every head does not change the metric: nothing to recover. Use prompts or a metric on which heads matter.")
+
+    def of(self, heads: Sequence[Head]) -> float:
+        """(m(C) - m(empty)) / (m(model) - m(empty))."""
+        return (self._metric(heads) - self.empty) / (self.full - self.empty) if heads else 0.0
+
+    def _metric(self, heads: Sequence[Head]) -> float:
+        members = (Member(head, "kept", self.position) for head in heads)
+        circuit = Circuit.of(members, shape=(self.model.n_layers, self.model.n_heads), method="heads that are kept")
+        logits = circuit_logits(self.model, self.pairs, circuit, self.means)
+        return float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
+
+
+def faithfulness_curve(
+    faithfulness: Faithfulness, ranking: Sequence[Head], *, unit: str, sizes: Sequence[int] | None = None, random_rankings: int = 3, seed: int = 0
+) -> FaithfulnessCurve:
+    """f of the first k heads of a ranking for several k, and of the first k of random rankings. Heads that the ranking leaves out come last."""
+    model = faithfulness.model
+    order = [*ranking, *(head for head in model.heads if head not in set(ranking))]
+    chosen = default_sizes(len(order)) if sizes is None else tuple(sorted(set(sizes)))
+    shuffled = [seeds.chooser(seed, "random ranking", draw).sample(order, len(order)) for draw in range(random_rankings)]
+    curves = []
+    with tqdm(total=(1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False) as bar:
+        for heads in (order, *shuffled):
+            curves.append([])
+            for size in chosen:
+                curves[-1].append(faithfulness.of(heads[:size]))
+                bar.update()
+    return FaithfulnessCurve(
+        metric=unit,
+        sizes=chosen,
+        total_heads=len(order),
+        faithfulness=tuple(curves[0]),
+        random=tuple(map(tuple, curves[1:])),
+        full=faithfulness.full,
+        empty=faithfulness.empty,
+    )
+
+
+def greedy(faithfulness: Faithfulness, ranking: Sequence[Head], *, target: float) -> list[Head]:
+    """The shortest beginning of a ranking whose faithfulness reaches `target` (all of it, if none does)."""
+    sizes = range(1, len(ranking) + 1)
+    return list(ranking[: next((size for size in sizes if faithfulness.of(ranking[:size]) >= target), len(ranking))])
+
+
+def bootstrap_stability(
+    choose: Callable[[Int[Tensor, " rows"]], Iterable[Head]], examples: int, *, resamples: int = 20, seed: int = 0
+) -> list[float]:
+    """Jaccard overlap of the heads that `choose(rows)` takes on resampled prompts with those on all prompts; `rows` are example indices."""
+    whole, found = set(choose(torch.arange(examples))), []
+    for draw in range(resamples):
+        rows = torch.randint(0, examples, (examples,), generator=seeds.generator(seed, "bootstrap", draw))
+        again = set(choose(rows))
+        found.append(len(whole & again) / len(whole | again) if whole | again else 1.0)
+    return found

@@ -1,0 +1,227 @@
+"""Attribution patching: every edge's effect at once, to first order, from gradients (EAP; Syed et al. 2023) or averaged gradients (EAP-IG).
+
+    score(sender -> receiver) = sum over positions of (corrupt - clean output of the sender) . d metric / d (what the receiver reads)
+
+The gradient is taken at the clean run (EAP), or averaged over `steps` points on the line from the clean to the corrupt input embeddings
+(EAP-IG-inputs; Hanna et al. 2024). It is a linear estimate of an exact path effect with MLPs frozen: `exact_edges` measures that, and
+`agreement` reports the rank correlation. Direction and sign are those of `path.py`: corrupt into clean, patched minus clean.
+
+Receivers: q by query head, k and v by key-value head (with grouped-query attention the group's), each MLP's input, the logits.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench import hooks
+from workbench.errors import InputError
+from workbench.metrics import Metric
+from workbench.models import HookedModel
+from workbench.parts import DecoderParts, decoder_parts
+from workbench.patching.frozen import Variant
+from workbench.patching.passage import Route
+from workbench.patching.path import PathPatcher
+from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender
+from workbench.scores import Scores, joined
+from workbench.tasks.base import PromptPairs
+
+BATCH = 32
+"""Default number of prompts in one forward and backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edges:
+    """The graph of a model: who writes, who reads, in the order of the residual stream."""
+
+    senders: tuple[Sender, ...]
+    receivers: tuple[PathEnd | Literal["logits"], ...]
+
+    @classmethod
+    def of(cls, model: HookedModel) -> "Edges":
+        """Every sender and receiver; k and v by the first query head of their group."""
+        group = model.n_heads // model.n_kv_heads
+        senders: list[Sender] = [Embedding()]
+        receivers: list[PathEnd | Literal["logits"]] = []
+        for layer in range(model.n_layers):
+            senders += [*(Head(layer, index) for index in range(model.n_heads)), Mlp(layer)]
+            receivers += [Receiver(Head(layer, index), "q") for index in range(model.n_heads)]
+            for composition in ("k", "v"):
+                receivers += [Receiver(Head(layer, kv * group), composition) for kv in range(model.n_kv_heads)]
+            receivers.append(Mlp(layer))
+        return cls(senders=tuple(senders), receivers=(*receivers, "logits"))
+
+    def connected(self, *, parallel: bool) -> Float[Tensor, "sender receiver"]:
+        """1 where the sender writes before the receiver reads, else NaN."""
+        return torch.tensor([[1.0 if _before(sender, receiver, parallel) else torch.nan for receiver in self.receivers] for sender in self.senders])
+
+
+def _before(sender: Sender, receiver: PathEnd | Literal["logits"], parallel: bool) -> bool:
+    if receiver == "logits" or isinstance(sender, Embedding):
+        return True
+    reads, of_mlp = (receiver.layer, True) if isinstance(receiver, Mlp) else (receiver.head.layer, False)
+    return sender.layer < reads or (sender.layer == reads and of_mlp and isinstance(sender, Head) and not parallel)
+
+
+def attribute_edges(model: HookedModel, pairs: PromptPairs, *, metric: Metric, unit: str, steps: int = 1, batch: int = BATCH) -> Scores:
+    """EAP (`steps=1`) or EAP-IG scores of every edge: [sender receiver example], NaN where there is no edge.
+
+    Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). Costs two forwards and `steps` forwards with a backward.
+    Errors: `InputError` in training mode, and for a model whose blocks `parts.py` does not know.
+    Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
+    """
+    model.require_eval()
+    parts = decoder_parts(model)
+    if parts is None:
+        raise InputError(
+            f"{model.name}: attribution needs blocks of pre-norm attention and an MLP on TransformerLens 4; use exact path patching instead."
+        )
+    if steps < 1:
+        raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
+    edges = Edges.of(model)
+    there = edges.connected(parallel=model.has_parallel_blocks)
+    found = []
+    for part in tqdm(list(pairs.batches(batch)), desc=f"attributing edges of {model.name}", unit="batch", leave=False):
+        change = _sent(model, part)
+        gradients = sum(_gradients(model, parts, part, metric, step / steps) for step in range(steps)) / steps
+        found.append(torch.einsum("sbpd,rbpd->srb", change, gradients).cpu() * there[..., None])
+    labels = {"sender": tuple(map(str, edges.senders)), "receiver": tuple(map(str, edges.receivers))}
+    method = "EAP" if steps == 1 else f"EAP-IG ({steps} steps)"
+    scores = [
+        Scores(values=part.float(), axes=("sender", "receiver", "example"), labels=labels, unit=f"change of {unit}, {method}") for part in found
+    ]
+    return joined(scores)
+
+
+def attribute_nodes(scores: Scores) -> Scores:
+    """A sender's score: the sum over its edges, which is the gradient's estimate of its total effect. [sender example]."""
+    values = scores.values.nan_to_num(0.0).sum(1)
+    return Scores(values=values, axes=("sender", "example"), labels={"sender": scores.labels["sender"]}, unit=f"{scores.unit}, all edges of a sender")
+
+
+@torch.no_grad()
+def _sent(model: HookedModel, pairs: PromptPairs) -> Float[Tensor, "sender batch pos d_model"]:
+    """Corrupt minus clean output of every sender."""
+    names = [hooks.residual_pre(0), *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output))]
+    runs = [model.activations(tokens, pairs.mask, names)[1] for tokens in (pairs.clean, pairs.corrupt)]
+    change = {name: runs[1][name] - runs[0][name] for name in names}
+    written = [change[hooks.residual_pre(0)][None]]
+    for layer in range(model.n_layers):
+        written += [model.head_outputs(layer, change[hooks.z(layer)]).permute(2, 0, 1, 3), change[hooks.mlp_output(layer)][None]]
+    return torch.cat(written) * pairs.mask[..., None]
+
+
+def _gradients(
+    model: HookedModel, parts: DecoderParts, pairs: PromptPairs, metric: Metric, share: float
+) -> Float[Tensor, "receiver batch pos d_model"]:
+    """Gradient of the summed metric at what every receiver reads, with the embeddings `share` of the way from clean to corrupt."""
+    with torch.no_grad():
+        start, end = (
+            model.activations(tokens, pairs.mask, [hooks.residual_pre(0)])[1][hooks.residual_pre(0)] for tokens in (pairs.clean, pairs.corrupt)
+        )
+        embedded = start + share * (end - start)
+    taps: dict[str, Tensor] = {}
+    last = hooks.residual_post(model.n_layers - 1)
+    read = [kind(layer) for layer in range(model.n_layers) for kind in (hooks.q, hooks.k, hooks.v, hooks.mlp_input)]
+    pre = [hooks.residual_pre(layer) for layer in range(model.n_layers)] + [hooks.attention_output(layer) for layer in range(model.n_layers)]
+    edits = {name: _tap(taps, name) for name in (*pre[1:], *read, last)}
+    with torch.enable_grad():
+        leaf = embedded.clone().requires_grad_()
+        edits[pre[0]] = lambda activation: leaf
+        with hooks.edit(model.model, edits):
+            logits = model.final_logits(pairs.clean, pairs.mask)
+        values = metric(logits, pairs.answers, pairs.distractors)
+        grads = dict(zip([*read, last], torch.autograd.grad(values.sum(), [taps[name] for name in (*read, last)]), strict=True))
+    taps[pre[0]] = leaf
+    found = [part for layer in range(model.n_layers) for part in _into_layer(model, parts, layer, taps, grads)]
+    return torch.cat([*found, grads[last][None]]).detach()
+
+
+def _tap(taps: dict[str, Tensor], name: str) -> hooks.Edit:
+    """An edit that changes nothing, and keeps the tensor that the rest of the forward is computed from."""
+
+    def keep(activation: Tensor) -> Tensor:
+        taps[name] = activation.clone()
+        return taps[name]
+
+    return keep
+
+
+def _into_layer(
+    model: HookedModel, parts: DecoderParts, layer: int, taps: dict[str, Tensor], grads: dict[str, Tensor]
+) -> Iterator[Float[Tensor, "receiver batch pos d_model"]]:
+    """From the gradients at a layer's q, k, v and MLP input to those at each receiver's own copy of the residual stream."""
+    part, counts = parts.blocks[layer], {"q": parts.n_heads, "k": parts.n_kv_heads, "v": parts.n_kv_heads}
+    pre, weights = taps[hooks.residual_pre(layer)].detach(), part.weight_qkv.split([count * parts.d_head for count in counts.values()], 1)
+    for (name, count), weight in zip(counts.items(), weights, strict=True):
+        own = grads[{"q": hooks.q, "k": hooks.k, "v": hooks.v}[name](layer)]
+        normed = torch.einsum("bphw,dhw->hbpd", own, weight.unflatten(1, (count, parts.d_head)))
+        yield _through_norm(part.norm_attention, pre, normed)
+    middle = pre if part.parallel else pre + taps[hooks.attention_output(layer)].detach()
+    yield _through_norm(part.norm_mlp, middle, grads[hooks.mlp_input(layer)][None])
+
+
+def _through_norm(
+    norm: object, residual: Tensor, gradient: Float[Tensor, "receiver batch pos d_model"]
+) -> Float[Tensor, "receiver batch pos d_model"]:
+    """The vector-Jacobian product of a normalisation, for several gradients at its output."""
+    with torch.enable_grad():
+        leaf = residual.expand_as(gradient).clone().requires_grad_()
+        return torch.autograd.grad(norm(leaf), leaf, gradient)[0]  # type: ignore[operator]
+
+
+def exact_edges(
+    model: HookedModel,
+    pairs: PromptPairs,
+    *,
+    metric: Metric,
+    unit: str,
+    senders: Sequence[Sender] | None = None,
+    compositions: Sequence[Composition] = ("q", "k", "v"),
+    freeze_mlps: bool = True,
+    batch: int = 128,
+) -> Scores:
+    """Exact path effects of senders on the logits and on each head's q, k, v: [sender receiver example], the same labels as `attribute_edges`.
+
+    With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates. MLP receivers are NaN.
+    """
+    edges = Edges.of(model)
+    chosen = edges.senders if senders is None else tuple(senders)
+    variants: list[Variant] = [frozenset([sender]) for sender in chosen]
+    there = Edges(senders=chosen, receivers=edges.receivers).connected(parallel=model.has_parallel_blocks)
+    number = {receiver: place for place, receiver in enumerate(edges.receivers)}
+    group, found = model.n_heads // model.n_kv_heads, []
+    for part in pairs.batches(batch):
+        patcher = PathPatcher(model, part)
+        clean = metric(patcher.clean_logits, part.answers, part.distractors)
+        values, route = torch.full((*there.shape, len(part)), torch.nan), Route(freeze_mlps=freeze_mlps)
+        values[:, number["logits"]] = (patcher.effects(variants, route, metric) - clean).float().cpu()
+        for composition in tqdm(compositions, desc=f"patching edges of {model.name}", unit="input", leave=False):
+            each = patcher.effects_on_each(variants, range(model.n_layers), composition, route, metric) - clean
+            for layer in range(model.n_layers):
+                for receiver in range(each.shape[2]):
+                    end = Receiver(Head(layer, receiver * (1 if composition == "q" else group)), composition)
+                    values[:, number[end]] = each[:, layer, receiver].float().cpu()
+        found.append(values * there[..., None])
+    labels = {"sender": tuple(map(str, chosen)), "receiver": tuple(map(str, edges.receivers))}
+    described = f"change of {unit}, exact path effect" + (", MLPs frozen" if freeze_mlps else "")
+    return joined([Scores(values=part, axes=("sender", "receiver", "example"), labels=labels, unit=described) for part in found])
+
+
+def agreement(estimated: Scores, exact: Scores) -> float:
+    """Spearman's rank correlation of the mean scores of the edges that both have measured."""
+    means = [
+        dict(zip(product(*(scores.labels[axis] for axis in scores.axes[:2])), scores.mean().flatten().tolist(), strict=True))
+        for scores in (estimated, exact)
+    ]
+    shared = [edge for edge, value in means[0].items() if not math.isnan(value) and not math.isnan(means[1].get(edge, math.nan))]
+    if len(shared) < 3:
+        raise InputError("fewer than three edges are measured in both; give both the same senders.")
+    return float(stats.spearmanr([means[0][edge] for edge in shared], [means[1][edge] for edge in shared])[0])  # pyright: ignore[reportArgumentType]
