@@ -157,7 +157,7 @@ class PathPatcher:
         metric: Metric,
         *,
         done: Callable[[int], object] = bool,
-    ) -> Float[Tensor, "variant receiver batch"]:
+    ) -> Float[Tensor, "variant layer receiver batch"]:
         """The metric when each variant is patched into each head's q (or each group's k or v) of each of some layers, alone.
 
         A variant that does not lie below a layer has no path to it: its values are the clean ones. `route.receivers` is not used.
