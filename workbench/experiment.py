@@ -4,6 +4,7 @@ and is skipped when its files are there.
 
 import functools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from workbench import sources, storage
 from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, hook_names, pair_ckas
-from workbench.circuits import discovery, evaluation
+from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.distillation.loop import Distillation, TrainingConfig
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
@@ -26,10 +27,11 @@ from workbench.metrics import METRICS
 from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
 from workbench.patching.ablation import ReferenceMeans, ablation_profiles, plain_logits, reference_means
 from workbench.recipe import Recipe, to_plain
+from workbench.refs import Head
 from workbench.runs import RunFolder
 from workbench.scores import Scores
-from workbench.tasks.base import PromptPairs, Split, Stage, encode, load_pairs, task_dataset
-from workbench.tasks.entity_tracking import EntityTracking
+from workbench.tasks.base import PromptPairs, Split, Stage, Task, encode, load_pairs, task_dataset
+from workbench.tasks.registry import task_named
 
 log = logging.getLogger("workbench")
 NO_STUDENT = "this recipe names no student; add `student: <directory or hub id>`."
@@ -103,6 +105,11 @@ class Prompts:
         """For every number of the results table."""
         return self._split("test", self.data.test_scenes)
 
+    @property
+    def has_test(self) -> bool:
+        """Whether a file of pairs has rows left for testing."""
+        return len(self._rows) > self.data.reference_scenes + self.data.discovery_scenes + self.data.train_scenes
+
     @functools.cached_property
     def _rows(self) -> Dataset:
         assert self.data.pairs is not None
@@ -118,7 +125,13 @@ class Prompts:
         return rows
 
     def _task(self, split: Split, scenes: int) -> PromptPairs:
-        return self._encode(task_dataset(EntityTracking(boxes=self.data.boxes), self.tokenizer, split=split, scenes=scenes, seed=self.data.seed))
+        return self._encode(task_dataset(self.task, self.tokenizer, split=split, scenes=scenes, seed=self.data.seed))
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The recipe's task."""
+        boxes = {"boxes": self.data.boxes} if self.data.task == "entity_tracking" else {}
+        return task_named(self.data.task, {**boxes, **self.data.options})
 
     def _encode(self, dataset: Dataset) -> PromptPairs:
         return encode(dataset, self.tokenizer, padding_side=self.data.padding_side, prepend_bos=self.data.prepend_bos).to(self.recipe.device)
@@ -128,7 +141,7 @@ class Prompts:
         """The stages of the backward search: the recipe's, else the task's."""
         if self.recipe.stages is not None:
             return tuple(Stage(name=s.name, title=s.title, position=s.position, into=s.into, composition=s.composition) for s in self.recipe.stages)
-        return EntityTracking.stages if self.data.pairs is None else (Stage(name="A", title="direct", position="last"),)
+        return self.task.stages if self.data.pairs is None else (Stage(name="A", title="direct", position="last"),)
 
 
 def located(name: str) -> str:
@@ -187,14 +200,13 @@ class Experiment:
             return self.folder.circuit(name)
         accuracy = float(evaluation.correct(plain_logits(model, self.prompts.discovery), self.prompts.discovery).float().mean())
         log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(self.prompts.discovery), len(model.heads))
-        profiles = self._profiles(name, model)
         if self.recipe.discovery.method == "mean_ablation":
-            circuit = discovery.top_by_ablation(profiles[self.recipe.discovery.metric], self.recipe.discovery)
+            profile = self._profiles(name, model)[self.recipe.discovery.metric]
+            circuit, ranking = discovery.top_by_ablation(profile, self.recipe.discovery), profile.ranked(by="highest")
         else:
-            found = discovery.backward_search(model, self.prompts.discovery, self.prompts.stages, self.recipe.discovery)
-            for stage, scores in found.scores.items():
-                scores.save(self.folder.scores_file(name, f"path-{stage}"))
-            circuit = found.circuit
+            if self.recipe.student is not None:
+                self._profiles(name, model)
+            circuit, ranking = self._searched(name, model)
         storage.write_json(self.folder.circuit_file(name), circuit.to_json())
         log.info(
             "%s: circuit of %d heads (%.0f %%): %s",
@@ -203,7 +215,35 @@ class Experiment:
             100 * circuit.fraction,
             "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
         )
+        self._examine(name, model, circuit, ranking)
         return circuit
+
+    def _searched(self, name: str, model: HookedModel) -> tuple[Circuit, list[Head]]:
+        """The backward search; each stage's scores are written as soon as they are there, and not computed again."""
+        prompts, start = self.prompts.discovery, time.perf_counter()
+        files = {stage.name: self.folder.scores_file(name, f"path-{stage.name}") for stage in self.prompts.stages}
+        known = {stage: Scores.load(file) for stage, file in files.items() if file.exists()}
+        keep = lambda stage, scores: scores.save(files[stage])  # noqa: E731
+        found = discovery.backward_search(model, prompts, self.prompts.stages, self.recipe.discovery, known=known, keep=keep)
+        taken, start = time.perf_counter() - start, time.perf_counter()
+        plain_logits(model, prompts)
+        forward = time.perf_counter() - start
+        log.info("%s: searched %d stages in %.1f s, the time of %.0f plain forwards", name, len(found.scores), taken, taken / forward)
+        return found.circuit, discovery.ranking(found.scores)
+
+    def _examine(self, name: str, model: HookedModel, circuit: Circuit, ranking: Sequence[Head]) -> None:
+        """The circuit on test prompts: its report, and faithfulness over the size of the ranking, beside random ones."""
+        if not self.recipe.evaluation.curve or (self.recipe.data.pairs is not None and not self.prompts.has_test):
+            return
+        test, means, metric = self.prompts.test, self.means(model), self.recipe.discovery.metric
+        report, _ = self.evaluate(model, circuit)
+        whole = curves.Faithfulness(model, test, means, metric=METRICS[metric])
+        curve = curves.faithfulness_curve(whole, ranking, unit=metric.replace("_", " "), random_rankings=self.recipe.evaluation.random_circuits)
+        storage.write_json(self.folder.examined_file(name), {"report": report.to_json(), "curve": curve.to_json()})
+        log.info(
+            "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random %.2f)",
+            name, report.circuit_accuracy, report.full_accuracy, report.random_circuit_accuracy, curve.cpr, curve.random_cpr[0], curve.cmd, curve.random_cmd[0],
+        )  # fmt: skip
 
     def _profiles(self, name: str, model: HookedModel) -> dict[str, Scores]:
         wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})

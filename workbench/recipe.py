@@ -37,8 +37,12 @@ class StageConfig:
 class DataConfig:
     """Which prompts: a task of the workbench, or a file of the user's own pairs."""
 
-    task: Literal["entity_tracking"] | None = "entity_tracking"
+    task: str = "entity_tracking"
+    """A task by name (an entry point of the group `workbench.tasks`)."""
     boxes: Annotated[int, Field(ge=3, le=9)] = 7
+    """Of entity tracking."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the task."""
     pairs: str | None = None
     """A JSONL, CSV or Parquet file, or a hub id, with columns clean, corrupt, answer, distractor, positions; replaces `task`."""
     reference: Literal["calibration", "corrupt"] = "calibration"
@@ -75,6 +79,8 @@ class EvaluationConfig:
 
     scope: Literal["positions", "everywhere"] = "positions"
     random_circuits: Annotated[int, Field(ge=1)] = 5
+    curve: bool = True
+    """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -3,7 +3,7 @@
     run/
       run.json                 recipe, seed, versions, commit, machine
       scores/<model>-<name>.safetensors
-      circuits/<model>.json    head_map.json    ckas.json
+      circuits/<model>.json, <model>-evaluation.json    head_map.json    ckas.json
       conditions/<condition>-<seed>/log.jsonl, checkpoint.safetensors, result.json, student/
       results.json             one object per condition and seed
       report.html
@@ -56,6 +56,10 @@ class RunFolder:
         if not (self.path / "run.json").exists():
             raise InputError(f"{self.path} is not a run folder (no run.json); give the folder that `workbench demo` or `workbench discover` wrote.")
         return storage.read_json(self.path / "run.json")
+
+    def examined_file(self, model: str) -> Path:
+        """A circuit's report and faithfulness curve on test prompts."""
+        return self.path / "circuits" / f"{model}-evaluation.json"
 
     def scores_file(self, model: str, name: str) -> Path:
         """Where scores of a model (`teacher` or `student`) lie."""

@@ -18,12 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench import seeds
-from workbench.circuits.circuit import Circuit, Member
-from workbench.circuits.evaluation import circuit_logits
 from workbench.errors import InputError
 from workbench.metrics import Metric
 from workbench.models import HookedModel
-from workbench.patching.ablation import Replacement, plain_logits
+from workbench.patching.ablation import Replacement, ablated_logits, plain_logits
 from workbench.refs import Head, Position
 from workbench.tasks.base import PromptPairs
 
@@ -38,6 +36,10 @@ class FaithfulnessCurve:
     faithfulness: tuple[float, ...]
     random: tuple[tuple[float, ...], ...]
     """One curve for each random ranking."""
+    without: tuple[float, ...]
+    """f of the whole model without the first k heads: how far it falls when they alone are ablated."""
+    random_without: tuple[tuple[float, ...], ...]
+    """The same for the random rankings."""
     full: float
     """The metric of the whole model."""
     empty: float
@@ -78,7 +80,8 @@ class FaithfulnessCurve:
             return cls(
                 sizes=tuple(value["sizes"]),
                 faithfulness=tuple(value["faithfulness"]),
-                random=tuple(tuple(curve) for curve in value["random"]),
+                without=tuple(value["without"]),
+                **{name: tuple(tuple(curve) for curve in value[name]) for name in ("random", "random_without")},
                 **{name: value[name] for name in ("metric", "total_heads", "full", "empty")},
             )
         except (KeyError, TypeError) as error:
@@ -91,11 +94,11 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def default_sizes(total: int) -> tuple[int, ...]:
     """0, 1, 2, 3, 5, 8, ... and all heads."""
-    sizes, step = [0, 1, 2], (2, 3)
-    while step[0] + step[1] - 2 < total and step[1] < total:
-        sizes.append(step[1])
+    sizes, step = [0], (1, 2)
+    while step[0] < total:
+        sizes.append(step[0])
         step = (step[1], step[0] + step[1])
-    return tuple(sorted({size for size in (*sizes, total) if size <= total}))
+    return (*sizes, total)
 
 
 class Faithfulness:
@@ -116,37 +119,44 @@ class Faithfulness:
         """(m(C) - m(empty)) / (m(model) - m(empty))."""
         return (self._metric(heads) - self.empty) / (self.full - self.empty) if heads else 0.0
 
-    def _metric(self, heads: Sequence[Head]) -> float:
-        members = (Member(head, "kept", self.position) for head in heads)
-        circuit = Circuit.of(members, shape=(self.model.n_layers, self.model.n_heads), method="heads that are kept")
-        logits = circuit_logits(self.model, self.pairs, circuit, self.means)
+    def without(self, heads: Sequence[Head]) -> float:
+        """The same of the model with only these heads ablated (at the position)."""
+        return (self._metric(heads, complement=False) - self.empty) / (self.full - self.empty) if heads else 1.0
+
+    def _metric(self, heads: Sequence[Head], *, complement: bool = True) -> float:
+        logits = ablated_logits(self.model, self.pairs, dict.fromkeys(heads, (self.position,)), self.means, complement=complement)
         return float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
 
 
 def faithfulness_curve(
     faithfulness: Faithfulness, ranking: Sequence[Head], *, unit: str, sizes: Sequence[int] | None = None, random_rankings: int = 3, seed: int = 0
 ) -> FaithfulnessCurve:
-    """f of the first k heads of a ranking for several k, and of the first k of random rankings. Heads that the ranking leaves out come last."""
+    """f of the first k heads of a ranking alone, and of the model without them, for several k; the same for random rankings. Heads that the ranking leaves out come last."""
     model = faithfulness.model
     order = [*ranking, *(head for head in model.heads if head not in set(ranking))]
     chosen = default_sizes(len(order)) if sizes is None else tuple(sorted(set(sizes)))
     shuffled = [seeds.chooser(seed, "random ranking", draw).sample(order, len(order)) for draw in range(random_rankings)]
-    curves = []
-    with tqdm(total=(1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False) as bar:
+    kept, removed = [], []
+    with tqdm(total=2 * (1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False) as bar:
         for heads in (order, *shuffled):
-            curves.append([])
-            for size in chosen:
-                curves[-1].append(faithfulness.of(heads[:size]))
-                bar.update()
+            for measure, curves in ((faithfulness.of, kept), (faithfulness.without, removed)):
+                curves.append(tuple(_told(bar, measure(heads[:size])) for size in chosen))
     return FaithfulnessCurve(
         metric=unit,
         sizes=chosen,
         total_heads=len(order),
-        faithfulness=tuple(curves[0]),
-        random=tuple(map(tuple, curves[1:])),
+        faithfulness=kept[0],
+        random=tuple(kept[1:]),
+        without=removed[0],
+        random_without=tuple(removed[1:]),
         full=faithfulness.full,
         empty=faithfulness.empty,
     )
+
+
+def _told(bar: "tqdm[Any]", value: float) -> float:
+    bar.update()
+    return value
 
 
 def greedy(faithfulness: Faithfulness, ranking: Sequence[Head], *, target: float) -> list[Head]:

@@ -4,13 +4,14 @@
 above (Prakash et al. 2024 for entity tracking: value fetchers, position transmitters, position detectors, structure readers).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from workbench.circuits import selection
 from workbench.circuits.circuit import Circuit, Member
 from workbench.metrics import METRICS
 from workbench.models import HookedModel
@@ -33,8 +34,12 @@ class DiscoveryConfig:
     """Most heads of one group, or the size of the circuit with `mean_ablation`."""
     least_effect: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are left out."""
+    selection: Literal["interval", "top", "threshold", "elbow", "significance"] = "interval"
+    """How many of the ranked heads: at most `heads` in each case; `interval` and `threshold` those of at least `least_effect` (`interval`: with
+    their confidence interval on one side of 0), `elbow` those in front of the bend, `significance` those that pass a sign-flip test."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """A head is taken only if this confidence interval of its mean effect lies wholly on the harmful side."""
+    """`interval`: a head is taken only if this confidence interval of its mean effect lies wholly on the harmful side; `significance`: 1 minus
+    the false-discovery rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))
@@ -46,11 +51,19 @@ class Discovery:
 
 
 def backward_search(
-    model: HookedModel, pairs: PromptPairs, stages: Sequence[Stage], config: DiscoveryConfig, *, engine: Engine | None = None
+    model: HookedModel,
+    pairs: PromptPairs,
+    stages: Sequence[Stage],
+    config: DiscoveryConfig,
+    *,
+    engine: Engine | None = None,
+    known: Mapping[str, Scores] | None = None,
+    keep: Callable[[str, Scores], object] | None = None,
 ) -> Discovery:
     """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
 
-    A stage whose receivers are empty finds nothing, which is a result. Errors: `InputError` for a position that the prompts don't name.
+    A stage whose receivers are empty finds nothing, which is a result. `known`: stages that have been scored before; `keep` is given each new
+    stage's scores as soon as they are there, so that a long search can be interrupted. Errors: `InputError` for a position that the prompts don't name.
     """
     metric = METRICS[config.metric]
     patchers = prepared(model, pairs, engine=engine)
@@ -67,8 +80,13 @@ def backward_search(
         receivers = [] if stage.into is None or stage.composition is None else [Receiver(head, stage.composition) for head in groups[stage.into]]
         there = "all" if stage.into is None else _receiver_position(stage, position_of)
         route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
-        scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect)
-        groups[stage.name] = selected(scores[stage.name], most=config.heads, least=least, confidence=config.confidence)
+        if known is not None and stage.name in known:
+            scores[stage.name] = known[stage.name]
+        else:
+            scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect)
+            if keep is not None:
+                keep(stage.name, scores[stage.name])
+        groups[stage.name] = chosen(scores[stage.name], config, least=least)
         members += [Member(head, stage.name, stage.position) for head in groups[stage.name]]
     circuit = Circuit.of(members, shape=(model.n_layers, model.n_heads), method=f"path patching, {config.metric}, stages {' '.join(position_of)}")
     return Discovery(circuit=circuit, scores=scores)
@@ -93,10 +111,36 @@ def selected(scores: Scores, *, most: int, least: float, confidence: float, help
     return [head for head in order if float(means[head.layer, head.index]) >= least and float(weakest[head.layer, head.index]) > 0]
 
 
+def chosen(scores: Scores, config: DiscoveryConfig, *, least: float, needed: selection.Side = "negative") -> list[Head]:
+    """The heads that a configuration takes from scores; `least` in the scores' unit."""
+    match config.selection:
+        case "top":
+            return selection.by_count(scores, config.heads, needed=needed)
+        case "threshold":
+            return selection.by_threshold(scores, least, needed=needed)[: config.heads]
+        case "elbow":
+            return selection.by_elbow(scores, needed=needed)[: config.heads]
+        case "significance":
+            return selection.by_significance(scores, needed=needed, rate=1 - config.confidence)[: config.heads]
+        case "interval":
+            return selected(scores, most=config.heads, least=least, confidence=config.confidence, helpful=needed)
+
+
+def ranking(scores: Mapping[str, Scores]) -> list[Head]:
+    """All heads of a search in one order: by their largest harmful effect in any stage, as a share of that stage's largest."""
+    best: dict[Head, float] = {}
+    for part in scores.values():
+        means = -part.mean()
+        largest = float(means.nan_to_num(0.0).max()) or 1.0
+        for head in part.ranked():
+            best[head] = max(best.get(head, -torch.inf), float(means[head.layer, head.index]) / largest)
+    return sorted(best, key=lambda head: (-best[head], head))
+
+
 def top_by_ablation(profile: Scores, config: DiscoveryConfig, *, position: str = "all") -> Circuit:
     """The heads whose mean ablation costs most (the paper's recipe for tasks without a known graph)."""
     span = abs(profile.baseline) if profile.baseline else float(profile.mean().abs().nan_to_num().max())
-    heads = selected(profile, most=config.heads, least=config.least_effect * span, confidence=config.confidence, helpful="positive")
+    heads = chosen(profile, config, least=config.least_effect * span, needed="positive")
     shape = (profile.values.shape[0], profile.values.shape[1])
     return Circuit.of((Member(head, "ablation", position) for head in heads), shape=shape, method=f"mean ablation, {profile.unit}")
 
