@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 test-slow check lint types bench models clean
+.PHONY: demo test test-tl3 notebooks check lint types bench models clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
@@ -18,6 +18,9 @@ test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on 
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
 	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/test_models.py tests/test_sources.py
+
+notebooks: $(READY)  ## execute every notebook and save it with its pictures
+	$(BIN)/python notebooks/run.py --save
 
 check: test  ## the only gate: the same as `make test`
 

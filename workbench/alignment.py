@@ -19,7 +19,8 @@ from workbench.errors import InputError
 from workbench.matching import HeadMap
 from workbench.models import HookedModel
 from workbench.refs import Head, Position
-from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
+from workbench.scores import Scores
+from workbench.similarity.cka import Estimator, linear_cka, pairwise_linear_cka, shuffled_floor
 from workbench.tasks.base import PromptPairs
 
 Activation = Literal["z", "result"]
@@ -122,6 +123,33 @@ def pair_ckas(
         output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))
     )
     return [_pair_cka(x, y, pair, estimator, shuffles, seed) for pair, x, y in _rows(pairs, prompts, ours, theirs, our_weights, their_weights)]
+
+
+def head_similarity(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    student_circuit: Circuit,
+    teacher_circuit: Circuit,
+    *,
+    activation: Activation = "z",
+) -> Scores:
+    """Debiased CKA of every circuit head of the student with every one of the teacher: [student teacher].
+
+    Both are read where the student's head acts, so that all candidates are compared on the same tokens.
+    """
+    ours, theirs = student_circuit.heads, teacher_circuit.heads
+    _, of_student = student.activations(prompts.clean, prompts.mask, hook_names(ours))
+    _, of_teacher = teacher.activations(prompts.clean, prompts.mask, hook_names(theirs))
+    weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
+    rows = []
+    for head in ours:
+        where = place(prompts, student_circuit.scope[head])
+        mine = head_rows(weights[0], of_student, head, where)[None]
+        candidates = torch.stack([head_rows(weights[1], of_teacher, other, where) for other in theirs])
+        rows.append(pairwise_linear_cka(mine, candidates, estimator="debiased")[0])
+    labels = {"student": tuple(map(str, ours)), "teacher": tuple(map(str, theirs))}
+    return Scores(values=torch.stack(rows).detach(), axes=("student", "teacher"), labels=labels, unit="debiased CKA")
 
 
 def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:

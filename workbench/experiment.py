@@ -8,21 +8,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from workbench import sources, storage
-from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, hook_names, pair_ckas
+from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, head_similarity, hook_names, pair_ckas
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.distillation.loop import Distillation, TrainingConfig
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
 from workbench.distillation.teacher_cache import teacher_cache
 from workbench.errors import InputError
-from workbench.matching import HeadMap, match_heads, replace_rule
+from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rule
 from workbench.metrics import METRICS
 from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
 from workbench.patching.ablation import ReferenceMeans, ablation_profiles, plain_logits, reference_means
@@ -45,8 +45,8 @@ class ConditionSpec:
     """`circuit` (the student's matched heads), `all`, or None (untrained)."""
     task_loss: str | None
     """None: the recipe's own task loss; `none`: no task loss; or a task loss by name."""
-    aligns: str | None
-    """`matched`, `random`, `shuffled`, or None."""
+    aligns: Literal["matched", "paper", "random", "shuffled"] | None
+    """The recipe's matches, those of another rule, or None."""
 
 
 CONDITIONS: Mapping[str, ConditionSpec] = {
@@ -56,6 +56,7 @@ CONDITIONS: Mapping[str, ConditionSpec] = {
     "circuit_cka": ConditionSpec(trains="circuit", task_loss="none", aligns="matched"),
     "circuit_ce_random_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="random"),
     "circuit_ce_shuffled_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="shuffled"),
+    "circuit_ce_paper_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="paper"),
     "circuit_ce_cka": ConditionSpec(trains="circuit", task_loss=None, aligns="matched"),
     "full_kl": ConditionSpec(trains="all", task_loss="kl_teacher", aligns=None),
     "full_ce_cka": ConditionSpec(trains="all", task_loss=None, aligns="matched"),
@@ -258,11 +259,9 @@ class Experiment:
         """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with its floor."""
         if self.recipe.student is None:
             raise InputError(NO_STUDENT)
-        circuits = self.discover()
+        self.discover()
         if not self.folder.head_map_file.exists():
-            impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
-            head_map = match_heads(impacts["student"], impacts["teacher"], circuits["student"], circuits["teacher"], self.recipe.matching)
-            storage.write_json(self.folder.head_map_file, head_map.to_json())
+            storage.write_json(self.folder.head_map_file, self._matched(self.recipe.matching, 0).to_json())
         head_map = self.folder.head_map()
         ckas = self.ckas(self.student, head_map, self.prompts.discovery)
         storage.write_json(self.folder.path / "ckas.json", [cka.to_json() for cka in ckas])
@@ -292,16 +291,15 @@ class Experiment:
         matched = self.folder.head_map()
         if spec.aligns in (None, "matched"):
             return matched
-        rule = "random" if spec.aligns == "random" else "shuffled"
-        impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
-        return match_heads(
-            impacts["student"],
-            impacts["teacher"],
-            self.folder.circuit("student"),
-            self.folder.circuit("teacher"),
-            replace_rule(self.recipe.matching, rule),
-            seed=seed,
-        )
+        return self._matched(replace_rule(self.recipe.matching, spec.aligns), seed)
+
+    def _matched(self, config: MatchingConfig, seed: int) -> HeadMap:
+        circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
+        impacts = {name: self._profiles(name, model)[config.metric] for name, model in self.models().items()}
+        similarity = None
+        if config.rule == "similarity":
+            similarity = head_similarity(self.student, self.teacher, self.prompts.discovery, *circuits, activation=self.recipe.alignment.activation)
+        return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity)
 
     def training_config(self, spec: ConditionSpec) -> TrainingConfig:
         """The recipe's training with a condition's losses."""

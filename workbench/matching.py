@@ -24,7 +24,7 @@ from workbench.errors import InputError
 from workbench.refs import Head
 from workbench.scores import Scores
 
-Rule = Literal["paper", "own_baseline", "normalised", "profile", "random", "shuffled"]
+Rule = Literal["paper", "own_baseline", "normalised", "profile", "similarity", "random", "shuffled"]
 Distances = Float[Tensor, "student teacher"]
 
 
@@ -34,7 +34,7 @@ class MatchingConfig:
 
     rule: Rule = "paper"
     """`paper` (eq 5), `own_baseline` (each model against its own), `normalised` (impact / largest impact), `profile` (correlation of
-    impacts over examples), and the controls `random` (to any head of the teacher) and `shuffled` (the paper's matches permuted)."""
+    impacts over examples), `similarity` (CKA of the heads' outputs, not their impact), and the controls `random` (to any head of the teacher) and `shuffled` (the paper's matches permuted)."""
     metric: Literal["accuracy", "log_probability", "probability", "logit_difference"] = "accuracy"
     """What an impact is measured in; the paper uses accuracy, continuous metrics have fewer ties."""
     one_to_one: bool = False
@@ -107,7 +107,14 @@ class HeadMap:
 
 
 def match_heads(
-    student: Scores, teacher: Scores, student_circuit: Circuit, teacher_circuit: Circuit, config: MatchingConfig, *, seed: int = 0
+    student: Scores,
+    teacher: Scores,
+    student_circuit: Circuit,
+    teacher_circuit: Circuit,
+    config: MatchingConfig,
+    *,
+    seed: int = 0,
+    similarity: Scores | None = None,
 ) -> HeadMap:
     """Match every head of the student's circuit to a head of the teacher's.
 
@@ -127,7 +134,10 @@ def match_heads(
         raise InputError(
             f"one-to-one matching needs at least as many teacher heads ({len(theirs)}) as student heads ({len(ours)}); allow many-to-one."
         )
-    distances = DISTANCES[config.rule](student, teacher, ours, theirs)
+    if config.rule == "similarity":
+        distances = similarity_distance(similarity, ours, theirs)
+    else:
+        distances = DISTANCES[config.rule](student, teacher, ours, theirs)
     columns = linear_sum_assignment(distances.numpy())[1].tolist() if config.one_to_one else distances.argmin(1).tolist()
     matches = tuple(_match(distances[row], head, theirs, column) for row, (head, column) in enumerate(zip(ours, columns, strict=True)))
     return HeadMap(matches=matches, rule=config.rule, one_to_one=config.one_to_one)
@@ -182,6 +192,15 @@ def profile_distance(student: Scores, teacher: Scores, ours: tuple[Head, ...], t
     a, b = (value - value.mean(-1, keepdim=True) for value in (a, b))
     a, b = (value / value.norm(dim=-1, keepdim=True).clamp(min=1e-12) for value in (a, b))
     return 1 - a @ b.T
+
+
+def similarity_distance(similarity: Scores | None, ours: tuple[Head, ...], theirs: tuple[Head, ...]) -> Distances:
+    """1 - similarity of the heads' outputs on the same prompts ([student teacher], from `alignment.head_similarity`)."""
+    if similarity is None or similarity.labels != {"student": tuple(map(str, ours)), "teacher": tuple(map(str, theirs))}:
+        raise InputError(
+            "rule `similarity` needs the similarity of these very heads; compute it with `alignment.head_similarity` on the two circuits."
+        )
+    return 1 - similarity.values.double()
 
 
 DISTANCES = {"paper": paper_distance, "own_baseline": own_baseline_distance, "normalised": normalised_distance, "profile": profile_distance}

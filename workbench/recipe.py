@@ -18,7 +18,16 @@ STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parent / "recipes"
 """The bundled recipes."""
 Condition = Literal[
-    "base", "full_ce", "circuit_ce", "circuit_cka", "circuit_ce_random_cka", "circuit_ce_cka", "circuit_ce_shuffled_cka", "full_kl", "full_ce_cka"
+    "base",
+    "full_ce",
+    "circuit_ce",
+    "circuit_cka",
+    "circuit_ce_random_cka",
+    "circuit_ce_cka",
+    "circuit_ce_paper_cka",
+    "circuit_ce_shuffled_cka",
+    "full_kl",
+    "full_ce_cka",
 ]
 
 

@@ -26,6 +26,7 @@ TITLES: Mapping[str, str] = {
     "circuit_cka": "circuit / CKA",
     "circuit_ce_random_cka": "circuit / CE + random CKA",
     "circuit_ce_shuffled_cka": "circuit / CE + shuffled CKA",
+    "circuit_ce_paper_cka": "circuit / CE + CKA, paper's matching",
     "circuit_ce_cka": "circuit / CE + CKA",
     "full_kl": "full / KL",
     "full_ce_cka": "full / CE + CKA",

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 
 from workbench import storage
 from workbench.alignment import AlignedPair, PairCka
+from workbench.circuits.curves import FaithfulnessCurve
 from workbench.circuits.discovery import stacked
+from workbench.circuits.evaluation import CircuitReport
 from workbench.distillation.loop import read_log
 from workbench.errors import InputError
+from workbench.plots.curves import faithfulness_figure
 from workbench.plots.heads import head_importance
 from workbench.plots.matching import matching
 from workbench.plots.report import Section, report_html
@@ -24,7 +27,7 @@ def run_report(folder: RunFolder) -> str:
     """One self-contained HTML page. Errors: `InputError` when the folder is no run folder, is damaged, or holds nothing to show yet."""
     described = folder.described()
     recipe = described["recipe"]
-    sections = [*_results(folder, recipe), *_heads(folder), *_matching(folder), *_training(folder)]
+    sections = [*_results(folder, recipe), *_heads(folder), *_evaluation(folder), *_matching(folder), *_training(folder)]
     if not sections:
         raise InputError(f"{folder.path} holds nothing to report yet; run `workbench discover` or `workbench demo` into it.")
     return report_html(recipe["title"], [*sections, _provenance(described)])
@@ -60,6 +63,20 @@ def _heads(folder: RunFolder) -> Iterator[Section]:
             text = "What the model loses when one head is mean-ablated everywhere. Heads that back each other up show little here."
             figure = head_importance(impacts, circuits={name: circuits[name] for name in impacts}, by="highest", title="Mean ablation")
             yield Section(heading=f"Heads by mean ablation ({metric.replace('_', ' ')})", text=text, figure=figure)
+
+
+def _evaluation(folder: RunFolder) -> Iterator[Section]:
+    found = {name: storage.read_json(folder.examined_file(name)) for name in MODELS if folder.examined_file(name).exists()}
+    if not found:
+        return
+    reports = {name: CircuitReport.from_json(value["report"]) for name, value in found.items()}
+    text = "\n\n".join(
+        f"{name}: {report.heads} of {report.total_heads} heads alone (scope: {report.scope}) have accuracy {report.circuit_accuracy:.3f} of {report.full_accuracy:.3f} "
+        f"on {report.prompts} test prompts; {report.random_circuits} random circuits of equal size {report.random_circuit_accuracy:.3f}, no head at all {report.empty_accuracy:.3f}."
+        for name, report in reports.items()
+    )
+    figure = faithfulness_figure({name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items()})
+    yield Section(heading="Is the circuit enough, and is it needed?", text=text, figure=figure)
 
 
 def _matching(folder: RunFolder) -> Iterator[Section]:

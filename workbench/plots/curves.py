@@ -1,0 +1,65 @@
+"""Faithfulness over circuit size: what the first heads of a ranking do alone, what the model loses without them, random rankings as a band."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from plotly import graph_objects as go
+
+from workbench.circuits.curves import FaithfulnessCurve
+from workbench.errors import InputError
+from workbench.plots.theme import LIGHT, Theme, escaped, titled
+
+PANELS = (("these heads alone", "faithfulness", "random", "x"), ("the model without them", "without", "random_without", "x2"))
+
+
+def faithfulness_figure(curves: Mapping[str, FaithfulnessCurve], *, theme: Theme = LIGHT, title: str = "Faithfulness over circuit size") -> go.Figure:
+    """One colour a ranking; left the heads alone (0: every head ablated, 1: the model), right the model without them; CPR and CMD in the legend.
+
+    The x axis is the number of heads on a scale that is linear to 1 and logarithmic from there. Bands: least to greatest of the random rankings.
+    Errors: `InputError` without curves.
+    """
+    if not curves:
+        raise InputError("a faithfulness figure needs at least one curve; compute one with `faithfulness_curve`.")
+    figure = go.Figure()
+    for place, (name, curve) in enumerate(curves.items()):
+        colour = theme.categories[place % len(theme.categories)]
+        for panel, values, randoms, axis in PANELS:
+            if getattr(curve, randoms):
+                _band(figure, curve.sizes, np.array(getattr(curve, randoms)), axis, colour, name)
+            legend = f"{name}: CPR {curve.cpr:.2f} (random {curve.random_cpr[0]:.2f}), CMD {curve.cmd:.2f} (random {curve.random_cmd[0]:.2f})"
+            figure.add_scatter(
+                x=_scaled(curve.sizes), y=getattr(curve, values), customdata=curve.sizes, mode="lines+markers", name=escaped(legend), legendgroup=name,
+                showlegend=axis == "x", xaxis=axis, yaxis="y", line={"color": colour, "width": 2.4}, marker={"size": 6},
+                hovertemplate=f"<b>{escaped(name)}</b>, {panel}<br>%{{customdata}} heads<br>%{{y:.3f}}<extra></extra>",
+            )  # fmt: skip
+    sizes = sorted({size for curve in curves.values() for size in curve.sizes})
+    ticks = {"tickvals": _scaled(sizes), "ticktext": [str(size) for size in sizes], "anchor": "y"}
+    figure.update_layout(
+        xaxis={**ticks, "title": "first heads of the ranking, kept alone", "domain": (0, 0.48)},
+        xaxis2={**ticks, "title": "first heads of the ranking, ablated alone", "domain": (0.52, 1)},
+        yaxis={"title": "share of the metric recovered"},
+        legend={"orientation": "h", "y": -0.24, "yanchor": "top"},
+        margin={"b": 70 + 24 * len(curves)},
+    )
+    figure.add_hline(y=1, line={"color": theme.muted, "dash": "dot", "width": 1})
+    figure.add_hline(y=0, line={"color": theme.muted, "dash": "dot", "width": 1})
+    metrics = ", ".join(dict.fromkeys(curve.metric for curve in curves.values()))
+    remarks = [f"Metric: {metrics}; 1 is the whole model, 0 every head ablated. Bands: random rankings. Everything else is mean-ablated."]
+    return titled(figure, title, remarks, theme, width=960, height=480 + 24 * len(curves))
+
+
+def _scaled(sizes: Sequence[int]) -> list[float]:
+    return [float(size if size < 1 else 1 + np.log2(size)) for size in sizes]
+
+
+def _band(figure: go.Figure, sizes: Sequence[int], values: np.ndarray, axis: str, colour: str, name: str) -> None:
+    for edge, fill in ((values.max(0), None), (values.min(0), "tonexty")):
+        figure.add_scatter(
+            x=_scaled(sizes), y=edge, mode="lines", line={"width": 0, "color": colour}, fill=fill, opacity=0.3, xaxis=axis, yaxis="y",
+            fillcolor=_faint(colour), showlegend=False, legendgroup=name, hoverinfo="skip",
+        )  # fmt: skip
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"
