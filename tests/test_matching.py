@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import entity_pairs
 from workbench import seeds
-from workbench.alignment import aligned_pairs, floor_warning, pair_ckas
+from workbench.alignment import aligned_pairs, floor_warning, head_similarity, pair_ckas
 from workbench.circuits.circuit import Circuit, Member, random_circuit
 from workbench.errors import InputError
 from workbench.matching import HeadMap, MatchingConfig, match_heads
@@ -141,11 +141,14 @@ def test_a_student_of_permuted_heads_is_matched_back(load_teacher: Callable[...,
         for model in (student, teacher)
     ]
     everyone = Circuit.of((Member(head, "A", "last") for head in teacher.heads), shape=(2, 4), method="all")
-    for rule in ("paper", "own_baseline", "profile"):
+    similarity = head_similarity(student, teacher, prompts, everyone, everyone)
+    for rule in ("similarity", "paper", "own_baseline", "profile"):
         config: Any = MatchingConfig(rule=rule, metric="log_probability")
-        head_map = match_heads(*impacts, everyone, everyone, config)
+        head_map = match_heads(*impacts, everyone, everyone, config, similarity=similarity)
         assert all(theirs == Head(ours.layer, order[ours.layer][ours.index]) for ours, theirs in head_map.pairs), rule
         assert min(m.margin or 0 for m in head_map.matches) > 100 * max(m.distance or 0 for m in head_map.matches), "the margins have teeth"
+    with pytest.raises(InputError, match="head_similarity"):
+        match_heads(*impacts, everyone, everyone, MatchingConfig(rule="similarity"))
     ckas = pair_ckas(student, teacher, prompts, aligned_pairs(head_map, everyone, everyone, prompts))
     assert all(value.cka == pytest.approx(1, abs=1e-5) for value in ckas)
     assert floor_warning(ckas) is None

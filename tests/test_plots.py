@@ -17,9 +17,11 @@ from plotly import graph_objects as go
 from workbench import plots
 from workbench.alignment import AlignedPair, PairCka
 from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.curves import FaithfulnessCurve
 from workbench.distillation.loop import StepReport
 from workbench.errors import InputError
 from workbench.matching import HeadMap, Match, random_map
+from workbench.plots.curves import faithfulness_figure
 from workbench.plots.heads import head_importance
 from workbench.plots.matching import matching, shade
 from workbench.plots.report import Section, report_html
@@ -491,3 +493,21 @@ def test_rendered_pictures_are_not_blank(rendered: Callable[[go.Figure], bytes])
         picture = rendered(figure)
         assert picture.startswith(b"\x89PNG"), name
         assert shades_in(picture) > 100, name
+
+
+def test_a_faithfulness_figure_shows_curve_band_and_areas():
+    """The lines are the curve's values; the legend says CPR and CMD with the random ones; labels do not run into each other."""
+    curve = FaithfulnessCurve(
+        metric="logit difference", sizes=(0, 1, 30, 32), total_heads=32, faithfulness=(0.0, 0.2, 0.9, 1.0), without=(1.0, 0.6, 0.1, 0.0),
+        random=((0.0, 0.0, 0.5, 1.0), (0.0, 0.1, 0.7, 1.0)), random_without=((1.0, 0.9, 0.2, 0.0), (1.0, 1.0, 0.4, 0.0)), full=3.0, empty=0.5,
+    )  # fmt: skip
+    figure = faithfulness_figure({"a": curve})
+    alone, without = (trace for trace in figure.data if trace.mode == "lines+markers")
+    assert list(alone.y) == list(curve.faithfulness)
+    assert list(without.y) == list(curve.without)
+    assert f"CPR {curve.cpr:.2f} (random {curve.random_cpr[0]:.2f})" in alone.name
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "32"]
+    edges = [list(trace.y) for trace in figure.data if trace.mode == "lines" and trace.xaxis == "x"]
+    assert edges == [[0.0, 0.1, 0.7, 1.0], [0.0, 0.0, 0.5, 1.0]]
+    with pytest.raises(InputError, match="at least one curve"):
+        faithfulness_figure({})

@@ -32,7 +32,7 @@ def faithfulness_figure(curves: Mapping[str, FaithfulnessCurve], *, theme: Theme
                 showlegend=axis == "x", xaxis=axis, yaxis="y", line={"color": colour, "width": 2.4}, marker={"size": 6},
                 hovertemplate=f"<b>{escaped(name)}</b>, {panel}<br>%{{customdata}} heads<br>%{{y:.3f}}<extra></extra>",
             )  # fmt: skip
-    sizes = sorted({size for curve in curves.values() for size in curve.sizes})
+    sizes = _apart(sorted({size for curve in curves.values() for size in curve.sizes}))
     ticks = {"tickvals": _scaled(sizes), "ticktext": [str(size) for size in sizes], "anchor": "y"}
     figure.update_layout(
         xaxis={**ticks, "title": "first heads of the ranking, kept alone", "domain": (0, 0.48)},
@@ -50,6 +50,15 @@ def faithfulness_figure(curves: Mapping[str, FaithfulnessCurve], *, theme: Theme
 
 def _scaled(sizes: Sequence[int]) -> list[float]:
     return [float(size if size < 1 else 1 + np.log2(size)) for size in sizes]
+
+
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """The largest size and, downwards, those whose labels do not run into the one above."""
+    kept: list[int] = []
+    for size in reversed(sizes):
+        if not kept or _scaled([kept[-1]])[0] - _scaled([size])[0] >= 0.3:
+            kept.append(size)
+    return kept[::-1]
 
 
 def _band(figure: go.Figure, sizes: Sequence[int], values: np.ndarray, axis: str, colour: str, name: str) -> None:
