@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from workbench.circuits import selection
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.comparison import CircuitComparison, compare
-from workbench.circuits.curves import Faithfulness, FaithfulnessCurve, bootstrap_stability, default_sizes, faithfulness_curve, greedy
+from workbench.circuits.curves import Faithfulness, FaithfulnessCurve, default_sizes, faithfulness_curve, greedy
 from workbench.circuits.discovery import DiscoveryConfig, backward_search, chosen, ranking
 from workbench.circuits.evaluation import CircuitReport, evaluate_circuit
 from workbench.circuits.knockout import Knockouts, completeness, incompleteness, minimal, minimality
@@ -166,7 +166,7 @@ def test_a_report_says_both_ways_of_faithfulness_and_comes_back_from_json(known,
 def test_the_overlap_of_resamples_tells_a_stable_choice_from_noise():
     stable, noise = scores_with(STRONG), scores_with({}, noise=1.0)
     overlaps = [
-        bootstrap_stability(
+        selection.bootstrap_stability(
             lambda rows, scores=scores: selection.by_count(replace(scores, values=scores.values[..., rows]), 3), scores.values.shape[-1], resamples=10
         )
         for scores in (stable, noise)

@@ -6,7 +6,7 @@ What the hooked forwards themselves are worth is checked against plain `transfor
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +24,6 @@ from workbench.patching.activation import activation_patch
 from workbench.patching.hooked import HookedPatcher
 from workbench.patching.passage import Route
 from workbench.patching.path import PathPatcher, path_patch
-from workbench.patching.sites import Site
 from workbench.refs import Embedding, Head, Mlp, Receiver
 from workbench.tasks.base import PromptPairs
 
@@ -248,4 +247,3 @@ def test_a_sweep_of_paths_is_what_the_hooked_engine_scores(model, padded):
     for head in [Head(0, 0), Head(1, 3)]:
         expected = logit_difference(slow.logits([head], receivers=receivers), padded.answers, padded.distractors) - clean
         assert_same(scores.at(head), expected, torch.zeros(()))
-    assert get_args(Site) == sites.SITES

@@ -208,7 +208,6 @@ class Experiment:
             if self.recipe.student is not None:
                 self._profiles(name, model)
             circuit, ranking = self._searched(name, model)
-        storage.write_json(self.folder.circuit_file(name), circuit.to_json())
         log.info(
             "%s: circuit of %d heads (%.0f %%): %s",
             name,
@@ -217,6 +216,7 @@ class Experiment:
             "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
         )
         self._examine(name, model, circuit, ranking)
+        storage.write_json(self.folder.circuit_file(name), circuit.to_json())  # last: it says that this stage is done
         return circuit
 
     def _searched(self, name: str, model: HookedModel) -> tuple[Circuit, list[Head]]:
@@ -224,12 +224,16 @@ class Experiment:
         prompts, start = self.prompts.discovery, time.perf_counter()
         files = {stage.name: self.folder.scores_file(name, f"path-{stage.name}") for stage in self.prompts.stages}
         known = {stage: Scores.load(file) for stage, file in files.items() if file.exists()}
-        keep = lambda stage, scores: scores.save(files[stage])  # noqa: E731
+
+        def keep(stage: str, scores: Scores) -> None:
+            scores.save(files[stage])
+
         found = discovery.backward_search(model, prompts, self.prompts.stages, self.recipe.discovery, known=known, keep=keep)
         taken, start = time.perf_counter() - start, time.perf_counter()
-        plain_logits(model, prompts)
-        forward = time.perf_counter() - start
-        log.info("%s: searched %d stages in %.1f s, the time of %.0f plain forwards", name, len(found.scores), taken, taken / forward)
+        if not known:
+            plain_logits(model, prompts)
+            forwards = taken / (time.perf_counter() - start)
+            log.info("%s: searched %d stages in %.1f s, the time of %.0f plain forwards", name, len(found.scores), taken, forwards)
         return found.circuit, discovery.ranking(found.scores)
 
     def _examine(self, name: str, model: HookedModel, circuit: Circuit, ranking: Sequence[Head]) -> None:

@@ -34,7 +34,8 @@ class MatchingConfig:
 
     rule: Rule = "paper"
     """`paper` (eq 5), `own_baseline` (each model against its own), `normalised` (impact / largest impact), `profile` (correlation of
-    impacts over examples), `similarity` (CKA of the heads' outputs, not their impact), and the controls `random` (to any head of the teacher) and `shuffled` (the paper's matches permuted)."""
+    impacts over examples), `similarity` (CKA of the heads' outputs, not their impact), and the controls `random` (to any head
+    of the teacher) and `shuffled` (the paper's matches permuted)."""
     metric: Literal["accuracy", "log_probability", "probability", "logit_difference"] = "accuracy"
     """What an impact is measured in; the paper uses accuracy, continuous metrics have fewer ties."""
     one_to_one: bool = False

@@ -7,14 +7,11 @@
 Everything outside a circuit is mean-ablated; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench import seeds
@@ -163,15 +160,3 @@ def greedy(faithfulness: Faithfulness, ranking: Sequence[Head], *, target: float
     """The shortest beginning of a ranking whose faithfulness reaches `target` (all of it, if none does)."""
     sizes = range(1, len(ranking) + 1)
     return list(ranking[: next((size for size in sizes if faithfulness.of(ranking[:size]) >= target), len(ranking))])
-
-
-def bootstrap_stability(
-    choose: Callable[[Int[Tensor, " rows"]], Iterable[Head]], examples: int, *, resamples: int = 20, seed: int = 0
-) -> list[float]:
-    """Jaccard overlap of the heads that `choose(rows)` takes on resampled prompts with those on all prompts; `rows` are example indices."""
-    whole, found = set(choose(torch.arange(examples))), []
-    for draw in range(resamples):
-        rows = torch.randint(0, examples, (examples,), generator=seeds.generator(seed, "bootstrap", draw))
-        again = set(choose(rows))
-        found.append(len(whole & again) / len(whole | again) if whole | again else 1.0)
-    return found

@@ -3,13 +3,17 @@
 `needed="negative"`: a negative score means that the task needs the head (path patching); `positive`: impacts of ablation.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from scipy import stats
+from torch import Tensor
 
+from workbench import seeds
 from workbench.refs import Head
 from workbench.scores import Scores
 
@@ -61,3 +65,15 @@ def by_significance(scores: Scores, *, needed: Side = "negative", rate: float = 
     adjusted = torch.full_like(p, torch.nan)
     adjusted[measured] = torch.from_numpy(stats.false_discovery_control(p[measured].numpy())).to(p.dtype)
     return [head for head in ranked(scores, needed) if float(adjusted[head.layer, head.index]) <= rate]
+
+
+def bootstrap_stability(
+    choose: Callable[[Int[Tensor, " rows"]], Iterable[Head]], examples: int, *, resamples: int = 20, seed: int = 0
+) -> list[float]:
+    """Jaccard overlap of the heads that `choose(rows)` takes on resampled prompts with those on all prompts; `rows` are example indices."""
+    whole, found = set(choose(torch.arange(examples))), []
+    for draw in range(resamples):
+        rows = torch.randint(0, examples, (examples,), generator=seeds.generator(seed, "bootstrap", draw))
+        again = set(choose(rows))
+        found.append(len(whole & again) / len(whole | again) if whole | again else 1.0)
+    return found

@@ -18,7 +18,7 @@ from workbench.metrics import Metric
 from workbench.models import HookedModel
 from workbench.patching.chunks import MEMORY
 from workbench.patching.replay import Replay, replay_of
-from workbench.patching.sites import BY_HEAD, SITES, Patched, Site, replaced
+from workbench.patching.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
 from workbench.refs import Position
 from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
@@ -84,7 +84,7 @@ def _sweep(
     bar: "tqdm[Any]",
 ) -> Scores:
     replay = replay_of(model, pairs)
-    heads = {"z": model.n_heads, "q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}.get(site, 1)
+    heads = heads_of(site, model)
     logits = model.activations(pairs.clean, pairs.mask, [])[0] if replay is None else replay.clean_logits
     clean = metric(logits, pairs.answers, pairs.distractors)
     values = torch.zeros(model.n_layers, heads, len(masks), len(pairs))

@@ -168,6 +168,8 @@ class PathPatcher:
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
         values = clean[None, None, None].repeat(len(variants), len(layers), count, 1)
         order = sorted(range(len(variants)), key=lambda number: entry(variants[number]))
+        if not order or not len(layers):
+            return values
         if self.replay is None:
             return self._each_through_hooks(values, order, variants, layers, composition, route, metric)
         corrupt = self._sent_by(variants)
@@ -236,7 +238,7 @@ class PathPatcher:
             run = runs.run([variants[n] for n in chunk], spots, at_last, freeze_mlps=route.freeze_mlps, top=self.model.n_layers)
             return replay.logits(run.pre[self.model.n_layers][:, :, 0])
 
-        width = 8 * self.clean_logits.shape[1] // 4 + 12 * replay.clean[0].pre.shape[-1]
+        width = 2 * self.clean_logits.shape[1] + 12 * replay.clean[0].pre.shape[-1]
         size = max(1, self.memory // (len(rows) * width * self.clean_logits.element_size()))
         for chunk, logits in in_chunks(order, size, found):
             yield from ((number, rows, part) for number, part in zip(chunk, logits, strict=True))

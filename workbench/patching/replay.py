@@ -82,11 +82,6 @@ class Inputs:
         """Whether a q, k or v is replaced."""
         return bool(self.q or self.k or self.v)
 
-    def variants(self, chosen: slice) -> "Inputs":
-        """The inputs of some variants."""
-        part = {name: {head: value[chosen] for head, value in getattr(self, name).items()} for name in ("q", "k", "v")}
-        return Inputs(where=self.where, **part, mlp=None if self.mlp is None else self.mlp[chosen], by_query_head=self.by_query_head)
-
 
 class Replay:
     """The clean run of some prompts, from which edited runs are continued."""

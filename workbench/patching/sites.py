@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.models import HookedModel
 from workbench.patching.chunks import in_chunks
 from workbench.patching.passage import alike
 from workbench.patching.replay import Replay
@@ -31,9 +32,9 @@ class Patched:
     logits: Float[Tensor, "rows d_vocab"]
 
 
-def heads_of(site: Site, replay: Replay) -> int:
-    """How many variants a site has for one set of positions."""
-    return {"z": replay.parts.n_heads, "q": replay.parts.n_heads, "k": replay.parts.n_kv_heads, "v": replay.parts.n_kv_heads}.get(site, 1)
+def heads_of(site: Site, model: HookedModel) -> int:
+    """How many heads (or key-value heads) a site has; 1 where it has none."""
+    return {"z": model.n_heads, "q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}.get(site, 1)
 
 
 def replaced(
@@ -48,9 +49,10 @@ def replaced(
 ) -> Iterator[Patched]:
     """Logits with the site of a layer replaced by `value`, at each mask's positions, each head alone.
 
-    `heads`: which heads (or key-value heads); None means all. q and k are given as attention multiplies them (as in `CleanLayer`). A prompt without any position of a mask is left out: it stays clean.
+    `heads`: which heads (or key-value heads); None means all. q and k are given as attention multiplies them (as in `CleanLayer`).
+    A prompt without any position of a mask is left out: it stays clean.
     """
-    wanted = list(range(heads_of(site, replay)) if heads is None else heads)
+    wanted = list(range(heads_of(site, replay.model)) if heads is None else heads)
     for numbers in _like_masks(masks):
         together = torch.stack([masks[number] for number in numbers])
         for rows in alike(replay.mask, together.any(0)):
