@@ -11,17 +11,19 @@ from test_known_circuit import CIRCUIT, TRUE_CIRCUIT, known, pairs, reference, u
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from workbench.circuits import selection
+from workbench import hooks
+from workbench.circuits import curves, selection
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.comparison import CircuitComparison, compare
 from workbench.circuits.curves import Faithfulness, FaithfulnessCurve, default_sizes, faithfulness_curve, greedy
 from workbench.circuits.discovery import DiscoveryConfig, backward_search, chosen, ranking
-from workbench.circuits.evaluation import CircuitReport, evaluate_circuit
+from workbench.circuits.evaluation import CircuitReport, circuit_logits, evaluate_circuit
 from workbench.circuits.knockout import Knockouts, completeness, incompleteness, minimal, minimality
 from workbench.errors import InputError
 from workbench.metrics import logit_difference
-from workbench.patching.ablation import reference_means
+from workbench.patching.ablation import counterfactual_outputs, reference_means
 from workbench.patching.attribution import attribute_edges
+from workbench.patching.path import PathPatcher
 from workbench.pretraining import word_tokenizer
 from workbench.refs import Head
 from workbench.scores import Scores
@@ -127,9 +129,57 @@ def test_the_curve_reaches_the_model_and_random_heads_come_late(known, pairs, un
     assert whole.without(order[:3]) < 0.5
 
 
+def test_an_interrupted_evaluation_goes_on_with_what_is_left(known, unseen, reference, tmp_path, monkeypatch):  # noqa: F811
+    file, means, order = tmp_path / "values.json", reference_means(known, reference), [Head(4, 1), Head(5, 3), Head(3, 1)]
+    expected = [Faithfulness(known, unseen, means, metric=logit_difference).of(order[:size]) for size in (1, 2, 3)]
+    begun = Faithfulness(known, unseen, means, metric=logit_difference, file=file)
+    assert begun.of(order[:2]) == expected[1]
+    runs: list[int] = []
+    whole = curves.ablated_logits
+    monkeypatch.setattr(curves, "ablated_logits", lambda *given, **named: [runs.append(len(given[2])), whole(*given, **named)][1])
+    resumed = Faithfulness(known, unseen, means, metric=logit_difference, file=file)
+    assert [resumed.of(order[:size]) for size in (1, 2, 3)] == expected
+    assert runs == [1, 3]
+    with pytest.raises(InputError, match="another ablation"):
+        Faithfulness(known, unseen, "zero", metric=logit_difference, file=file)
+
+
+def test_counterfactual_ablation_takes_each_prompts_own_corrupt_run(known, unseen):  # noqa: F811
+    """By hand through hooks; the circuit alone then is the model, an empty one has lost the answer."""
+    outputs = counterfactual_outputs(known, unseen)
+    part = unseen.rows(torch.tensor([5, 2]))
+    assert torch.equal(outputs.at(3, part), outputs.values[3][[5, 2]])
+    _, corrupt = known.activations(unseen.corrupt, unseen.mask, [hooks.z(layer) for layer in range(known.n_layers)])
+    kept = TRUE_CIRCUIT.everywhere
+
+    def by_hand(layer: int) -> hooks.Edit:
+        ours = torch.tensor([Head(layer, index) in kept for index in range(known.n_heads)])
+        return lambda z: torch.where(ours[:, None], z, corrupt[hooks.z(layer)])
+
+    with hooks.edit(known.model, {hooks.z(layer): by_hand(layer) for layer in range(known.n_layers)}):
+        expected = known.final_logits(unseen.clean, unseen.mask)
+    found = circuit_logits(known, unseen, TRUE_CIRCUIT, outputs, scope="everywhere")
+    assert torch.equal(found, expected)
+    report = evaluate_circuit(known, unseen, TRUE_CIRCUIT, outputs, random_circuits=2)
+    assert report.ablation == "counterfactual"
+    assert report.logit_difference_recovered == pytest.approx(1.0, abs=0.1)
+    assert report.random_circuit_accuracy < 0.5
+    with pytest.raises(InputError, match="other pairs"):
+        outputs.at(0, unseen.swapped())
+
+
 def test_areas_are_those_of_the_definition():
     curve = FaithfulnessCurve(
-        metric="", sizes=(0, 5, 10), total_heads=10, faithfulness=(0.0, 1.2, 1.0), random=(), without=(), random_without=(), full=1.0, empty=0.0
+        ablation="mean",
+        metric="",
+        sizes=(0, 5, 10),
+        total_heads=10,
+        faithfulness=(0.0, 1.2, 1.0),
+        random=(),
+        without=(),
+        random_without=(),
+        full=1.0,
+        empty=0.0,
     )
     assert curve.cpr == pytest.approx(0.5 * 0.6 + 0.5 * 1.1)
     assert curve.cmd == pytest.approx(0.5 * 0.6 + 0.5 * 0.1)
@@ -188,13 +238,22 @@ def test_a_comparison_names_what_came_and_went():
         compare(before, replace(after, shape=(4, 4)))
 
 
-def test_a_search_goes_on_from_the_stages_that_are_known(known, pairs):  # noqa: F811
-    config, kept = DiscoveryConfig(metric="logit_difference"), {}
-    whole = backward_search(known, pairs, EntityTracking.stages, config, keep=kept.__setitem__)
-    assert list(kept) == list(whole.scores)
-    again: dict[str, Scores] = {}
-    resumed = backward_search(known, pairs, EntityTracking.stages, config, known={"A": kept["A"], "B": kept["B"]}, keep=again.__setitem__)
-    assert list(again) == ["C", "D"]
+def test_a_search_goes_on_from_the_stages_that_are_there(known, pairs, tmp_path, monkeypatch):  # noqa: F811
+    config = DiscoveryConfig(metric="logit_difference")
+    files = {stage.name: tmp_path / f"{stage.name}.safetensors" for stage in EntityTracking.stages}
+    whole = backward_search(known, pairs, EntityTracking.stages, config, files=files)
+    assert whole.circuit == backward_search(known, pairs, EntityTracking.stages, config).circuit
+    files["C"].unlink()
+    files["D"].unlink()
+    swept: list[str] = []
+    effects = PathPatcher.effects
+    monkeypatch.setattr(
+        PathPatcher,
+        "effects",
+        lambda self, variants, route, *rest, **more: [swept.append(route.position), effects(self, variants, route, *rest, **more)][1],
+    )
+    resumed = backward_search(known, pairs, EntityTracking.stages, config, files=files)
+    assert swept == ["query_label", "earlier_label"]
     assert resumed.circuit == whole.circuit
 
 

@@ -498,6 +498,7 @@ def test_rendered_pictures_are_not_blank(rendered: Callable[[go.Figure], bytes])
 def test_a_faithfulness_figure_shows_curve_band_and_areas():
     """The lines are the curve's values; the legend says CPR and CMD with the random ones; labels do not run into each other."""
     curve = FaithfulnessCurve(
+        ablation="mean",
         metric="logit difference", sizes=(0, 1, 30, 32), total_heads=32, faithfulness=(0.0, 0.2, 0.9, 1.0), without=(1.0, 0.6, 0.1, 0.0),
         random=((0.0, 0.0, 0.5, 1.0), (0.0, 0.1, 0.7, 1.0)), random_without=((1.0, 0.9, 0.2, 0.0), (1.0, 1.0, 0.4, 0.0)), full=3.0, empty=0.5,
     )  # fmt: skip

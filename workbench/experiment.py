@@ -25,7 +25,7 @@ from workbench.errors import InputError
 from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rule
 from workbench.metrics import METRICS
 from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
-from workbench.patching.ablation import ReferenceMeans, ablation_profiles, plain_logits, reference_means
+from workbench.patching.ablation import ReferenceMeans, Replacement, ablation_profiles, counterfactual_outputs, plain_logits, reference_means
 from workbench.recipe import Recipe, to_plain
 from workbench.refs import Head
 from workbench.runs import RunFolder
@@ -192,6 +192,10 @@ class Experiment:
         """A model's ablation means over the reference prompts."""
         return reference_means(model, self.prompts.reference, per_position=self.recipe.data.per_position_means)
 
+    def outside(self, model: HookedModel) -> Replacement:
+        """What stands in for the heads outside a circuit on the test prompts."""
+        return self.means(model) if self.recipe.evaluation.ablation == "mean" else counterfactual_outputs(model, self.prompts.test)
+
     def discover(self) -> dict[str, Circuit]:
         """Ablation impacts, path effects and a circuit in each model on its own; writes scores and circuits."""
         return {name: self._discover(name, model) for name, model in self.models().items()}
@@ -221,30 +225,29 @@ class Experiment:
 
     def _searched(self, name: str, model: HookedModel) -> tuple[Circuit, list[Head]]:
         """The backward search; each stage's scores are written as soon as they are there, and not computed again."""
-        prompts, start = self.prompts.discovery, time.perf_counter()
+        prompts = self.prompts.discovery
         files = {stage.name: self.folder.scores_file(name, f"path-{stage.name}") for stage in self.prompts.stages}
-        known = {stage: Scores.load(file) for stage, file in files.items() if file.exists()}
-
-        def keep(stage: str, scores: Scores) -> None:
-            scores.save(files[stage])
-
-        found = discovery.backward_search(model, prompts, self.prompts.stages, self.recipe.discovery, known=known, keep=keep)
-        taken, start = time.perf_counter() - start, time.perf_counter()
-        if not known:
+        resumed = any(files[stage.name].parent.glob(f"{name}-path-*") for stage in self.prompts.stages)
+        found = discovery.backward_search(model, prompts, self.prompts.stages, self.recipe.discovery, files=files)
+        if not resumed:
+            start = time.perf_counter()
             plain_logits(model, prompts)
-            forwards = taken / (time.perf_counter() - start)
-            log.info("%s: searched %d stages in %.1f s, the time of %.0f plain forwards", name, len(found.scores), taken, forwards)
+            forward = time.perf_counter() - start
+            taken = ", ".join(f"{stage} {seconds / forward:.0f}" for stage, seconds in found.seconds.items())
+            log.info("%s: searched in %.0f s; in plain forwards, up to stage: %s", name, max(found.seconds.values()), taken)
         return found.circuit, discovery.ranking(found.scores)
 
     def _examine(self, name: str, model: HookedModel, circuit: Circuit, ranking: Sequence[Head]) -> None:
         """The circuit on test prompts: its report, and faithfulness over the size of the ranking, beside random ones."""
         if not self.recipe.evaluation.curve or (self.recipe.data.pairs is not None and not self.prompts.has_test):
             return
-        test, means, metric = self.prompts.test, self.means(model), self.recipe.discovery.metric
+        metric, file = self.recipe.discovery.metric, self.folder.examined_file(name)
         report, _ = self.evaluate(model, circuit)
-        whole = curves.Faithfulness(model, test, means, metric=METRICS[metric])
+        partial = file.with_suffix(".partial")
+        whole = curves.Faithfulness(model, self.prompts.test, self.outside(model), metric=METRICS[metric], file=partial)
         curve = curves.faithfulness_curve(whole, ranking, unit=metric.replace("_", " "), random_rankings=self.recipe.evaluation.random_circuits)
-        storage.write_json(self.folder.examined_file(name), {"report": report.to_json(), "curve": curve.to_json()})
+        storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})
+        partial.unlink(missing_ok=True)
         log.info(
             "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random %.2f)",
             name, report.circuit_accuracy, report.full_accuracy, report.random_circuit_accuracy, curve.cpr, curve.random_cpr[0], curve.cmd, curve.random_cmd[0],
@@ -253,11 +256,8 @@ class Experiment:
     def _profiles(self, name: str, model: HookedModel) -> dict[str, Scores]:
         wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})
         files = {metric: self.folder.scores_file(name, f"ablation-{metric}") for metric in wanted}
-        if not all(file.exists() for file in files.values()):
-            profiles = ablation_profiles(model, self.prompts.discovery, self.means(model), metrics={metric: METRICS[metric] for metric in wanted})
-            for metric, scores in profiles.items():
-                scores.save(files[metric])
-        return {metric: Scores.load(file) for metric, file in files.items()}
+        metrics = {metric: METRICS[metric] for metric in wanted}
+        return ablation_profiles(model, self.prompts.discovery, self.means(model), metrics=metrics, files=files)
 
     def match(self) -> HeadMap:
         """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with its floor."""
@@ -339,7 +339,7 @@ class Experiment:
 
     def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
         """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""
-        means, config = self.means(model), self.recipe.evaluation
+        means, config = self.outside(model), self.recipe.evaluation
         report = evaluation.evaluate_circuit(model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits)
         full = evaluation.correct(plain_logits(model, self.prompts.test), self.prompts.test)
         alone = evaluation.correct(evaluation.circuit_logits(model, self.prompts.test, circuit, means, scope=config.scope), self.prompts.test)

@@ -87,6 +87,9 @@ class EvaluationConfig:
     """How circuits are evaluated."""
 
     scope: Literal["positions", "everywhere"] = "positions"
+    ablation: Literal["mean", "counterfactual"] = "mean"
+    """What stands in for the heads outside a circuit: their mean over reference prompts (Prakash, the paper), or their output on the prompt's own
+    corrupt counterpart (MIB), which leaves in place whatever the two prompts have in common."""
     random_circuits: Annotated[int, Field(ge=1)] = 5
     curve: bool = True
     """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it."""

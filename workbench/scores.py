@@ -143,17 +143,19 @@ class Scores:
             frame["examples"] = (~self.values.isnan()).sum(-1).flatten().numpy()
         return frame
 
-    def save(self, path: Path) -> None:
-        """Write safetensors with the axes, labels, unit and baseline in its metadata."""
+    def save(self, path: Path, *, identity: str = "") -> None:
+        """Write safetensors with the axes, labels, unit and baseline in its metadata; `identity` says what they were computed from."""
         described = {"axes": self.axes, "labels": self.labels, "unit": self.unit, "baseline": self.baseline}
-        storage.write_tensors(path, {"values": self.values}, metadata={"scores": json.dumps(described)})
+        storage.write_tensors(path, {"values": self.values}, metadata={"scores": json.dumps(described), "identity": identity})
 
     @classmethod
-    def load(cls, path: Path) -> "Scores":
-        """Read what `save` wrote. Errors: `InputError` when missing or damaged."""
+    def load(cls, path: Path, *, identity: str | None = None) -> "Scores":
+        """Read what `save` wrote. Errors: `InputError` when missing, damaged, or (where `identity` is given) computed from something else."""
         tensors, metadata = storage.read_tensors(path)
         if "scores" not in metadata or "values" not in tensors:
             raise InputError(f"{path} holds no scores; it was written by something else.")
+        if identity is not None and metadata.get("identity") != identity:
+            raise InputError(f"{path} holds scores of another model, other prompts or settings; delete it, or keep these scores elsewhere.")
         described: dict[str, Any] = json.loads(metadata["scores"])
         labels = {axis: tuple(names) for axis, names in described["labels"].items()}
         return cls(values=tensors["values"], axes=tuple(described["axes"]), labels=labels, unit=described["unit"], baseline=described["baseline"])

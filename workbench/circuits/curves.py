@@ -4,21 +4,23 @@
     CPR = integral of f over the share of heads, from none to all (higher: performance is recovered early)
     CMD = integral of |1 - f| (lower: the circuit behaves as the model)
 
-Everything outside a circuit is mean-ablated; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
+Everything outside a circuit is ablated: by its mean over reference prompts, or by the prompt's own corrupt run, as MIB does it; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from workbench import seeds
+from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.metrics import Metric
 from workbench.models import HookedModel
-from workbench.patching.ablation import Replacement, ablated_logits, plain_logits
+from workbench.patching.ablation import Replacement, ablated_logits, described, kind_of
+from workbench.patching.progress import identity
 from workbench.refs import Head, Position
 from workbench.tasks.base import PromptPairs
 
@@ -28,6 +30,8 @@ class FaithfulnessCurve:
     """Faithfulness of the first k heads of a ranking, and of k random heads."""
 
     metric: str
+    ablation: str
+    """What stands in for the heads outside: `mean`, `resampled`, `counterfactual` or `zero`."""
     sizes: tuple[int, ...]
     total_heads: int
     faithfulness: tuple[float, ...]
@@ -80,6 +84,7 @@ class FaithfulnessCurve:
                 without=tuple(value["without"]),
                 **{name: tuple(tuple(curve) for curve in value[name]) for name in ("random", "random_without")},
                 **{name: value[name] for name in ("metric", "total_heads", "full", "empty")},
+                ablation=value.get("ablation", "mean"),  # files from before there was a choice
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"this is not a faithfulness curve ({error!r}); compute it again.") from None
@@ -99,16 +104,21 @@ def default_sizes(total: int) -> tuple[int, ...]:
 
 
 class Faithfulness:
-    """f of sets of heads that are kept at a position, all others mean-ablated.
+    """f of sets of heads that are kept at a position, all others ablated; each set is run once.
 
-    Errors: `InputError` when the mean's prompts are among `pairs`, and when ablating every head does not change the metric (nothing to recover).
+    `file`: where the values are kept as they come, so that an interrupted evaluation goes on. Errors: `InputError` when the mean's prompts are among `pairs`, and when ablating every head does not change the metric (nothing to recover).
     """
 
-    def __init__(self, model: HookedModel, pairs: PromptPairs, means: Replacement, *, metric: Metric, position: Position = "all") -> None:
+    def __init__(
+        self, model: HookedModel, pairs: PromptPairs, means: Replacement, *, metric: Metric, position: Position = "all", file: Path | None = None
+    ) -> None:
         self.model, self.pairs, self.metric, self.position = model, pairs, metric, position
         self.means: Replacement = means
-        self.full = float(metric(plain_logits(model, pairs), pairs.answers, pairs.distractors).mean())
-        self.empty = self._metric(())
+        self._known, self._file = dict[str, float](), file
+        self._identity = "" if file is None else identity(model, [pairs], described(means), position, getattr(metric, "__qualname__", repr(metric)))
+        if file is not None and file.exists():
+            self._known = self._read(file)
+        self.full, self.empty = self._metric((), complement=False), self._metric(())
         if abs(self.full - self.empty) < 1e-9:
             raise InputError("ablating every head does not change the metric: nothing to recover. Use prompts or a metric on which heads matter.")
 
@@ -120,9 +130,25 @@ class Faithfulness:
         """The same of the model with only these heads ablated (at the position)."""
         return (self._metric(heads, complement=False) - self.empty) / (self.full - self.empty) if heads else 1.0
 
+    @property
+    def ablation(self) -> str:
+        """What stands in for an ablated head, in a word."""
+        return kind_of(self.means)
+
     def _metric(self, heads: Sequence[Head], *, complement: bool = True) -> float:
-        logits = ablated_logits(self.model, self.pairs, dict.fromkeys(heads, (self.position,)), self.means, complement=complement)
-        return float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
+        key = f"{'only' if complement else 'without'} {' '.join(map(str, sorted(heads)))}"
+        if key not in self._known:
+            logits = ablated_logits(self.model, self.pairs, dict.fromkeys(heads, (self.position,)), self.means, complement=complement)
+            self._known[key] = float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
+            if self._file is not None:
+                storage.write_json(self._file, {"identity": self._identity, "values": self._known})
+        return self._known[key]
+
+    def _read(self, file: Path) -> dict[str, float]:
+        described = storage.read_json(file)
+        if described.get("identity") != self._identity:
+            raise InputError(f"{file} holds values of another model, other prompts or another ablation; delete it, or keep these elsewhere.")
+        return dict(described["values"])
 
 
 def faithfulness_curve(
@@ -140,6 +166,7 @@ def faithfulness_curve(
                 curves.append(tuple(_told(bar, measure(heads[:size])) for size in chosen))
     return FaithfulnessCurve(
         metric=unit,
+        ablation=faithfulness.ablation,
         sizes=chosen,
         total_heads=len(order),
         faithfulness=kept[0],

@@ -4,7 +4,9 @@
 above (Prakash et al. 2024 for entity tracking: value fetchers, position transmitters, position detectors, structure readers).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -48,6 +50,8 @@ class Discovery:
 
     circuit: Circuit
     scores: Mapping[str, Scores]
+    seconds: Mapping[str, float]
+    """When each stage was scored, from the start of the search on."""
 
 
 def backward_search(
@@ -57,15 +61,15 @@ def backward_search(
     config: DiscoveryConfig,
     *,
     engine: Engine | None = None,
-    known: Mapping[str, Scores] | None = None,
-    keep: Callable[[str, Scores], object] | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> Discovery:
     """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
 
-    A stage whose receivers are empty finds nothing, which is a result. `known`: stages that have been scored before; `keep` is given each new
-    stage's scores as soon as they are there, so that a long search can be interrupted. Errors: `InputError` for a position that the prompts don't name.
+    A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's scores are kept, and read if
+    they are there; an interrupted search resumes inside the stage. Errors: `InputError` for a position that the prompts don't name.
     """
     metric = METRICS[config.metric]
+    start, seconds = time.perf_counter(), {}
     patchers = prepared(model, pairs, engine=engine)
     clean, corrupt = activation_baselines(patchers, metric)
     least = config.least_effect * (1.0 if config.effect == "relative" else abs(clean - corrupt))
@@ -80,16 +84,13 @@ def backward_search(
         receivers = [] if stage.into is None or stage.composition is None else [Receiver(head, stage.composition) for head in groups[stage.into]]
         there = "all" if stage.into is None else _receiver_position(stage, position_of)
         route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
-        if known is not None and stage.name in known:
-            scores[stage.name] = known[stage.name]
-        else:
-            scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect)
-            if keep is not None:
-                keep(stage.name, scores[stage.name])
+        file = None if files is None else files.get(stage.name)
+        scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect, file=file)
+        seconds[stage.name] = time.perf_counter() - start
         groups[stage.name] = chosen(scores[stage.name], config, least=least)
         members += [Member(head, stage.name, stage.position) for head in groups[stage.name]]
     circuit = Circuit.of(members, shape=(model.n_layers, model.n_heads), method=f"path patching, {config.metric}, stages {' '.join(position_of)}")
-    return Discovery(circuit=circuit, scores=scores)
+    return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 
 
 def _receiver_position(stage: Stage, position_of: Mapping[str, str]) -> str:

@@ -1,9 +1,10 @@
-"""What a circuit does alone: accuracy with every other head mean-ablated, against the whole model and random circuits of equal size.
+"""What a circuit does alone: accuracy with every other head ablated, against the whole model and random circuits of equal size.
 
     faithfulness = accuracy of the circuit alone / accuracy of the full model
 
-Scope `positions` (Prakash et al. 2024): every head is mean-ablated everywhere, except circuit heads at their own positions. Scope
-`everywhere`: circuit heads are kept at all positions. The two give different numbers, so each result says which.
+Ablated heads take their mean over reference prompts (Prakash et al. 2024), or their output on the prompt's own corrupt counterpart (MIB). Scope
+`positions` (Prakash): every head is ablated everywhere, except circuit heads at their own positions. Scope `everywhere`: circuit heads are
+kept at all positions. Each of these gives different numbers, so each result says which.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from workbench import metrics
 from workbench.circuits.circuit import Circuit, random_circuit
 from workbench.models import HookedModel
-from workbench.patching.ablation import Replacement, ablated_logits, plain_logits
+from workbench.patching.ablation import Kind, Replacement, ablated_logits, kind_of, plain_logits
 from workbench.scores import wilson_interval
 from workbench.tasks.base import PromptPairs
 
@@ -31,6 +32,8 @@ class CircuitReport:
     total_heads: int
     prompts: int
     scope: EvaluationScope
+    ablation: Kind
+    """What stands in for the heads outside."""
     full_accuracy: float
     full_interval: tuple[float, float]
     circuit_accuracy: float
@@ -57,13 +60,13 @@ class CircuitReport:
     def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
         """Read what `to_json` gave."""
         pairs = ("full_interval", "circuit_interval", "random_circuit_range")
-        return cls(**{**value, **{name: tuple(value[name]) for name in pairs}})
+        return cls(**{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}})  # "mean": files from before there was a choice
 
 
 def circuit_logits(
     model: HookedModel, pairs: PromptPairs, circuit: Circuit, means: Replacement, *, scope: EvaluationScope = "positions"
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Final logits of the circuit alone: all else mean-ablated."""
+    """Final logits of the circuit alone: all other heads ablated."""
     kept = circuit.scope if scope == "positions" else circuit.everywhere
     return ablated_logits(model, pairs, kept, means, complement=True)
 
@@ -102,6 +105,7 @@ def evaluate_circuit(
         total_heads=circuit.shape[0] * circuit.shape[1],
         prompts=len(pairs),
         scope=scope,
+        ablation=kind_of(means),
         full_accuracy=full_accuracy,
         full_interval=wilson_interval(int(full.sum()), len(pairs)),
         circuit_accuracy=alone_accuracy,

@@ -1,11 +1,13 @@
-"""Ablation of attention heads: replace a head's output (`hook_z`) by zero, by its mean over reference prompts, or by that of another prompt.
+"""Ablation of attention heads: replace a head's output (`hook_z`) by zero, by its mean over reference prompts, or by that of another prompt:
+one drawn from a reference set (resample ablation), or the prompt's own corrupt counterpart.
 
 Mean ablation takes per-position means over a reference set that never holds the evaluated prompts (METHOD: calibration against test).
 Impact of a head (eq 3, 4): metric of the model as it is, minus metric with the head ablated; positive = the head helps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,10 +20,11 @@ from workbench.errors import InputError
 from workbench.metrics import Metric
 from workbench.models import HookedModel
 from workbench.patching.chunks import MEMORY
+from workbench.patching.progress import PartialFile, Progress, identity, kept_together
 from workbench.patching.replay import Replay, replay_of
 from workbench.patching.sites import replaced
 from workbench.refs import Head, Position
-from workbench.scores import Scores, joined
+from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs, refuse_overlap
 
 BATCH = 256
@@ -89,7 +92,40 @@ def resampled_outputs(model: HookedModel, prompts: PromptPairs, *, seed: int, ba
     return ResampledOutputs(values={layer: torch.cat([part[name] for part in parts]) for layer, name in enumerate(names)}, prompts=prompts, seed=seed)
 
 
-Replacement = ReferenceMeans | ResampledOutputs | Literal["zero"]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CounterfactualOutputs:
+    """`hook_z` of every head on each prompt's own corrupt counterpart: what an ablated head says when the prompt says something else.
+
+    The only ablation that leaves everything in place that clean and corrupt have in common, as MIB evaluates circuits (Mueller et al. 2025).
+    """
+
+    values: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
+    row_of: Mapping[tuple[bytes, bytes], int]
+    """Tokens of a clean prompt and its corrupt one -> their row in `values`."""
+
+    def at(self, layer: int, evaluated: PromptPairs) -> Float[Tensor, "batch pos head d_head"]:
+        """The corrupt outputs of a layer for these prompts. Errors: `InputError` for pairs that were not run."""
+        values = self.values[layer]
+        rows = [self.row_of.get(tokens, -1) for tokens in _tokens(evaluated)]
+        if -1 in rows or values.shape[1] != evaluated.clean.shape[1]:
+            raise InputError("the counterfactual outputs are of other pairs; make them with `counterfactual_outputs` on the prompts to be evaluated.")
+        return values[torch.tensor(rows, device=values.device)]
+
+
+def counterfactual_outputs(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) -> CounterfactualOutputs:
+    """Every head's output on the corrupt prompts of these pairs."""
+    model.require_eval()
+    names = [hooks.z(layer) for layer in range(model.n_layers)]
+    parts = [model.activations(part.corrupt, part.mask, names)[1] for part in pairs.batches(batch)]
+    values = {layer: torch.cat([part[name] for part in parts]) for layer, name in enumerate(names)}
+    return CounterfactualOutputs(values=values, row_of={tokens: row for row, tokens in enumerate(_tokens(pairs))})
+
+
+def _tokens(pairs: PromptPairs) -> Iterator[tuple[bytes, bytes]]:
+    return ((clean.cpu().numpy().tobytes(), corrupt.cpu().numpy().tobytes()) for clean, corrupt in zip(pairs.clean, pairs.corrupt, strict=True))
+
+
+Replacement = ReferenceMeans | ResampledOutputs | CounterfactualOutputs | Literal["zero"]
 """What an ablated head's output becomes."""
 Scope = Mapping[Head, Sequence[Position]]
 """Heads and the named positions at which each is meant."""
@@ -112,9 +148,36 @@ def ablation_edits(model: HookedModel, pairs: PromptPairs, scope: Scope, means: 
     if complement:
         nothing = torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device)
         masks = {layer: ~masks.get(layer, nothing) for layer in range(model.n_layers)}
-    if not isinstance(means, str):
-        refuse_overlap(means.prompts, pairs)
+    _refuse_overlap(means, pairs)
     return {hooks.z(layer): _replace(mask[..., None], _value(means, layer, pairs)) for layer, mask in masks.items()}
+
+
+def _refuse_overlap(means: Replacement, pairs: PromptPairs) -> None:
+    if isinstance(means, ReferenceMeans | ResampledOutputs):
+        refuse_overlap(means.prompts, pairs)
+
+
+Kind = Literal["mean", "resampled", "counterfactual", "zero"]
+
+
+def kind_of(means: Replacement) -> Kind:
+    """What stands in for an ablated head, in a word."""
+    match means:
+        case ReferenceMeans():
+            return "mean"
+        case ResampledOutputs():
+            return "resampled"
+        case CounterfactualOutputs():
+            return "counterfactual"
+        case _:
+            return means
+
+
+def described(means: Replacement) -> str:
+    """What a replacement is made of, for the identity of what is computed with it (a counterfactual one is made of the prompts themselves)."""
+    if isinstance(means, ReferenceMeans | ResampledOutputs):
+        return f"{kind_of(means)} {means.prompts.fingerprint()} {means.per_position if isinstance(means, ReferenceMeans) else means.seed}"
+    return kind_of(means)
 
 
 def _value(means: Replacement, layer: int, pairs: PromptPairs) -> Tensor | float:
@@ -158,46 +221,69 @@ def ablation_profiles(
     position: Position = "all",
     batch: int = BATCH,
     memory: int = MEMORY,
+    files: Mapping[str, Path] | None = None,
 ) -> dict[str, Scores]:
     """Impact of ablating each head on its own at a position, in several metrics at once (eq 3, 4 before the choice of baseline).
 
     Returns metric name -> [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head
     helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN. `memory`: bytes of one chunk of heads.
+    `files`: where each metric's profile is kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it.
     """
     model.require_eval()
     asked = model.heads if heads is None else sorted(model.checked(head) for head in heads)
-    if not isinstance(means, str):
-        refuse_overlap(means.prompts, pairs)
-    with tqdm(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run", leave=False) as bar:
-        parts = [_profiles(model, part, asked, means, metrics, position, memory, bar) for part in pairs.batches(batch)]
+    _refuse_overlap(means, pairs)
+
     unit = "fall of {} when the head is ablated" + ("" if position == "all" else f" at {position}")
-    return {name: replace(joined([part[name] for part in parts]), unit=unit.format(name.replace("_", " "))) for name in metrics}
+
+    def sweep(partial: PartialFile | None) -> dict[str, Scores]:
+        progress = Progress.of((model.n_layers,), len(pairs), extra=(model.n_heads, len(metrics)), file=partial)
+        whole: list[Tensor] = []
+        with tqdm(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run", leave=False) as bar:
+            for start in range(0, len(pairs), batch):
+                part = pairs.rows(slice(start, start + batch))
+                whole.append(
+                    _ablate(model, part, asked, means, list(metrics.values()), position, memory, bar, progress.examples(start, start + batch))
+                )
+        baselines = torch.cat(whole, -1).mean(-1)
+        return {
+            name: Scores.of_heads(progress.values[:, :, number].float(), unit=unit.format(name.replace("_", " ")), baseline=float(baselines[number]))
+            for number, name in enumerate(metrics)
+        }
+
+    return kept_together(files, lambda: identity(model, [pairs], asked, list(metrics), position, described(means)), sweep)
 
 
-def _profiles(
+def _ablate(
     model: HookedModel,
     pairs: PromptPairs,
     heads: Sequence[Head],
     means: Replacement,
-    metrics: Mapping[str, Metric],
+    metrics: Sequence[Metric],
     position: Position,
     memory: int,
     bar: "tqdm[Any]",
-) -> dict[str, Scores]:
+    progress: Progress,
+) -> Float[Tensor, "metric batch"]:
+    """The impacts on some prompts go into `progress` (layer by example; heads and metrics beside); returns the whole model's metrics."""
     replay, where = replay_of(model, pairs), pairs.position(position)
     logits = plain_logits(model, pairs) if replay is None else replay.clean_logits
-    whole = {name: metric(logits, pairs.answers, pairs.distractors) for name, metric in metrics.items()}
-    values = {name: torch.full((model.n_layers, model.n_heads, len(pairs)), torch.nan) for name in metrics}
-    for head in heads:  # a prompt without the position keeps this: nothing was ablated
-        for name in metrics:
-            values[name][head.layer, head.index] = 0.0
-    runs = _through_hooks(model, pairs, heads, means, where) if replay is None else _replayed(replay, pairs, heads, means, where, memory)
-    for head, rows, logits in runs:
-        for name, metric in metrics.items():
-            impact = whole[name][rows] - metric(logits, pairs.answers[rows], pairs.distractors[rows])
-            values[name][head.layer, head.index, rows.cpu()] = impact.float().cpu()
-        bar.update(len(rows))
-    return {name: Scores.of_heads(values[name], unit="", baseline=float(whole[name].mean())) for name in metrics}
+    whole = torch.stack([metric(logits, pairs.answers, pairs.distractors) for metric in metrics])
+    everyone = torch.arange(len(pairs))
+    for layer in range(model.n_layers):
+        wanted = [head for head in heads if head.layer == layer]
+        if progress.has([layer], everyone):
+            bar.update(len(wanted) * len(pairs))
+            continue
+        values = torch.full((model.n_heads, *whole.shape), torch.nan)
+        values[[head.index for head in wanted]] = 0.0  # a prompt without the position keeps this: nothing was ablated
+        runs = _through_hooks(model, pairs, wanted, means, where) if replay is None else _replayed(replay, pairs, layer, wanted, means, where, memory)
+        for head, rows, ablated in runs:
+            without = torch.stack([metric(ablated, pairs.answers[rows], pairs.distractors[rows]) for metric in metrics])
+            values[head.index, :, rows.cpu()] = (whole[:, rows] - without).float().cpu()
+            bar.update(len(rows))
+        progress.values[layer] = values
+        progress.mark([layer], everyone)
+    return whole.double().cpu()
 
 
 Ablated = Iterator[tuple[Head, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]
@@ -213,11 +299,11 @@ def _through_hooks(model: HookedModel, pairs: PromptPairs, heads: Sequence[Head]
 
 
 def _replayed(
-    replay: Replay, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"], memory: int
+    replay: Replay, pairs: PromptPairs, layer: int, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"], memory: int
 ) -> Ablated:
-    for layer in sorted({head.layer for head in heads}):
-        value = torch.as_tensor(_value(means, layer, pairs), dtype=replay.clean_logits.dtype, device=where.device)
-        value = value.expand(*((1, *replay.clean[layer].z.shape[1:]) if value.ndim < 4 else value.shape))
-        wanted = [head.index for head in heads if head.layer == layer]
-        for patched in replaced(replay, "z", layer, value, [where], memory=memory, heads=wanted):
-            yield Head(layer, patched.head), patched.rows, patched.logits
+    if not heads:
+        return
+    value = torch.as_tensor(_value(means, layer, pairs), dtype=replay.clean_logits.dtype, device=where.device)
+    value = value.expand(*((1, *replay.clean[layer].z.shape[1:]) if value.ndim < 4 else value.shape))
+    for patched in replaced(replay, "z", layer, value, [where], memory=memory, heads=[head.index for head in heads]):
+        yield Head(layer, patched.head), patched.rows, patched.logits

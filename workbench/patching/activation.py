@@ -5,6 +5,7 @@ into corrupt (denoising) pass `pairs.swapped()`. Sign: patched minus clean.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from workbench.errors import InputError, nearest
 from workbench.metrics import Metric
 from workbench.models import HookedModel
 from workbench.patching.chunks import MEMORY
+from workbench.patching.progress import PartialFile, Progress, identity, kept
 from workbench.patching.replay import Replay, replay_of
 from workbench.patching.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
 from workbench.refs import Position
@@ -42,12 +44,13 @@ def activation_patch(
     positions: Sequence[Position] | Literal["each"] = ("all",),
     batch: int = BATCH,
     memory: int = MEMORY,
+    file: Path | None = None,
 ) -> Scores:
     """Effect of patching a site, in every layer (and head), at each of some positions.
 
     Returns [layer example], [layer head example] for the sites of heads (k, v: key-value heads), with an axis `position` before `example` when
     several are asked for or `each` (every token index on its own); patched minus clean, 0 where a prompt has no such position. `memory`: bytes
-    of one chunk of variants. Errors: `InputError` for an unknown site or position, and in training mode.
+    of one chunk of variants. `file`: where the scores are kept; an interrupted sweep resumes from what is beside it. Errors: `InputError` for an unknown site or position, and in training mode.
     Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
     """
     model.require_eval()
@@ -60,8 +63,16 @@ def activation_patch(
     place: Site = SITES[SITES.index(site)]
     names = [str(index) for index in range(pairs.clean.shape[1])] if positions == "each" else list(positions)
     parts = list(pairs.batches(batch))
-    with tqdm(total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer", leave=False) as bar:
-        found = joined([_sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar) for part in parts])
+
+    def sweep(partial: PartialFile | None) -> Scores:
+        progress, found = Progress.of((model.n_layers,), len(pairs), extra=(heads_of(place, model), len(names)), file=partial), []
+        with tqdm(total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer", leave=False) as bar:
+            for number, part in enumerate(parts):
+                mine = progress.examples(number * batch, number * batch + len(part))
+                found.append(_sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar, mine))
+        return joined(found)
+
+    found = kept(file, lambda: identity(model, parts, site, positions, unit), sweep)
     return found if len(names) > 1 or positions == "each" else found.select(position=names[0])
 
 
@@ -82,14 +93,18 @@ def _sweep(
     unit: str,
     memory: int,
     bar: "tqdm[Any]",
+    progress: Progress,
 ) -> Scores:
     replay = replay_of(model, pairs)
     heads = heads_of(site, model)
     logits = model.activations(pairs.clean, pairs.mask, [])[0] if replay is None else replay.clean_logits
     clean = metric(logits, pairs.answers, pairs.distractors)
-    values = torch.zeros(model.n_layers, heads, len(masks), len(pairs))
+    values, everyone = progress.values, torch.arange(len(pairs))
     corrupt = None if replay is None else Replay.of(model, replay.parts, pairs.swapped())
     for layer in range(model.n_layers):
+        bar.update()
+        if progress.has([layer], everyone):
+            continue
         runs = (
             _through_hooks(model, pairs, site, layer, masks, heads)
             if replay is None or corrupt is None
@@ -97,12 +112,12 @@ def _sweep(
         )
         for run in runs:
             patched = metric(run.logits, pairs.answers[run.rows], pairs.distractors[run.rows])
-            values[layer, run.head, run.mask, run.rows.cpu()] = (patched - clean[run.rows]).float().cpu()
-        bar.update()
+            values[layer, run.head, run.mask, run.rows.cpu()] = (patched - clean[run.rows]).to(values)
+        progress.mark([layer], everyone)
     axes = ("layer", "head", "position", "example") if site in BY_HEAD else ("layer", "position", "example")
     labels = {"layer": [f"L{i}" for i in range(model.n_layers)], "head": [f"H{i}" for i in range(heads)], "position": names}
     return Scores(
-        values=values if site in BY_HEAD else values[:, 0],
+        values=values.float() if site in BY_HEAD else values[:, 0].float(),
         axes=axes,
         labels={axis: tuple(labels[axis]) for axis in axes if axis != "example"},
         unit=f"change of {unit}, {site} patched",

@@ -10,9 +10,10 @@ Receivers: q by query head, k and v by key-value head (with grouped-query attent
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,10 +30,13 @@ from workbench.parts import DecoderParts, decoder_parts
 from workbench.patching.frozen import Variant
 from workbench.patching.passage import Route
 from workbench.patching.path import PathPatcher
+from workbench.patching.progress import PartialFile, Progress, identity, kept
 from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender
 from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
 
+Input = Composition | Literal["logits"]
+"""The kinds of input that exact edges lead into."""
 BATCH = 32
 """Default number of prompts in one forward and backward."""
 
@@ -187,32 +191,57 @@ def exact_edges(
     compositions: Sequence[Composition] = ("q", "k", "v"),
     freeze_mlps: bool = True,
     batch: int = 128,
+    file: Path | None = None,
 ) -> Scores:
     """Exact path effects of senders on the logits and on each head's q, k, v: [sender receiver example], the same labels as `attribute_edges`.
 
-    With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates. MLP receivers are NaN.
+    With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates. MLP receivers are NaN. `file`: where the scores
+    are kept; an interrupted sweep resumes from what is beside it.
     """
     edges = Edges.of(model)
     chosen = edges.senders if senders is None else tuple(senders)
     variants: list[Variant] = [frozenset([sender]) for sender in chosen]
     there = Edges(senders=chosen, receivers=edges.receivers).connected(parallel=model.has_parallel_blocks)
-    number = {receiver: place for place, receiver in enumerate(edges.receivers)}
-    group, found = model.n_heads // model.n_kv_heads, []
-    for part in pairs.batches(batch):
-        patcher = PathPatcher(model, part)
-        clean = metric(patcher.clean_logits, part.answers, part.distractors)
-        values, route = torch.full((*there.shape, len(part)), torch.nan), Route(freeze_mlps=freeze_mlps)
-        values[:, number["logits"]] = (patcher.effects(variants, route, metric) - clean).float().cpu()
-        for composition in tqdm(compositions, desc=f"patching edges of {model.name}", unit="input", leave=False):
-            each = patcher.effects_on_each(variants, range(model.n_layers), composition, route, metric) - clean
-            for layer in range(model.n_layers):
-                for receiver in range(each.shape[2]):
-                    end = Receiver(Head(layer, receiver * (1 if composition == "q" else group)), composition)
-                    values[:, number[end]] = each[:, layer, receiver].float().cpu()
-        found.append(values * there[..., None])
     labels = {"sender": tuple(map(str, chosen)), "receiver": tuple(map(str, edges.receivers))}
-    described = f"change of {unit}, exact path effect" + (", MLPs frozen" if freeze_mlps else "")
-    return joined([Scores(values=part, axes=("sender", "receiver", "example"), labels=labels, unit=described) for part in found])
+    described, parts = f"change of {unit}, exact path effect" + (", MLPs frozen" if freeze_mlps else ""), list(pairs.batches(batch))
+
+    def sweep(partial: PartialFile | None) -> Scores:
+        found = torch.full((*there.shape, len(pairs)), torch.nan)
+        progress = _progress(model, len(chosen), len(pairs), compositions, partial)
+        for start, part in zip(range(0, len(pairs), batch), parts, strict=True):
+            mine: dict[Input, Progress] = {name: one.examples(start, start + len(part)) for name, one in progress.items()}
+            for receiver, effects in _on_receivers(PathPatcher(model, part), variants, metric, Route(freeze_mlps=freeze_mlps), mine):
+                found[:, edges.receivers.index(receiver), start : start + len(part)] = effects.float().cpu()
+        return Scores(values=found * there[..., None], axes=("sender", "receiver", "example"), labels=labels, unit=described)
+
+    return kept(file, lambda: identity(model, parts, chosen, compositions, freeze_mlps, unit), sweep)
+
+
+def _progress(
+    model: HookedModel, senders: int, examples: int, compositions: Sequence[Composition], partial: PartialFile | None
+) -> dict[Input, Progress]:
+    """What is found of the senders' paths into each kind of input."""
+    counts = {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
+    found: dict[Input, Progress] = {"logits": Progress.of((senders,), examples, file=partial and partial.named("logits"))}
+    for name in compositions:
+        found[name] = Progress.of((senders, model.n_layers), examples, extra=(counts[name],), file=partial and partial.named(name))
+    return found
+
+
+def _on_receivers(
+    patcher: PathPatcher, variants: Sequence[Variant], metric: Metric, route: Route, progress: Mapping[Input, Progress]
+) -> Iterator[tuple[PathEnd | Literal["logits"], Float[Tensor, "sender batch"]]]:
+    """(receiver, effect of each sender on it) on one batch of prompts."""
+    model, pairs = patcher.model, patcher.pairs
+    clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
+    for name, found in tqdm(progress.items(), desc=f"patching edges of {model.name}", unit="input", leave=False):
+        if name == "logits":
+            yield "logits", patcher.effects(variants, route, metric, progress=found) - clean
+            continue
+        each = patcher.effects_on_each(variants, range(model.n_layers), name, route, metric, progress=found) - clean
+        group = model.n_heads // each.shape[2]
+        for layer in range(model.n_layers):
+            yield from ((Receiver(Head(layer, place * group), name), each[:, layer, place]) for place in range(each.shape[2]))
 
 
 def agreement(estimated: Scores, exact: Scores) -> float:

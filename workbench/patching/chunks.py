@@ -13,14 +13,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_chunks(items: Sequence[Item], size: int, work: Callable[[list[Item]], Result]) -> Iterator[tuple[list[Item], Result]]:
-    """(chunk, work(chunk)) over consecutive chunks of at most `size` items, smaller once memory has run out.
+def in_chunks(
+    items: Sequence[Item], size: int, work: Callable[[list[Item]], Result], *, skip: Callable[[list[Item]], bool] = lambda chunk: False
+) -> Iterator[tuple[list[Item], Result]]:
+    """(chunk, work(chunk)) over consecutive chunks of at most `size` items, smaller once memory has run out; chunks to skip are left out.
 
     Errors: `InputError` when memory runs out for a single item.
     """
     start = 0
     while start < len(items):
         chunk = list(items[start : start + size])
+        if skip(chunk):
+            start += len(chunk)
+            continue
         try:
             result = work(chunk)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

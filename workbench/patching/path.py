@@ -16,6 +16,7 @@ costs the MLPs above it at the last token (`frozen.py`), a path into heads the l
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,7 +31,8 @@ from workbench.models import HookedModel, last_position
 from workbench.patching.chunks import MEMORY, in_chunks
 from workbench.patching.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.hooked import HookedPatcher
-from workbench.patching.passage import Passage, Route, alike, by_first_receiver, place_of, rows_of
+from workbench.patching.passage import Passage, Place, Route, alike, by_first_receiver, place_of, rows_of
+from workbench.patching.progress import PartialFile, Progress, identity, kept
 from workbench.patching.replay import replay_of
 from workbench.patching.window import Spots
 from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
@@ -110,42 +112,54 @@ class PathPatcher:
         return patched
 
     def effects(
-        self, variants: Sequence[Variant], route: Route, metric: Metric, *, done: Callable[[int], object] = bool
+        self, variants: Sequence[Variant], route: Route, metric: Metric, *, done: Callable[[int], object] = bool, progress: Progress | None = None
     ) -> Float[Tensor, "variant batch"]:
-        """The metric of each variant's patched logits on each prompt; `done` is told how many variants have been finished on how many prompts."""
+        """The metric of each variant's patched logits on each prompt; `done` is told how many variants have been finished on how many prompts.
+
+        `progress` (variant by example) holds what is known already, and is given what is found.
+        """
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
-        values = clean[None].repeat(len(variants), 1)
-        for variant, rows, logits in self.patched(variants, route):
-            values[variant, rows] = metric(logits, self.pairs.answers[rows], self.pairs.distractors[rows])
+        progress = Progress.of((len(variants),), len(clean)) if progress is None else progress
+        values = progress.values.copy_(torch.where(progress.found, progress.values, clean.to(progress.values)))
+        done(int(progress.found.sum()))
+        for variant, rows, logits in self.patched(variants, route, progress=progress):
+            values[variant, rows.cpu()] = metric(logits, self.pairs.answers[rows], self.pairs.distractors[rows]).to(values)
             done(len(rows))
-        return values
+        return values.to(clean)
 
     @torch.no_grad()
-    def patched(self, variants: Sequence[Variant], route: Route) -> Iterator[tuple[int, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]:
+    def patched(
+        self, variants: Sequence[Variant], route: Route, *, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]:
         """(number of the variant, prompts, their patched logits) for every variant; a pair that is left out has no path and stays clean.
 
+        `progress`: chunks that are found there are left out, and each chunk is marked when the consumer has had all of it.
         Errors: `InputError` for a head, MLP or position that there is not, and in training mode.
         """
         self.model.require_eval()
         _refuse_unknown(self.model, {place for variant in variants for place in variant} | set(route.receivers))
         sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
+        progress = Progress.of((len(variants),), len(self.pairs)) if progress is None else progress
         if self.replay is None:
-            yield from self._through_hooks(variants, route)
+            yield from self._through_hooks(variants, route, progress)
             return
         order = [number for number in sorted(range(len(variants)), key=lambda number: entry(variants[number])) if variants[number]]
         corrupt = self._sent_by(variants)
         if not route.receivers:
-            yield from self._to_logits(variants, order, route, sending)
+            yield from self._to_logits(variants, order, route, sending, progress)
             return
         for rows in alike(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
             size = max(1, self.memory // passage.replay.variant_bytes(passage.window))
             parallel = self.replay.parts.blocks[0].parallel
             for first, group in by_first_receiver(variants, order, route.receivers, parallel=parallel):
-                for chunk, found in in_chunks(
-                    group, size, lambda chunk, first=first, passage=passage: passage.through(first, [variants[n] for n in chunk])
-                ):
+
+                def work(chunk: list[int], first: Place = first, passage: Passage = passage) -> Tensor:
+                    return passage.through(first, [variants[n] for n in chunk])
+
+                for chunk, found in in_chunks(group, size, work, skip=lambda chunk, rows=rows: progress.has(chunk, rows)):
                     yield from ((number, rows, logits) for number, logits in zip(chunk, found, strict=True))
+                    progress.mark(chunk, rows)
 
     @torch.no_grad()
     def effects_on_each(
@@ -157,21 +171,25 @@ class PathPatcher:
         metric: Metric,
         *,
         done: Callable[[int], object] = bool,
+        progress: Progress | None = None,
     ) -> Float[Tensor, "variant layer receiver batch"]:
         """The metric when each variant is patched into each head's q (or each group's k or v) of each of some layers, alone.
 
         A variant that does not lie below a layer has no path to it: its values are the clean ones. `route.receivers` is not used.
+        `progress` (variant by layer, receivers beside them) holds what is known already, and is given what is found.
         """
         self.model.require_eval()
         _refuse_unknown(self.model, {place for variant in variants for place in variant})
         count = self.model.n_heads if composition == "q" else self.model.n_kv_heads
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
-        values = clean[None, None, None].repeat(len(variants), len(layers), count, 1)
+        if progress is None:
+            progress = Progress.of((len(variants), len(layers)), len(clean), extra=(count,))
+        values = progress.values.copy_(torch.where(progress.found[:, :, None], progress.values, clean.to(progress.values)))
         order = sorted(range(len(variants)), key=lambda number: entry(variants[number]))
         if not order or not len(layers):
-            return values
+            return values.to(clean)
         if self.replay is None:
-            return self._each_through_hooks(values, order, variants, layers, composition, route, metric)
+            return self._each_through_hooks(progress, order, variants, layers, composition, route, metric).to(clean)
         corrupt = self._sent_by(variants)
         sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
         for rows in alike(self.pairs.mask, sending & receiving):
@@ -182,17 +200,23 @@ class PathPatcher:
                 def work(chunk: list[int], passage: Passage = passage, group: Sequence[int] = group) -> list[tuple[int, int, Tensor]]:
                     return passage.into_each(group, composition, [variants[n] for n in chunk])
 
-                for chunk, found in in_chunks(order, max(1, fit // len(group)), work):
+                columns = [list(layers).index(layer) for layer in group]
+
+                def known(chunk: list[int], rows: Tensor = rows, columns: Sequence[int] = columns) -> bool:
+                    return progress.has(chunk, columns, rows)
+
+                for chunk, found in in_chunks(order, max(1, fit // len(group)), work, skip=known):
                     for layer, place, logits in found:
                         for receiver in range(count):
                             patched = metric(logits[receiver], self.pairs.answers[rows], self.pairs.distractors[rows])
-                            values[chunk[place], list(layers).index(layer), receiver, rows] = patched
+                            values[chunk[place], list(layers).index(layer), receiver, rows.cpu()] = patched.to(values)
                         done(count * len(rows))
-        return values
+                    progress.mark(chunk, columns, rows)
+        return values.to(clean)
 
     def _each_through_hooks(
         self,
-        values: Tensor,
+        progress: Progress,
         order: Sequence[int],
         variants: Sequence[Variant],
         layers: Sequence[int],
@@ -202,18 +226,22 @@ class PathPatcher:
     ) -> Tensor:
         group = 1 if composition == "q" else self.model.n_heads // self.model.n_kv_heads
         for place, layer in enumerate(layers):
-            below = [number for number in order if entry(variants[number])[0] < layer]
-            for receiver in range(values.shape[2]):
+            below = [number for number in order if entry(variants[number])[0] < layer and not progress.has([number], [place], range(len(self.pairs)))]
+            for receiver in range(progress.values.shape[2]):
                 into = replace(route, receivers=(Receiver(Head(layer, receiver * group), composition),))
                 for number, _, logits in self._through_hooks([variants[n] for n in below], into):
-                    values[below[number], place, receiver] = metric(logits, self.pairs.answers, self.pairs.distractors)
-        return values
+                    values = metric(logits, self.pairs.answers, self.pairs.distractors)
+                    progress.values[below[number], place, receiver] = values.to(progress.values)
+            progress.mark(below, [place], range(len(self.pairs)))
+        return progress.values
 
-    def _through_hooks(self, variants: Sequence[Variant], route: Route) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _through_hooks(self, variants: Sequence[Variant], route: Route, progress: Progress | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         if route.by_query_head:
             raise InputError("`by_query_head` needs the replay engine, which this model has not; take receivers by key-value group.")
         rows = torch.arange(len(self.pairs), device=self.pairs.clean.device)
         for number, variant in enumerate(variants):
+            if progress is not None and progress.has([number], rows):
+                continue
             yield (
                 number,
                 rows,
@@ -225,8 +253,12 @@ class PathPatcher:
                     freeze_mlps=route.freeze_mlps,
                 ),
             )
+            if progress is not None:
+                progress.mark([number], rows)
 
-    def _to_logits(self, variants: Sequence[Variant], order: list[int], route: Route, sending: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _to_logits(
+        self, variants: Sequence[Variant], order: list[int], route: Route, sending: Tensor, progress: Progress
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Direct effects: only the last token's residual stream matters."""
         assert self.replay is not None
         replay, rows = self.replay, torch.arange(len(self.pairs), device=self.pairs.clean.device)
@@ -240,8 +272,9 @@ class PathPatcher:
 
         width = 2 * self.clean_logits.shape[1] + 12 * replay.clean[0].pre.shape[-1]
         size = max(1, self.memory // (len(rows) * width * self.clean_logits.element_size()))
-        for chunk, logits in in_chunks(order, size, found):
+        for chunk, logits in in_chunks(order, size, found, skip=lambda chunk: progress.has(chunk, rows)):
             yield from ((number, rows, part) for number, part in zip(chunk, logits, strict=True))
+            progress.mark(chunk, rows)
 
 
 def _written_below(layers: int) -> list[str]:
@@ -275,17 +308,19 @@ def path_patch(
     batch: int = BATCH,
     memory: int = MEMORY,
     engine: Engine | None = None,
+    file: Path | None = None,
 ) -> Scores:
     """Path effect of every head on its own, from `position`, on the receivers (the logits when there are none).
 
     Returns [layer head example], patched minus clean (`effect="relative"`: divided by clean). A head at or above every receiver has no
-    path to it and is NaN. Errors: `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch).
+    path to it and is NaN. `file`: where the scores are kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it.
+    Errors: `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch), and when `file` is another sweep's.
     Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
     """
     _refuse_unknown(model, receivers)
     patchers = prepared(model, pairs, batch=batch, memory=memory, engine=engine)
     route = Route(position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps)
-    return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect)
+    return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect, file=file)
 
 
 def prepared(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memory: int = MEMORY, engine: Engine | None = None) -> list[PathPatcher]:
@@ -293,8 +328,18 @@ def prepared(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memo
     return [PathPatcher(model, part, memory=memory, engine=engine) for part in pairs.batches(batch)]
 
 
-def sweep_heads(patchers: Sequence[PathPatcher], route: Route, *, metric: Metric, unit: str, effect: Effect = "difference") -> Scores:
+def sweep_heads(
+    patchers: Sequence[PathPatcher], route: Route, *, metric: Metric, unit: str, effect: Effect = "difference", file: Path | None = None
+) -> Scores:
     """`path_patch` over a route on prompts that are prepared already."""
+    return kept(file, lambda: _identity(patchers, route, unit, effect), lambda partial: _swept(patchers, route, metric, unit, effect, partial))
+
+
+def _identity(patchers: Sequence[PathPatcher], route: Route, unit: str, effect: Effect) -> str:
+    return identity(patchers[0].model, [patcher.pairs for patcher in patchers], route, unit, effect)
+
+
+def _swept(patchers: Sequence[PathPatcher], route: Route, metric: Metric, unit: str, effect: Effect, partial: PartialFile | None) -> Scores:
     model = patchers[0].model
     clean, corrupt = _ends(patchers, metric)
     if bool((clean == corrupt).all()):
@@ -305,7 +350,11 @@ def sweep_heads(patchers: Sequence[PathPatcher], route: Route, *, metric: Metric
     senders = [head for head in model.heads if (head.layer, 0) < top]
     variants = [frozenset([head]) for head in senders]
     with tqdm(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
-        patched = torch.cat([patcher.effects(variants, route, metric, done=bar.update) for patcher in patchers], 1)
+        progress, start, parts = Progress.of((len(senders),), len(clean), file=partial), 0, []
+        for patcher in patchers:
+            part, start = progress.examples(start, start + len(patcher.pairs)), start + len(patcher.pairs)
+            parts.append(patcher.effects(variants, route, metric, done=bar.update, progress=part))
+        patched = torch.cat(parts, 1)
     values = torch.full((model.n_layers, model.n_heads, len(clean)), torch.nan)
     changes = relative_change(patched, clean) if effect == "relative" else patched - clean
     for head, change in zip(senders, changes, strict=True):

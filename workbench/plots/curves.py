@@ -44,8 +44,18 @@ def faithfulness_figure(curves: Mapping[str, FaithfulnessCurve], *, theme: Theme
     figure.add_hline(y=1, line={"color": theme.muted, "dash": "dot", "width": 1})
     figure.add_hline(y=0, line={"color": theme.muted, "dash": "dot", "width": 1})
     metrics = ", ".join(dict.fromkeys(curve.metric for curve in curves.values()))
-    remarks = [f"Metric: {metrics}; 1 is the whole model, 0 every head ablated. Bands: random rankings. Everything else is mean-ablated."]
+    remarks = [f"Metric: {metrics}; 1 is the whole model, 0 every head ablated. Bands: random rankings. {_outside(curves)}"]
     return titled(figure, title, remarks, theme, width=960, height=480 + 24 * len(curves))
+
+
+def _outside(curves: Mapping[str, FaithfulnessCurve]) -> str:
+    stands = {
+        "mean": "their mean",
+        "counterfactual": "their output on the corrupt prompt",
+        "resampled": "their output on another prompt",
+        "zero": "zero",
+    }
+    return f"All other heads take {' / '.join(sorted({stands[curve.ablation] for curve in curves.values()}))}."
 
 
 def _scaled(sizes: Sequence[int]) -> list[float]:

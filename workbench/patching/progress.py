@@ -1,0 +1,127 @@
+"""What a sweep has found so far, written to a file as it goes, so that an interrupted sweep resumes where it stopped, to the same bits.
+
+A sweep fills an array of entries (variants, heads, layers) by examples. What is computed together, a chunk, is marked as found together, and
+a chunk of which anything is missing is computed again whole: batched arithmetic rounds by the batch that it is done in.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from workbench import storage
+from workbench.errors import InputError
+from workbench.models import HookedModel
+from workbench.scores import Scores
+from workbench.tasks.base import PromptPairs
+
+Places = Int[Tensor, " _"] | Sequence[int]
+"""Indices along one axis."""
+SECONDS = 10.0
+"""Least time between two writes."""
+
+
+def identity(model: HookedModel, pairs: Sequence[PromptPairs], *settings: object) -> str:
+    """SHA-256 of a model's weights, the prompts, and whatever else a sweep's numbers depend on."""
+    return hashlib.sha256("|".join([model.fingerprint(), *(part.fingerprint() for part in pairs), *map(repr, settings)]).encode()).hexdigest()
+
+
+def kept(file: Path | None, identify: Callable[[], str], sweep: Callable[["PartialFile | None"], Scores]) -> Scores:
+    """The scores of a sweep: from `file` when they are there, else computed (on from where an interruption left them) and written there.
+
+    Errors: `InputError` when the file, or what is left of an interrupted sweep, has another identity.
+    """
+    files = None if file is None else {"": file}
+    return kept_together(files, identify, lambda partial: {"": sweep(partial)})[""]
+
+
+def kept_together(
+    files: Mapping[str, Path] | None, identify: Callable[[], str], sweep: Callable[["PartialFile | None"], dict[str, Scores]]
+) -> dict[str, Scores]:
+    """`kept` for one sweep that gives several scores, each with its file; what is found so far stands beside the first."""
+    if files is None:
+        return sweep(None)
+    known = identify()
+    if all(file.exists() for file in files.values()):
+        return {name: Scores.load(file, identity=known) for name, file in files.items()}
+    partial = PartialFile(next(iter(files.values())), known)
+    found = sweep(partial)
+    for name, file in files.items():
+        found[name].save(file, identity=known)
+    partial.drop()
+    return found
+
+
+class Progress:
+    """Values [*entry *extra example] and which of them are found [*entry example]; a value that is not found is whatever it was begun with."""
+
+    def __init__(self, values: Tensor, found: Bool[Tensor, "*entry example"], keep: Callable[[], object] | None = None) -> None:
+        self.values, self.found, self._keep = values, found, keep
+
+    @classmethod
+    def of(cls, entries: tuple[int, ...], examples: int, *, extra: tuple[int, ...] = (), file: "PartialFile | None" = None) -> "Progress":
+        """Nothing found yet, or what `file` holds. Values are kept in float64, which holds every metric's own. Errors: `InputError` when the file is another sweep's."""
+        values, found = torch.zeros(*entries, *extra, examples, dtype=torch.float64), torch.zeros(*entries, examples, dtype=torch.bool)
+        if file is None:
+            return cls(values, found)
+        file.read_into(values, found)
+        return cls(values, found, lambda: file.keep(values, found))
+
+    def examples(self, start: int, stop: int) -> "Progress":
+        """The part of some examples; it shares the values and the file."""
+        return Progress(self.values[..., start:stop], self.found[..., start:stop], self._keep)
+
+    def has(self, *places: Places) -> bool:
+        """Whether all entries at these places of each axis are found."""
+        return bool(self.found[_block(places)].all())
+
+    def mark(self, *places: Places) -> None:
+        """Say that the entries at these places of each axis are found now; the file is written when that is due."""
+        self.found[_block(places)] = True
+        if self._keep is not None:
+            self._keep()
+
+
+def _block(places: Sequence[Places]) -> tuple[Tensor, ...]:
+    """The index of every combination of places."""
+    axes = [torch.as_tensor(place).cpu().reshape(-1) for place in places]
+    return tuple(axis.view(*(len(axis) if other == number else 1 for other in range(len(axes)))) for number, axis in enumerate(axes))
+
+
+class PartialFile:
+    """A sweep's file of what is found so far, beside the file that its scores will have."""
+
+    def __init__(self, scores: Path, identity: str) -> None:
+        self.scores, self.path, self.identity = scores, scores.with_name(f"{scores.stem}.partial"), identity
+        self._others: list[PartialFile] = []
+        self._written = time.monotonic()
+
+    def named(self, name: str) -> "PartialFile":
+        """Another file of the same sweep, for a part of it."""
+        self._others.append(PartialFile(self.scores.with_name(f"{self.scores.stem}-{name}"), self.identity))
+        return self._others[-1]
+
+    def drop(self) -> None:
+        """The sweep is done and its scores are written."""
+        for file in (self, *self._others):
+            file.path.unlink(missing_ok=True)
+
+    def read_into(self, values: Tensor, found: Tensor) -> None:
+        """Fill in what was found before the interruption."""
+        if not self.path.exists():
+            return
+        tensors, metadata = storage.read_tensors(self.path)
+        if metadata.get("identity") != self.identity:
+            raise InputError(f"{self.path} is of another sweep (model, prompts or settings differ); delete it, or keep these scores elsewhere.")
+        values.copy_(tensors["values"])
+        found.copy_(tensors["found"])
+
+    def keep(self, values: Tensor, found: Tensor) -> None:
+        """Write, unless that was done a moment ago."""
+        if time.monotonic() - self._written >= SECONDS:
+            storage.write_tensors(self.path, {"values": values, "found": found}, metadata={"identity": self.identity})
+            self._written = time.monotonic()
