@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import entity_pairs
-from scipy.linalg import hadamard
+from handmade import BLOCK, FIRST, SECOND, code, write_gpt2
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from workbench import hooks
 from workbench.circuits.circuit import Circuit, Member
@@ -36,30 +36,18 @@ from workbench.patching.hooked import HookedPatcher
 from workbench.patching.path import activation_baselines, prepared
 from workbench.pretraining import word_tokenizer
 from workbench.refs import Head
-from workbench.sources import quiet
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.entity_tracking import OBJECTS, EntityTracking
 
-LAYERS, HEADS, WIDTH, BLOCK = 6, 4, 128, 16
+LAYERS, HEADS, WIDTH = 6, 4, 128
 TOKEN, BOUND, FOUND, ASKED, ANSWER, SCRATCH, PLACES, BALLAST = (slice(start, start + BLOCK) for start in range(0, WIDTH, BLOCK))
 PLACE_NAMES = ("first", "object", "query_label", "last", "clause0", "clause1", "clause2")
-HEAVY = 30.0
-"""Size of the ballast; a code has entries of size 1."""
 SHARPNESS = 60.0
 """Attention score of a full match."""
 LOGIT = 12.0
 """Logit of the answer when its whole code stands in ANSWER."""
 
 WHOLE = torch.ones(BLOCK)
-FIRST, SECOND = torch.cat([torch.ones(8), torch.zeros(8)]), torch.cat([torch.zeros(8), torch.ones(8)])
-"""Which part of a code a head copies."""
-
-
-def code(index: int) -> Tensor:
-    """A balanced code of 16 signs: two of 14 rows (7 of a Hadamard matrix and their negatives), so that different tokens match by half at most."""
-    rows = torch.tensor(hadamard(8)[1:], dtype=torch.float32)
-    rows = torch.cat([rows, -rows])
-    return torch.cat([rows[index % 14], rows[(index // 14 + index) % 14]])
 
 
 def place(name: str) -> Tensor:
@@ -151,21 +139,13 @@ CONSTANT = {Head(1, 3): Wiring(constant=0.1 * code(50)), Head(5, 2): Wiring(cons
 
 def write_model(folder: Path, heads: Mapping[Head, Wiring]) -> Path:
     """An ordinary GPT-2 directory with these heads; all others, and the MLPs, write nothing."""
-    tokenizer = word_tokenizer()
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng(), torch.no_grad(), quiet():
-        model = GPT2LMHeadModel(config)
-        for parameter in model.parameters():
-            parameter.zero_()
-        _write_embeddings(model, tokenizer.get_vocab())
+
+    def fill(model: GPT2LMHeadModel, vocabulary: Mapping[str, int]) -> None:
+        _write_embeddings(model, vocabulary)
         for head, wiring in heads.items():
             _write_head(model.transformer.h[head.layer].attn, head.index, wiring)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder
+
+    return write_gpt2(folder, fill, layers=LAYERS, heads=HEADS, width=WIDTH, ballast=BALLAST, length=25)
 
 
 def _write_embeddings(model: GPT2LMHeadModel, vocabulary: Mapping[str, int]) -> None:
@@ -174,13 +154,8 @@ def _write_embeddings(model: GPT2LMHeadModel, vocabulary: Mapping[str, int]) -> 
             model.transformer.wte.weight[index, TOKEN] = code(index)
         if word in OBJECTS:
             model.lm_head.weight[index, ANSWER] = LOGIT / BLOCK * code(index)
-    ballast = HEAVY * torch.tensor([1.0, -1.0]).repeat(BLOCK // 2)
     for position in range(25):
         model.transformer.wpe.weight[position] = sum((place(name) for name in places_at(position)), torch.zeros(WIDTH))
-        model.transformer.wpe.weight[position, BALLAST] = ballast
-    usual = (BLOCK * HEAVY**2 + BLOCK) ** 0.5
-    for norm in [model.transformer.ln_f, *(norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2))]:
-        norm.weight.fill_(usual / WIDTH**0.5)
 
 
 def _write_head(attention: torch.nn.Module, index: int, wiring: Wiring) -> None:

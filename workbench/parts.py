@@ -53,6 +53,7 @@ class DecoderParts:
     n_heads: int
     n_kv_heads: int
     d_head: int
+    d_mlp: int
 
 
 def decoder_parts(model: HookedModel) -> DecoderParts | None:
@@ -67,6 +68,7 @@ def decoder_parts(model: HookedModel) -> DecoderParts | None:
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads,
         d_head=model.d_head,
+        d_mlp=getattr(hooked.cfg, "d_mlp", None) or 4 * int(hooked.cfg.d_model),
     )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench import hooks
-from workbench.patching.replay import Replay
+from workbench.patching.replay import MLP_COPIES, Replay
 from workbench.patching.window import Spots
 from workbench.refs import Embedding, Head, Mlp, Sender
 
@@ -43,24 +43,34 @@ class FrozenRuns:
     def __init__(self, replay: Replay, corrupt: Corrupt) -> None:
         self.replay, self.corrupt = replay, corrupt
 
+    def variant_bytes(self, spots: Spots, layers: Collection[int]) -> int:
+        """How much memory one variant takes at most, what is recorded at some layers included."""
+        width = (5 + 2 * len(layers)) * self.replay.d_model + MLP_COPIES * self.replay.parts.d_mlp
+        return spots.index.numel() * width * self.replay.clean_logits.element_size()
+
     @torch.no_grad()
-    def run(self, variants: Sequence[Variant], spots: Spots, sending: Bool[Tensor, "batch spot"], *, freeze_mlps: bool, top: int) -> FrozenRun:
-        """The variants (ordered by `entry`) up to the layer `top` (exclusive), at spots; they send where `sending` is True."""
+    def run(
+        self, variants: Sequence[Variant], spots: Spots, sending: Bool[Tensor, "batch spot"], *, freeze_mlps: bool, layers: Collection[int]
+    ) -> FrozenRun:
+        """The variants (ordered by `entry`) at spots, with what enters each of `layers`; they send where `sending` is True."""
         where, pre, middle = sending[..., None], {}, {}
         x = self._embedded(variants, spots, where)
-        for layer in range(top):
+        for layer in range(max(layers)):
             clean, part = self.replay.clean[layer], self.replay.parts.blocks[layer]
-            pre[layer] = x
+            entered = x
+            if layer in layers:
+                pre[layer] = x
             written = spots.at(clean.attention)
             x = self._joined(x + written, sum(entry(v) <= (layer, 0) for v in variants), spots.at(clean.pre) + written)
             x = self._with_heads(layer, variants[: len(x)], x, spots, where)
-            middle[layer] = x
-            read = self._joined(pre[layer], len(x), spots.at(clean.pre)) if part.parallel else x
+            if layer in layers:
+                middle[layer] = x
+            read = self._joined(entered, len(x), spots.at(clean.pre)) if part.parallel else x
             out = spots.at(clean.mlp)[None].expand_as(x) if freeze_mlps else part.mlp(part.norm_mlp(read))
             count = sum(entry(v) <= (layer, 1) for v in variants)
             x, out = self._joined(x, count, spots.at(clean.pre) + written), self._joined(out, count, spots.at(clean.mlp))
             x = x + self._with_mlp(layer, variants[:count], out, spots, where)
-        pre[top] = x
+        pre[max(layers)] = x
         return FrozenRun(pre=pre, middle=middle)
 
     def _embedded(self, variants: Sequence[Variant], spots: Spots, where: Tensor) -> Tensor:

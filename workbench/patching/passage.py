@@ -1,6 +1,6 @@
 """Paths into receivers: what the frozen run records at them is put into a clean run, which goes on from the lowest receiver."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +77,19 @@ class Passage:
         self.where = self.window.at(receiving)
         self.spot, self.found = self.window.find(self.spots)
 
+    def variant_bytes(self, layers: Collection[int]) -> int:
+        """How much memory one variant takes at most on its way through receivers in some layers."""
+        return self.replay.variant_bytes(self.window) + self.runs.variant_bytes(self.spots, layers)
+
+    def _layers(self, places: Sequence[Place]) -> set[int]:
+        """Where the frozen run is recorded: the receivers' layers, and one more where an MLP's input stands above its layer's attention."""
+        return {layer for layer, _ in places} | {layer + 1 for layer, part in places if part == 1}
+
     @torch.no_grad()
     def through(self, first: Place, variants: Sequence[Variant]) -> Float[Tensor, "variant batch d_vocab"]:
         """Patched logits of variants whose lowest receiver is at `first`, in the order of their entry."""
         places = [place for place in sorted({place_of(r) for r in self.route.receivers}) if place >= first]
-        run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, top=places[-1][0] + 1)
+        run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, layers=self._layers(places))
         inputs = {layer: self._inputs(layer, run, places) for layer in sorted({layer for layer, _ in places})}
         left = self.replay.entered(first[0], inputs[first[0]], self.window)
         return self.replay.logits(self.replay.upward(first[0] + 1, left, self.window, inputs))
@@ -94,7 +102,7 @@ class Passage:
 
         Layers are in order, variants in that of their entry; a variant that writes too late for a layer is left out there.
         """
-        run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, top=layers[-1])
+        run = self.runs.run(variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, layers=layers)
         count = self.replay.parts.n_heads if composition == "q" else self.replay.parts.n_kv_heads
         left, whose = {}, []
         for layer in layers:

@@ -150,7 +150,7 @@ class PathPatcher:
             return
         for rows in alike(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
-            size = max(1, self.memory // passage.replay.variant_bytes(passage.window))
+            size = max(1, self.memory // passage.variant_bytes({place_of(receiver)[0] for receiver in route.receivers}))
             parallel = self.replay.parts.blocks[0].parallel
             for first, group in by_first_receiver(variants, order, route.receivers, parallel=parallel):
 
@@ -194,7 +194,7 @@ class PathPatcher:
         sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
         for rows in alike(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
-            fit = max(1, self.memory // (count * passage.replay.variant_bytes(passage.window)))
+            fit = max(1, self.memory // (count * passage.variant_bytes(layers[:1])))
             for group in _batched(sorted(layers), max(1, fit // len(order))):
 
                 def work(chunk: list[int], passage: Passage = passage, group: Sequence[int] = group) -> list[tuple[int, int, Tensor]]:
@@ -267,11 +267,11 @@ class PathPatcher:
         runs, at_last = FrozenRuns(replay, self._corrupt), sending.gather(1, last)
 
         def found(chunk: list[int]) -> Tensor:
-            run = runs.run([variants[n] for n in chunk], spots, at_last, freeze_mlps=route.freeze_mlps, top=self.model.n_layers)
+            run = runs.run([variants[n] for n in chunk], spots, at_last, freeze_mlps=route.freeze_mlps, layers=[self.model.n_layers])
             return replay.logits(run.pre[self.model.n_layers][:, :, 0])
 
-        width = 2 * self.clean_logits.shape[1] + 12 * replay.clean[0].pre.shape[-1]
-        size = max(1, self.memory // (len(rows) * width * self.clean_logits.element_size()))
+        unembedding = len(rows) * replay.unembedding * self.clean_logits.element_size()
+        size = max(1, self.memory // max(unembedding, runs.variant_bytes(spots, [self.model.n_layers])))
         for chunk, logits in in_chunks(order, size, found, skip=lambda chunk: progress.has(chunk, rows)):
             yield from ((number, rows, part) for number, part in zip(chunk, logits, strict=True))
             progress.mark(chunk, rows)

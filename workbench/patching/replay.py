@@ -28,6 +28,8 @@ log = logging.getLogger("workbench")
 Residual = Float[Tensor, "variant batch slot d_model"]
 Left = Float[Tensor, "variant batch left d_model"]
 """What leaves a layer: as many slots as entered it, or after the last layer the last slot alone."""
+MLP_COPIES = 6
+"""How many tensors of the MLP's inner width an activation function holds at a time (GPT-2's own formula; a gated MLP has fewer)."""
 PRECISION = 1e3
 """How many roundings of the model's dtype a replay may differ from the hooked forward (as the self-check on loading allows)."""
 
@@ -107,11 +109,22 @@ class Replay:
         return Replay(self.model, self.parts, self.mask[index], clean, self.clean_logits[index])
 
     def variant_bytes(self, window: Window) -> int:
-        """About how much memory one variant takes."""
+        """How much memory one variant takes at most, in the attention or the MLP of a layer, or in the unembedding."""
         batch, slots = window.index.shape
-        width = 14 * self.clean[0].pre.shape[-1] + 4 * (self.parts.n_heads + 2 * self.parts.n_kv_heads) * self.parts.d_head
-        width += 2 * self.parts.n_heads * (slots + window.prefix.shape[1])
-        return (batch * slots * width + 2 * batch * self.clean_logits.shape[-1]) * self.clean_logits.element_size()
+        columns, keys = (self.parts.n_heads + 2 * self.parts.n_kv_heads) * self.parts.d_head, slots + window.prefix.shape[1]
+        attention = 3 * columns + 3 * self.parts.n_heads * keys
+        block = 5 * self.d_model + max(attention, MLP_COPIES * self.parts.d_mlp)
+        return batch * max(slots * block, self.unembedding) * self.clean_logits.element_size()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.clean[0].pre.shape[-1]
+
+    @property
+    def unembedding(self) -> int:
+        """Values that one prompt's last token takes on its way to the logits."""
+        return 4 * self.d_model + 2 * self.clean_logits.shape[-1]
 
     def agrees(self) -> bool:
         """Whether the last token, recomputed through every layer, gives the hooked forward's logits to rounding."""

@@ -58,15 +58,17 @@ def replaced(
         for rows in alike(replay.mask, together.any(0)):
             part = replay.rows(rows)
             window = Window.of(part.mask, together[:, rows].any(0).int().argmax(1))
-            size = max(1, memory // (len(wanted) * part.variant_bytes(window)))
-            where = torch.stack([window.at(mask[rows]) for mask in together])
+            fit = max(1, memory // part.variant_bytes(window))
+            where, there = torch.stack([window.at(mask[rows]) for mask in together]), value[rows] if len(value) > 1 else value
+            for start in range(0, len(wanted), fit):
+                some = wanted[start : start + fit]
 
-            def work(chunk: list[int], part: Replay = part, rows: Tensor = rows, where: Tensor = where, window: Window = window) -> Tensor:
-                return _logits(part, site, layer, value[rows] if len(value) > 1 else value, where[chunk], window, wanted)
+                def work(chunk: list[int], part: Replay = part, some: list[int] = some) -> Tensor:
+                    return _logits(part, site, layer, there, where[chunk], window, some)  # noqa: B023 (called before the loop goes on)
 
-            for chunk, logits in in_chunks(range(len(numbers)), size, work):
-                for place, found in zip(chunk, logits.unflatten(0, (len(chunk), len(wanted))), strict=True):
-                    yield from (Patched(mask=numbers[place], head=head, rows=rows, logits=each) for head, each in zip(wanted, found, strict=True))
+                for chunk, logits in in_chunks(range(len(numbers)), max(1, fit // len(some)), work):
+                    for place, found in zip(chunk, logits.unflatten(0, (len(chunk), len(some))), strict=True):
+                        yield from (Patched(mask=numbers[place], head=head, rows=rows, logits=each) for head, each in zip(some, found, strict=True))
 
 
 def _like_masks(masks: Sequence[Bool[Tensor, "batch pos"]], together: int = 8) -> Iterator[list[int]]:
