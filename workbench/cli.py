@@ -59,6 +59,15 @@ def parser() -> argparse.ArgumentParser:
     )
     reporting.add_argument("--out", type=Path, required=True, help="the run folder")
     _common(reporting, report)
+    checking = commands.add_parser(
+        "check-model",
+        help="whether the workbench computes with your model exactly: the self-check of loading, and patching against hooked forwards",
+        description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
+    )
+    checking.add_argument("model", help="a directory, hub id, adapter or GGUF file")
+    checking.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
+    checking.add_argument("--device", default="cpu", help="default: %(default)s")
+    _common(checking, check_model)
     training = commands.add_parser(
         "pretrain",
         help="train the bundled teacher and students on entity tracking",
@@ -156,6 +165,15 @@ def report(options: argparse.Namespace) -> None:
     page = options.out / "report.html"
     storage.write_text(page, run_report(RunFolder(options.out)))
     log.info("report: %s", page)
+
+
+def check_model(options: argparse.Namespace) -> None:
+    """What is supported of a model."""
+    from workbench import conformance
+
+    found = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
+    print(found.text())
+    conformance.require_conformance(found)
 
 
 def pretrain_models(options: argparse.Namespace) -> None:

@@ -320,13 +320,15 @@ def self_check(
     with torch.no_grad(), hooks.capture(model.model, names) as found:
         logits = model.model(tokens, attention_mask=mask.long())
     _refuse_difference(model, "its logits differ from transformers'", logits[mask], expected.to(model.device)[mask])
+    normed = "ln1_post" in dict(model.model.blocks[0].named_children())
+    because = " (a norm stands between its attention and the residual stream)" if normed else ""
     for layer in range(model.n_layers):
         written = model.head_outputs(layer, found[hooks.z(layer)]).sum(2)
         bias = model.output_bias(layer)
         written = written if bias is None else written + bias
         _refuse_difference(
             model,
-            f"its heads' outputs do not sum to the attention output of layer {layer}",
+            f"its heads' outputs do not sum to the attention output of layer {layer}{because}",
             written[mask],
             found[hooks.attention_output(layer)][mask],
         )
