@@ -21,10 +21,17 @@ from workbench.models import HookedModel
 from workbench.refs import Head, Position
 from workbench.scores import Scores
 from workbench.similarity.cka import Estimator, linear_cka, pairwise_linear_cka, shuffled_floor
+from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
 
-Activation = Literal["z", "result"]
-"""`hook_z` [d_head], or what the head writes to the residual stream [d_model]."""
+Activation = Literal["z", "result", "pattern"]
+"""`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the keys [pos]."""
+
+
+def require_fitting(measure: Measure, activation: Activation) -> None:
+    """Refuse attention KL on anything but attention patterns."""
+    if measure == "attention_kl" and activation != "pattern":
+        raise InputError(f"measure attention_kl compares attention patterns, not activation {activation}; set `activation: pattern`.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +72,19 @@ def place(prompts: PromptPairs, positions: Sequence[Position]) -> Tensor:
     return torch.stack(masks).any(0)
 
 
-def hook_names(heads: Sequence[Head]) -> list[str]:
+def hook_names(heads: Sequence[Head], activation: Activation = "z") -> list[str]:
     """The hooks that heads are read from, in layer order."""
-    return [hooks.z(layer) for layer in sorted({head.layer for head in heads})]
+    name = hooks.pattern if activation == "pattern" else hooks.z
+    return [name(layer) for layer in sorted({head.layer for head in heads})]
 
 
 def head_rows(
     model_weights: Mapping[int, Float[Tensor, "head d_head d_model"]] | None, activations: Mapping[str, Tensor], head: Head, where: Tensor
 ) -> Float[Tensor, "m features"]:
-    """A head's rows at the chosen tokens, prompt by prompt; with `model_weights` (layer -> W_O) as written to the residual stream."""
-    rows = activations[hooks.z(head.layer)][:, :, head.index][where]
+    """A head's rows at the chosen tokens, prompt by prompt; with `model_weights` (layer -> W_O) as written to the residual stream. Where
+    attention patterns were captured, the rows are those of the chosen query tokens, over all keys."""
+    pattern = activations.get(hooks.pattern(head.layer))
+    rows = activations[hooks.z(head.layer)][:, :, head.index][where] if pattern is None else pattern[:, head.index][where]
     return rows if model_weights is None else rows @ model_weights[head.layer][head.index]
 
 
@@ -117,8 +127,8 @@ def pair_ckas(
     seed: int = 0,
 ) -> list[PairCka]:
     """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased one's depends on m."""
-    _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs]))
-    _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs]))
+    _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs], activation))
+    _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs], activation))
     our_weights, their_weights = (
         output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))
     )
@@ -139,8 +149,8 @@ def head_similarity(
     Both are read where the student's head acts, so that all candidates are compared on the same tokens.
     """
     ours, theirs = student_circuit.heads, teacher_circuit.heads
-    _, of_student = student.activations(prompts.clean, prompts.mask, hook_names(ours))
-    _, of_teacher = teacher.activations(prompts.clean, prompts.mask, hook_names(theirs))
+    _, of_student = student.activations(prompts.clean, prompts.mask, hook_names(ours, activation))
+    _, of_teacher = teacher.activations(prompts.clean, prompts.mask, hook_names(theirs, activation))
     weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
     rows = []
     for head in ours:
@@ -153,8 +163,8 @@ def head_similarity(
 
 
 def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:
-    """W_O of the layers of some heads for activation `result`; None for `z`, which needs none."""
-    return None if activation == "z" else {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
+    """W_O of the layers of some heads for activation `result`; None for the others, which need none."""
+    return None if activation != "result" else {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
 
 
 def _rows(

@@ -313,6 +313,9 @@ class Experiment:
             task_loss=spec.task_loss or self.recipe.training.task_loss,
             weight=alignment.weight if spec.aligns else 0.0,
             estimator=alignment.estimator,
+            measure=alignment.measure,
+            measure_options=alignment.options,
+            pairs=alignment.pairs,
             activation=alignment.activation,
         )
 
@@ -329,7 +332,12 @@ class Experiment:
         )
         slices = TrainedSlices(student, parts)
         pairs = self.aligned(self.head_map_of(spec, seed)) if spec.aligns else ()
-        cache = teacher_cache(self.teacher, self.prompts.train, hook_names([pair.teacher for pair in pairs]), sources.cache_root() / "teacher")
+        cache = teacher_cache(
+            self.teacher,
+            self.prompts.train,
+            hook_names([pair.teacher for pair in pairs], self.recipe.alignment.activation),
+            sources.cache_root() / "teacher",
+        )
         run = Distillation(student, slices, self.prompts.train, cache, pairs, self.training_config(spec), seed=seed)
         folder = self.folder.condition(condition, seed)
         run.run(folder, resume=resume, label=f"{condition}, seed {seed}")
