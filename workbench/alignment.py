@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench import hooks, seeds
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
-from workbench.matching import HeadMap
+from workbench.matching import CircuitAlignment, HeadMap, circuit_alignment
+from workbench.matching.distances import Similarities
 from workbench.models import HookedModel
 from workbench.refs import Head, Position
 from workbench.scores import Scores
-from workbench.similarity.cka import Estimator, linear_cka, pairwise_linear_cka, shuffled_floor
-from workbench.similarity.measures import Measure
+from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
+from workbench.similarity.measures import NONE, Measure, Options, pairwise_similarity, similarity_scores, unit
 from workbench.tasks.base import PromptPairs
 
 Activation = Literal["z", "result", "pattern"]
@@ -143,23 +144,72 @@ def head_similarity(
     teacher_circuit: Circuit,
     *,
     activation: Activation = "z",
+    measure: Measure = "linear_cka",
 ) -> Scores:
-    """Debiased CKA of every circuit head of the student with every one of the teacher: [student teacher].
+    """Similarity (debiased, where it is CKA) of every circuit head of the student with every one of the teacher: [student teacher].
 
     Both are read where the student's head acts, so that all candidates are compared on the same tokens.
     """
+    return head_similarities(student, teacher, prompts, student_circuit, teacher_circuit, activation=activation, measure=measure)(
+        torch.arange(len(prompts))
+    )
+
+
+def all_head_similarity(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    *,
+    position: Position = "last",
+    activation: Activation = "z",
+    measure: Measure = "linear_cka",
+    estimator: Estimator = "debiased",
+    options: Options = NONE,
+) -> Scores:
+    """Similarity of every head of the student with every head of the teacher at one named position, in one batched call: [student teacher]."""
+    require_fitting(measure, activation)
+    where, rows = place(prompts, [position]), []
+    for model in (student, teacher):
+        _, found = model.activations(prompts.clean, prompts.mask, hook_names(model.heads, activation))
+        weights = output_weights(model, model.heads, activation)
+        rows.append(torch.stack([head_rows(weights, found, head, where) for head in model.heads]))
+    ours, theirs = ([str(head) for head in model.heads] for model in (student, teacher))
+    return similarity_scores(rows[0], rows[1], student=ours, teacher=theirs, measure=measure, estimator=estimator, options=options)
+
+
+def head_similarities(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    student_circuit: Circuit,
+    teacher_circuit: Circuit,
+    *,
+    activation: Activation = "z",
+    measure: Measure = "linear_cka",
+) -> Similarities:
+    """Prompts (by index) -> `head_similarity` on them alone; the models run once, on all prompts."""
+    require_fitting(measure, activation)
     ours, theirs = student_circuit.heads, teacher_circuit.heads
-    _, of_student = student.activations(prompts.clean, prompts.mask, hook_names(ours, activation))
-    _, of_teacher = teacher.activations(prompts.clean, prompts.mask, hook_names(theirs, activation))
-    weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
-    rows = []
-    for head in ours:
-        where = place(prompts, student_circuit.scope[head])
-        mine = head_rows(weights[0], of_student, head, where)[None]
-        candidates = torch.stack([head_rows(weights[1], of_teacher, other, where) for other in theirs])
-        rows.append(pairwise_linear_cka(mine, candidates, estimator="debiased")[0])
     labels = {"student": tuple(map(str, ours)), "teacher": tuple(map(str, theirs))}
-    return Scores(values=torch.stack(rows).detach(), axes=("student", "teacher"), labels=labels, unit="debiased CKA")
+    found = [
+        model.activations(prompts.clean, prompts.mask, hook_names(heads, activation))[1] for model, heads in ((student, ours), (teacher, theirs))
+    ]
+    weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
+
+    def on(some: Int[Tensor, " rows"]) -> Scores:
+        chosen = torch.isin(torch.arange(len(prompts)), some)[:, None].to(prompts.clean.device)
+        candidates: dict[tuple[Position, ...], Tensor] = {}
+        values = []
+        for head in ours:
+            scope = student_circuit.scope[head]
+            where = place(prompts, scope) & chosen
+            if scope not in candidates:
+                candidates[scope] = torch.stack([head_rows(weights[1], found[1], other, where) for other in theirs])
+            mine = head_rows(weights[0], found[0], head, where)[None]
+            values.append(pairwise_similarity(mine, candidates[scope], measure=measure, estimator="debiased")[0])
+        return Scores(values=torch.stack(values).detach(), axes=("student", "teacher"), labels=labels, unit=unit(measure, "debiased"))
+
+    return on
 
 
 def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:
@@ -198,3 +248,15 @@ def floor_warning(ckas: Sequence[PairCka]) -> str | None:
         f"the matched pairs' mean CKA is {mean:.2f} where shuffled prompts give {floor:.2f} ({len(at_floor)} of {len(ckas)} pairs at the floor: "
         f"{', '.join(at_floor[:6])}). These models share little geometry there; the alignment term will probably hurt."
     )
+
+
+def aligned_influence(head_map: HeadMap, ckas: Sequence[PairCka], student: Scores, teacher: Scores) -> tuple[CircuitAlignment, float]:
+    """The influence-weighted alignment of matched heads by their CKA, and its value with the shuffled floors in place of CKA.
+
+    `student`, `teacher`: ablation impacts. Errors: as `circuit_alignment`.
+    """
+    found, floor = (
+        circuit_alignment(head_map, {(each.pair.student, each.pair.teacher): getattr(each, name) for each in ckas}, student, teacher)
+        for name in ("cka", "floor")
+    )
+    return found, floor.value

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from workbench import sources, storage
-from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, head_similarity, hook_names, pair_ckas
+from workbench.alignment import AlignedPair, PairCka, aligned_influence, aligned_pairs, floor_warning, head_similarities, hook_names, pair_ckas
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.distillation.loop import Distillation, TrainingConfig
@@ -269,13 +269,11 @@ class Experiment:
         head_map = self.folder.head_map()
         ckas = self.ckas(self.student, head_map, self.prompts.discovery)
         storage.write_json(self.folder.path / "ckas.json", [cka.to_json() for cka in ckas])
-        log.info(
-            "matched %d student heads to %d teacher heads (rule %s, %d ties)",
-            len(head_map.matches),
-            len(head_map.teacher_heads),
-            head_map.rule,
-            head_map.ties,
-        )
+        log.info("%s", head_map.summary())
+        impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
+        found, floor = aligned_influence(head_map, ckas, impacts["student"], impacts["teacher"])
+        storage.write_json(self.folder.path / "circuit_alignment.json", {**found.to_json(), "floor": floor})
+        log.info("influence-weighted alignment of the matched heads: %.2f (prompts shuffled: %.2f)", found.value, floor)
         warning = floor_warning(ckas)
         if warning:
             log.warning("%s", warning)
@@ -300,10 +298,12 @@ class Experiment:
     def _matched(self, config: MatchingConfig, seed: int) -> HeadMap:
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
         impacts = {name: self._profiles(name, model)[config.metric] for name, model in self.models().items()}
-        similarity = None
-        if config.rule == "similarity":
-            similarity = head_similarity(self.student, self.teacher, self.prompts.discovery, *circuits, activation=self.recipe.alignment.activation)
-        return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity)
+        similarity, similarities, prompts = None, None, self.prompts.discovery
+        if "similarity" in config.distances:
+            activation = self.recipe.alignment.activation
+            similarities = head_similarities(self.student, self.teacher, prompts, *circuits, activation=activation, measure=config.measure)
+            similarity = similarities(torch.arange(len(prompts)))
+        return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity, similarities=similarities)
 
     def training_config(self, spec: ConditionSpec) -> TrainingConfig:
         """The recipe's training with a condition's losses."""
