@@ -254,6 +254,8 @@ def test_influence_weighted_alignment_by_hand() -> None:
     assert circuit_alignment(same, dict.fromkeys(same.pairs, 1.0), STUDENT, STUDENT).value == pytest.approx(1)
     louder = Scores.of_heads(3 * STUDENT.values, unit="x", baseline=0.9)
     assert circuit_alignment(same, dict.fromkeys(same.pairs, 1.0), STUDENT, louder).value == pytest.approx(1), "influence is relative to its model"
+    silent = Scores.of_heads(torch.zeros_like(STUDENT.values), unit="x", baseline=0.9)
+    assert circuit_alignment(same, dict.fromkeys(same.pairs, 1.0), silent, silent).value == 1
     with pytest.raises(InputError, match="every matched pair"):
         circuit_alignment(head_map, {}, STUDENT, TEACHER)
     with pytest.raises(InputError, match="no heads"):

@@ -4,13 +4,17 @@ arXiv 2505.10822)
     A = mean over matched pairs of  S(h_s, h_t) * (1 - |I_s(h_s) - I_t(h_t)|)
 
 S: similarity of the pair's activations; I: the head's influence = its mean ablation impact over the largest |impact| of its own model, in [-1, 1].
-1: every pair is alike and matters equally much in its model. Two influences of opposite sign lie up to 2 apart, so a factor may be negative, and
+1: every pair is alike and matters equally much in its model (a model in which no head matters has influence 0 throughout). Two influences of opposite sign lie up to 2 apart, so a factor may be negative, and
 heads whose similarity is at its shuffled floor count as little as that floor: read A beside the same number with the floors in place of S.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.matching.head_map import HeadMap
@@ -54,12 +58,19 @@ def circuit_alignment(
         raise InputError("no heads are matched, so circuits can't be aligned; match heads first.")
     if absent := [f"{ours} ~ {theirs}" for ours, theirs in head_map.pairs if (ours, theirs) not in similarity]:
         raise InputError(f"no similarity is known for {', '.join(absent[:6])}; measure every matched pair.")
-    influence = student_impacts.normalized().mean(), teacher_impacts.normalized().mean()
+    influence = _influence(student_impacts), _influence(teacher_impacts)
     pairs = tuple(
         _aligned(ours, theirs, similarity[ours, theirs], float(influence[0][ours.layer, ours.index]), float(influence[1][theirs.layer, theirs.index]))
         for ours, theirs in head_map.pairs
     )
     return CircuitAlignment(value=sum(pair.value for pair in pairs) / len(pairs), pairs=pairs)
+
+
+def _influence(impacts: Scores) -> Float[Tensor, "layer head"]:
+    """Mean impacts over the largest |mean impact|; 0 for every measured head where all are 0; NaN where not measured."""
+    means = impacts.mean()
+    largest = means.nan_to_num(0.0).abs().max()
+    return means / torch.where(largest > 0, largest, 1.0)
 
 
 def _aligned(student: Head, teacher: Head, similarity: float, ours: float, theirs: float) -> AlignedInfluence:
