@@ -169,6 +169,23 @@ def test_tiny_and_equal_rows_give_a_number(measure: Any, options: dict[str, Any]
         assert odd.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [4, 8, 64])
+def test_rows_equally_far_apart_have_no_debiased_cka(dtype: torch.dtype, rows: int) -> None:
+    """Their unbiased HSIC is 0 up to rounding; the quotient of two roundings would be any number, with a gradient of a million."""
+    y = gaussian(rows, 5).to(dtype)
+    for measure in ("linear_cka", "rbf_cka"):
+        x = torch.eye(rows, dtype=dtype).requires_grad_()
+        value = similarity(x, y, measure=measure, estimator="debiased")  # type: ignore[arg-type]
+        value.backward()
+        assert float(value.detach()) == 0
+        assert x.grad is not None
+        assert not x.grad.any()
+        assert float(pairwise_similarity(x.detach()[None], y[None], measure=measure, estimator="debiased")) == 0  # type: ignore[arg-type]
+    white = gaussian(1, 64, 8192, label="white").float()  # the other side of the line: hardly any structure, but some
+    assert float(similarity(white, white, estimator="debiased")) == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("measure", "options"), SETTINGS, ids=str)
 def test_half_precision_is_computed_in_float32(measure: Any, options: dict[str, Any], dtype: torch.dtype) -> None:

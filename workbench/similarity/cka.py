@@ -4,7 +4,8 @@
 
 X [m p], Y [m q]: m examples, p and q features. The biased estimator is near 1 for unrelated X and Y when m is not far above p and q; the
 debiased one (unbiased HSIC of Song et al. 2012) is 0 in expectation and may be negative. Neither is clamped: a clamp has no gradient.
-Computation is in float32 at least. Constant input (no variance) has no CKA: the stated result is 0, with zero gradient.
+Computation is in float32 at least. Constant input (no variance) has no CKA: the stated result is 0, with zero gradient; so it is for the
+debiased estimator where all rows are equally far apart, which it takes for no structure at all.
 """
 
 from typing import Literal
@@ -28,7 +29,14 @@ def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased", mask:
     m = rows_counted(x, mask, least=fewest_rows(estimator), measure=f"{estimator} CKA")
     (x, x_varies), (y, y_varies) = standardised(x, mask), standardised(y, mask)
     xy, xx, yy = (hsic(a, b, m, estimator) for a, b in ((x, y), (x, x), (y, y)))
-    return quotient(xy, xx, yy, x_varies & y_varies)
+    return quotient(xy, xx, yy, x_varies & y_varies & _resolved(x, xx, m, estimator) & _resolved(y, yy, m, estimator))
+
+
+def _resolved(x: Features, own: Value, m: Count, estimator: Estimator) -> Bool[Tensor, "*batch"]:
+    """Whether the debiased HSIC of X with itself stands above the rounding of its terms: rows that are all equally far apart have none."""
+    if estimator == "biased":
+        return torch.ones_like(own, dtype=torch.bool)
+    return own.detach() * (m * (m - 3)) > 64 * torch.finfo(x.dtype).eps * x.detach().square().sum(-1).square().sum(-1)
 
 
 def fewest_rows(estimator: Estimator) -> int:
@@ -77,7 +85,10 @@ def pairwise_linear_cka(
         x, y = x[:, mask], y[:, mask]
     rows_counted(x, None, least=fewest_rows(estimator), measure=f"{estimator} CKA")
     (x, x_varies), (y, y_varies) = standardised(x), standardised(y)
-    return quotient(*pairwise_hsic(x, y, estimator), x_varies[:, None] & y_varies[None])
+    xy, xx, yy = pairwise_hsic(x, y, estimator)
+    m = x.shape[-2]
+    x_varies, y_varies = x_varies & _resolved(x, xx[:, 0], m, estimator), y_varies & _resolved(y, yy[0], m, estimator)
+    return quotient(xy, xx, yy, x_varies[:, None] & y_varies[None])
 
 
 def pairwise_hsic(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
