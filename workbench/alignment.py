@@ -10,21 +10,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench import hooks, seeds
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
-from workbench.matching import HeadMap
+from workbench.matching import CircuitAlignment, HeadMap, circuit_alignment
+from workbench.matching.distances import Similarities
 from workbench.models import HookedModel
 from workbench.refs import Head, Position
 from workbench.scores import Scores
-from workbench.similarity.cka import Estimator, linear_cka, pairwise_linear_cka, shuffled_floor
+from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
+from workbench.similarity.measures import NONE, Measure, Options, pairwise_similarity, similarity_scores, unit
 from workbench.tasks.base import PromptPairs
 
-Activation = Literal["z", "result"]
-"""`hook_z` [d_head], or what the head writes to the residual stream [d_model]."""
+Activation = Literal["z", "result", "pattern"]
+"""`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the keys [pos]."""
+
+
+def require_fitting(measure: Measure, activation: Activation) -> None:
+    """Refuse attention KL on anything but attention patterns."""
+    if measure == "attention_kl" and activation != "pattern":
+        raise InputError(f"measure attention_kl compares attention patterns, not activation {activation}; set `activation: pattern`.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +73,19 @@ def place(prompts: PromptPairs, positions: Sequence[Position]) -> Tensor:
     return torch.stack(masks).any(0)
 
 
-def hook_names(heads: Sequence[Head]) -> list[str]:
+def hook_names(heads: Sequence[Head], activation: Activation = "z") -> list[str]:
     """The hooks that heads are read from, in layer order."""
-    return [hooks.z(layer) for layer in sorted({head.layer for head in heads})]
+    name = hooks.pattern if activation == "pattern" else hooks.z
+    return [name(layer) for layer in sorted({head.layer for head in heads})]
 
 
 def head_rows(
     model_weights: Mapping[int, Float[Tensor, "head d_head d_model"]] | None, activations: Mapping[str, Tensor], head: Head, where: Tensor
 ) -> Float[Tensor, "m features"]:
-    """A head's rows at the chosen tokens, prompt by prompt; with `model_weights` (layer -> W_O) as written to the residual stream."""
-    rows = activations[hooks.z(head.layer)][:, :, head.index][where]
+    """A head's rows at the chosen tokens, prompt by prompt; with `model_weights` (layer -> W_O) as written to the residual stream. Where
+    attention patterns were captured, the rows are those of the chosen query tokens, over all keys."""
+    pattern = activations.get(hooks.pattern(head.layer))
+    rows = activations[hooks.z(head.layer)][:, :, head.index][where] if pattern is None else pattern[:, head.index][where]
     return rows if model_weights is None else rows @ model_weights[head.layer][head.index]
 
 
@@ -117,8 +128,8 @@ def pair_ckas(
     seed: int = 0,
 ) -> list[PairCka]:
     """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased one's depends on m."""
-    _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs]))
-    _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs]))
+    _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs], activation))
+    _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs], activation))
     our_weights, their_weights = (
         output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))
     )
@@ -133,28 +144,77 @@ def head_similarity(
     teacher_circuit: Circuit,
     *,
     activation: Activation = "z",
+    measure: Measure = "linear_cka",
 ) -> Scores:
-    """Debiased CKA of every circuit head of the student with every one of the teacher: [student teacher].
+    """Similarity (debiased, where it is CKA) of every circuit head of the student with every one of the teacher: [student teacher].
 
     Both are read where the student's head acts, so that all candidates are compared on the same tokens.
     """
+    return head_similarities(student, teacher, prompts, student_circuit, teacher_circuit, activation=activation, measure=measure)(
+        torch.arange(len(prompts))
+    )
+
+
+def all_head_similarity(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    *,
+    position: Position = "last",
+    activation: Activation = "z",
+    measure: Measure = "linear_cka",
+    estimator: Estimator = "debiased",
+    options: Options = NONE,
+) -> Scores:
+    """Similarity of every head of the student with every head of the teacher at one named position, in one batched call: [student teacher]."""
+    require_fitting(measure, activation)
+    where, rows = place(prompts, [position]), []
+    for model in (student, teacher):
+        _, found = model.activations(prompts.clean, prompts.mask, hook_names(model.heads, activation))
+        weights = output_weights(model, model.heads, activation)
+        rows.append(torch.stack([head_rows(weights, found, head, where) for head in model.heads]))
+    ours, theirs = ([str(head) for head in model.heads] for model in (student, teacher))
+    return similarity_scores(rows[0], rows[1], student=ours, teacher=theirs, measure=measure, estimator=estimator, options=options)
+
+
+def head_similarities(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    student_circuit: Circuit,
+    teacher_circuit: Circuit,
+    *,
+    activation: Activation = "z",
+    measure: Measure = "linear_cka",
+) -> Similarities:
+    """Prompts (by index) -> `head_similarity` on them alone; the models run once, on all prompts."""
+    require_fitting(measure, activation)
     ours, theirs = student_circuit.heads, teacher_circuit.heads
-    _, of_student = student.activations(prompts.clean, prompts.mask, hook_names(ours))
-    _, of_teacher = teacher.activations(prompts.clean, prompts.mask, hook_names(theirs))
-    weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
-    rows = []
-    for head in ours:
-        where = place(prompts, student_circuit.scope[head])
-        mine = head_rows(weights[0], of_student, head, where)[None]
-        candidates = torch.stack([head_rows(weights[1], of_teacher, other, where) for other in theirs])
-        rows.append(pairwise_linear_cka(mine, candidates, estimator="debiased")[0])
     labels = {"student": tuple(map(str, ours)), "teacher": tuple(map(str, theirs))}
-    return Scores(values=torch.stack(rows).detach(), axes=("student", "teacher"), labels=labels, unit="debiased CKA")
+    found = [
+        model.activations(prompts.clean, prompts.mask, hook_names(heads, activation))[1] for model, heads in ((student, ours), (teacher, theirs))
+    ]
+    weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
+
+    def on(some: Int[Tensor, " rows"]) -> Scores:
+        chosen = torch.isin(torch.arange(len(prompts)), some)[:, None].to(prompts.clean.device)
+        candidates: dict[tuple[Position, ...], Tensor] = {}
+        values = []
+        for head in ours:
+            scope = student_circuit.scope[head]
+            where = place(prompts, scope) & chosen
+            if scope not in candidates:
+                candidates[scope] = torch.stack([head_rows(weights[1], found[1], other, where) for other in theirs])
+            mine = head_rows(weights[0], found[0], head, where)[None]
+            values.append(pairwise_similarity(mine, candidates[scope], measure=measure, estimator="debiased")[0])
+        return Scores(values=torch.stack(values).detach(), axes=("student", "teacher"), labels=labels, unit=unit(measure, "debiased"))
+
+    return on
 
 
 def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:
-    """W_O of the layers of some heads for activation `result`; None for `z`, which needs none."""
-    return None if activation == "z" else {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
+    """W_O of the layers of some heads for activation `result`; None for the others, which need none."""
+    return None if activation != "result" else {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
 
 
 def _rows(
@@ -188,3 +248,15 @@ def floor_warning(ckas: Sequence[PairCka]) -> str | None:
         f"the matched pairs' mean CKA is {mean:.2f} where shuffled prompts give {floor:.2f} ({len(at_floor)} of {len(ckas)} pairs at the floor: "
         f"{', '.join(at_floor[:6])}). These models share little geometry there; the alignment term will probably hurt."
     )
+
+
+def aligned_influence(head_map: HeadMap, ckas: Sequence[PairCka], student: Scores, teacher: Scores) -> tuple[CircuitAlignment, float]:
+    """The influence-weighted alignment of matched heads by their CKA, and its value with the shuffled floors in place of CKA.
+
+    `student`, `teacher`: ablation impacts. Errors: as `circuit_alignment`.
+    """
+    found, floor = (
+        circuit_alignment(head_map, {(each.pair.student, each.pair.teacher): getattr(each, name) for each in ckas}, student, teacher)
+        for name in ("cka", "floor")
+    )
+    return found, floor.value

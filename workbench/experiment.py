@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from workbench import sources, storage
-from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, head_similarity, hook_names, pair_ckas
+from workbench.alignment import AlignedPair, PairCka, aligned_influence, aligned_pairs, floor_warning, head_similarities, hook_names, pair_ckas
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.distillation.loop import Distillation, TrainingConfig
@@ -269,13 +269,11 @@ class Experiment:
         head_map = self.folder.head_map()
         ckas = self.ckas(self.student, head_map, self.prompts.discovery)
         storage.write_json(self.folder.path / "ckas.json", [cka.to_json() for cka in ckas])
-        log.info(
-            "matched %d student heads to %d teacher heads (rule %s, %d ties)",
-            len(head_map.matches),
-            len(head_map.teacher_heads),
-            head_map.rule,
-            head_map.ties,
-        )
+        log.info("%s", head_map.summary())
+        impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
+        found, floor = aligned_influence(head_map, ckas, impacts["student"], impacts["teacher"])
+        storage.write_json(self.folder.path / "circuit_alignment.json", {**found.to_json(), "floor": floor})
+        log.info("influence-weighted alignment of the matched heads: %.2f (prompts shuffled: %.2f)", found.value, floor)
         warning = floor_warning(ckas)
         if warning:
             log.warning("%s", warning)
@@ -300,10 +298,12 @@ class Experiment:
     def _matched(self, config: MatchingConfig, seed: int) -> HeadMap:
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
         impacts = {name: self._profiles(name, model)[config.metric] for name, model in self.models().items()}
-        similarity = None
-        if config.rule == "similarity":
-            similarity = head_similarity(self.student, self.teacher, self.prompts.discovery, *circuits, activation=self.recipe.alignment.activation)
-        return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity)
+        similarity, similarities, prompts = None, None, self.prompts.discovery
+        if "similarity" in config.distances:
+            activation = self.recipe.alignment.activation
+            similarities = head_similarities(self.student, self.teacher, prompts, *circuits, activation=activation, measure=config.measure)
+            similarity = similarities(torch.arange(len(prompts)))
+        return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity, similarities=similarities)
 
     def training_config(self, spec: ConditionSpec) -> TrainingConfig:
         """The recipe's training with a condition's losses."""
@@ -313,6 +313,9 @@ class Experiment:
             task_loss=spec.task_loss or self.recipe.training.task_loss,
             weight=alignment.weight if spec.aligns else 0.0,
             estimator=alignment.estimator,
+            measure=alignment.measure,
+            measure_options=alignment.options,
+            pairs=alignment.pairs,
             activation=alignment.activation,
         )
 
@@ -329,7 +332,12 @@ class Experiment:
         )
         slices = TrainedSlices(student, parts)
         pairs = self.aligned(self.head_map_of(spec, seed)) if spec.aligns else ()
-        cache = teacher_cache(self.teacher, self.prompts.train, hook_names([pair.teacher for pair in pairs]), sources.cache_root() / "teacher")
+        cache = teacher_cache(
+            self.teacher,
+            self.prompts.train,
+            hook_names([pair.teacher for pair in pairs], self.recipe.alignment.activation),
+            sources.cache_root() / "teacher",
+        )
         run = Distillation(student, slices, self.prompts.train, cache, pairs, self.training_config(spec), seed=seed)
         folder = self.folder.condition(condition, seed)
         run.run(folder, resume=resume, label=f"{condition}, seed {seed}")

@@ -13,6 +13,7 @@ from workbench.circuits.discovery import DiscoveryConfig
 from workbench.distillation.loop import TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.matching import MatchingConfig
+from workbench.similarity.measures import Measure
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parent / "recipes"
@@ -77,7 +78,14 @@ class AlignmentConfig:
     weight: Annotated[float, Field(ge=0)] = 1.0
     """lambda of eq 7."""
     estimator: Literal["biased", "debiased"] = "biased"
-    activation: Literal["z", "result"] = "z"
+    measure: Measure = "linear_cka"
+    """What alignment is measured by (see `workbench.similarity.measures`); the paper's is linear CKA."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the measure by name, e.g. `{fraction: 0.2}` of rbf_cka."""
+    pairs: Literal["sum", "mean"] = "sum"
+    """Whether the loss is the sum over pairs (the paper) or their mean."""
+    activation: Literal["z", "result", "pattern"] = "z"
+    """What of a head: its output before W_O, what it writes to the residual stream, or its attention probabilities (for `attention_kl`)."""
     positions: str = "own"
     """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
 

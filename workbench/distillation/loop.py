@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,14 +21,15 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from workbench import seeds, storage
-from workbench.alignment import Activation, AlignedPair, head_rows, hook_names, output_weights, place
+from workbench.alignment import Activation, AlignedPair, head_rows, hook_names, output_weights, place, require_fitting
 from workbench.distillation import checkpoint, losses
-from workbench.distillation.losses import TaskLoss
+from workbench.distillation.losses import Pairs, TaskLoss
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.teacher_cache import TeacherCache
 from workbench.errors import InputError
 from workbench.models import Student
 from workbench.similarity.cka import Estimator
+from workbench.similarity.measures import Measure, checked_options
 from workbench.tasks.base import PromptPairs
 
 
@@ -44,8 +45,14 @@ class TrainingConfig:
     """lambda of eq 7; 0 leaves the alignment out."""
     estimator: Estimator = "biased"
     """Of CKA in the loss; the paper's is the biased one."""
+    measure: Measure = "linear_cka"
+    """What alignment is measured by; the paper's is linear CKA. `attention_kl` needs activation `pattern`."""
+    measure_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the measure by name (see `workbench.similarity.measures`), e.g. `{fraction: 0.2}` of rbf_cka."""
+    pairs: Pairs = "sum"
+    """Whether the loss is the sum over pairs (the paper) or their mean, which makes lambda independent of how many there are."""
     activation: Activation = "z"
-    """What of a head is aligned: `hook_z`, or its output in the residual stream (`result`)."""
+    """What of a head is aligned: `hook_z`, its output in the residual stream (`result`), or its attention probabilities (`pattern`)."""
     steps: Annotated[int, Field(ge=1)] = 150
     batch: Annotated[int, Field(ge=4)] = 64
     """Prompts in a step; with CKA also the number of examples m at a single position."""
@@ -66,8 +73,9 @@ class StepReport:
     loss: float
     task_loss: float | None
     alignment_loss: float | None
-    """SUM over pairs of (1 - CKA), without lambda; None where it is no part of the loss."""
+    """SUM (or mean) over pairs of (1 - similarity), without lambda; None where it is no part of the loss."""
     ckas: dict[str, float]
+    """Each pair's similarity by the run's measure, CKA unless it says otherwise."""
     gradient_norm: float
     learning_rate: float
 
@@ -90,6 +98,8 @@ class Distillation:
             raise InputError("lambda is above 0 but no heads are matched; match heads first, or set `weight: 0`.")
         if config.weight == 0 and config.task_loss == "none":
             raise InputError("this run has neither a task loss nor an alignment loss; set one of `task_loss` and `weight`.")
+        require_fitting(config.measure, config.activation)
+        checked_options(config.measure, config.measure_options)
         if len(prompts) < config.batch:
             raise InputError(f"{len(prompts)} training prompts are fewer than a batch of {config.batch}; lower `batch` or use more scenes.")
         if len(teacher.logits) != len(prompts):
@@ -176,18 +186,21 @@ class Distillation:
     def losses(self, index: Int[Tensor, " batch"]) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " pairs"]]:
         """(task loss, alignment loss, CKA of each pair) of some prompts, in the autograd graph; None for a loss that is left out."""
         prompts, aligned = self.prompts.rows(index), self.config.weight > 0
-        names = hook_names([pair.student for pair in self.pairs]) if aligned else []
+        names = hook_names([pair.student for pair in self.pairs], self.config.activation) if aligned else []
         logits, activations = self.student.activations(prompts.clean, prompts.mask, names, gradients=True)
         task = self._task_loss(logits, index, prompts)
         if not aligned:
             return task, None, torch.zeros(0)
-        cached = self.teacher.rows(index, hook_names([pair.teacher for pair in self.pairs]))
-        alignment, ckas = losses.alignment_loss(self._rows(prompts, activations, cached), estimator=self.config.estimator)
+        cached = self.teacher.rows(index, hook_names([pair.teacher for pair in self.pairs], self.config.activation))
+        alignment, ckas = losses.alignment_loss(
+            self._rows(prompts, activations, cached), estimator=self.config.estimator,
+            measure=self.config.measure, options=self.config.measure_options, pairs=self.config.pairs,
+        )  # fmt: skip
         return task, alignment, ckas
 
     def _rows(self, prompts: PromptPairs, activations: dict[str, Tensor], cached: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         weights = output_weights(self.student, [pair.student for pair in self.pairs], self.config.activation)
-        theirs = None if self.config.activation == "z" else self.teacher.output_weights
+        theirs = self.teacher.output_weights if self.config.activation == "result" else None
         return [
             (
                 head_rows(weights, activations, pair.student, place(prompts, pair.student_positions)),

@@ -2,7 +2,7 @@
 
     L = L_task(y, y_hat) + lambda * SUM over matched pairs (1 - CKA(K_s, K_t))
 
-A sum over pairs, not a mean. L_task is cross-entropy on the teacher's labels; cross-entropy on the ground truth and KL on the teacher's
+A sum over pairs, not a mean (which is a setting), and CKA or any other measure of `workbench.similarity`. L_task is cross-entropy on the teacher's labels; cross-entropy on the ground truth and KL on the teacher's
 distribution (the classical distillation loss) stand beside it.
 """
 
@@ -14,8 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from workbench.similarity.cka import Estimator, linear_cka
+from workbench.similarity.cka import Estimator
+from workbench.similarity.measures import NONE, Measure, Options, similarity
 
+Pairs = Literal["sum", "mean"]
 TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "none"]
 Scalar = Float[Tensor, ""]
 
@@ -32,9 +34,15 @@ def kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor,
 
 
 def alignment_loss(
-    rows: Sequence[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]], *, estimator: Estimator
+    rows: Sequence[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]],
+    *,
+    estimator: Estimator,
+    measure: Measure = "linear_cka",
+    options: Options = NONE,
+    pairs: Pairs = "sum",
 ) -> tuple[Scalar, Float[Tensor, " pairs"]]:
-    """SUM over pairs of (1 - CKA), and each pair's CKA. `rows`: (student, teacher) of each pair, rows of the same prompts in the same order.
+    """SUM (or mean) over pairs of (1 - similarity), and each pair's similarity. `rows`: (student, teacher) of each pair, rows of the same
+    prompts in the same order.
 
     Pairs of equal shape are computed in one batch.
     """
@@ -43,8 +51,9 @@ def alignment_loss(
         groups.setdefault((*x.shape, *y.shape), []).append(index)
     values: list[Tensor] = [torch.empty(0)] * len(rows)
     for members in groups.values():
-        batched = linear_cka(torch.stack([rows[i][0] for i in members]), torch.stack([rows[i][1] for i in members]), estimator=estimator)
+        x, y = (torch.stack([rows[i][side] for i in members]) for side in (0, 1))
+        batched = similarity(x, y, measure=measure, estimator=estimator, options=options)
         for place, index in enumerate(members):
             values[index] = batched[place]
-    ckas = torch.stack(values)
-    return (1 - ckas).sum(), ckas.detach()
+    found = torch.stack(values)
+    return (1 - found).sum() if pairs == "sum" else (1 - found).mean(), found.detach()

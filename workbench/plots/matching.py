@@ -150,5 +150,10 @@ def _remarks(head_map: HeadMap, known: Ckas, theirs: Sequence[Head]) -> list[str
         "Open circle: no student head." if len(head_map.teacher_heads) < len(theirs) else "",
         "Dashed: CKA no higher than with prompts shuffled." if any(map(at_floor, known.values())) else "",
     ]
+    marks.append(
+        ""
+        if head_map.stability is None
+        else f"Again on resampled prompts: {head_map.stability:.0%} of matches; {head_map.within_noise} within noise."
+    )
     marks.append("Grey: CKA not measured." if len(known) < len(head_map.matches) else "")
     return [*remarks, *([" ".join(filter(None, marks))] if any(marks) else [])]

@@ -4,7 +4,8 @@
 
 X [m p], Y [m q]: m examples, p and q features. The biased estimator is near 1 for unrelated X and Y when m is not far above p and q; the
 debiased one (unbiased HSIC of Song et al. 2012) is 0 in expectation and may be negative. Neither is clamped: a clamp has no gradient.
-Computation is in float32 at least. Constant input (no variance) has no CKA: the stated result is 0, with zero gradient.
+Computation is in float32 at least. Constant input (no variance) has no CKA: the stated result is 0, with zero gradient; so it is for the
+debiased estimator where all rows are equally far apart, which it takes for no structure at all.
 """
 
 from typing import Literal
@@ -13,50 +14,34 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.errors import InputError
+from workbench.similarity.rows import Count, Features, Mask, Others, Value, quotient, rows_counted, standardised
 
 Estimator = Literal["biased", "debiased"]
-Features = Float[Tensor, "*batch m p"]
-Others = Float[Tensor, "*batch m q"]
-Value = Float[Tensor, "*batch"]
 
 
-def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased") -> Value:
+def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased", mask: Mask | None = None) -> Value:
     """CKA of X [*batch m p] and Y [*batch m q], differentiable in both.
 
-    Computed in feature space (`||Y^T X||^2`) or on Gram matrices, whichever is smaller; the value is the same.
-    Errors: `InputError` when the debiased estimator gets fewer than 4 examples, the biased one fewer than 2.
+    Computed in feature space (`||Y^T X||^2`) or on Gram matrices, whichever is smaller; the value is the same. Rows that `mask` [*batch m]
+    leaves out count for nothing. Errors: `InputError` when the debiased estimator gets fewer than 4 examples, the biased one fewer than 2.
     Source: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et al. 2021.
     """
-    _require_examples(x.shape[-2], estimator)
-    (x, x_varies), (y, y_varies) = _standardised(x), _standardised(y)
-    xy, xx, yy = (_hsic(a, b, estimator) for a, b in ((x, y), (x, x), (y, y)))
-    return _ratio(xy, xx, yy, x_varies & y_varies)
+    m = rows_counted(x, mask, least=fewest_rows(estimator), measure=f"{estimator} CKA")
+    (x, x_varies), (y, y_varies) = standardised(x, mask), standardised(y, mask)
+    xy, xx, yy = (hsic(a, b, m, estimator) for a, b in ((x, y), (x, x), (y, y)))
+    return quotient(xy, xx, yy, x_varies & y_varies & _resolved(x, xx, m, estimator) & _resolved(y, yy, m, estimator))
 
 
-def _require_examples(m: int, estimator: Estimator) -> None:
-    least = 4 if estimator == "debiased" else 2
-    if m < least:
-        raise InputError(f"{estimator} CKA needs at least {least} examples, got {m}; use a larger batch or more positions.")
+def _resolved(x: Features, own: Value, m: Count, estimator: Estimator) -> Bool[Tensor, "*batch"]:
+    """Whether the debiased HSIC of X with itself stands above the rounding of its terms: rows that are all equally far apart have none."""
+    if estimator == "biased":
+        return torch.ones_like(own, dtype=torch.bool)
+    return own.detach() * (m * (m - 3)) > 64 * torch.finfo(x.dtype).eps * x.detach().square().sum(-1).square().sum(-1)
 
 
-def _ratio(xy: Value, xx: Value, yy: Value, vary: Bool[Tensor, "*batch"]) -> Value:
-    """xy / sqrt(xx yy); 0 with zero gradient where it is not defined. A NaN is not hidden: it stays in the result."""
-    defined = vary & ~(xx <= 0) & ~(yy <= 0)
-    product = torch.where(defined, xx * yy, 1.0)  # the inner `where` keeps NaN out of the gradient
-    return torch.where(defined, xy / product.sqrt(), 0.0)
-
-
-def _standardised(x: Features) -> tuple[Features, Bool[Tensor, "*batch"]]:
-    """Centered features at unit scale in float32 or more (CKA does not depend on scale; squares of squares overflow), and whether they vary
-    beyond the rounding of their mean."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.detach().abs().amax((-2, -1), keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1.0)
-    centered = x - x.mean(-2, keepdim=True)
-    norm = centered.detach().square().sum((-2, -1), keepdim=True)
-    varies = ~(norm <= (16 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum((-2, -1), keepdim=True))
-    return centered / torch.where(varies, norm, 1.0).sqrt(), varies[..., 0, 0]
+def fewest_rows(estimator: Estimator) -> int:
+    """Examples below which an estimator is not defined."""
+    return 4 if estimator == "debiased" else 2
 
 
 def _product_norm(x: Features, y: Others) -> Value:
@@ -67,13 +52,13 @@ def _product_norm(x: Features, y: Others) -> Value:
     return ((x @ x.mT) * (y @ y.mT)).sum((-2, -1))
 
 
-def _hsic(x: Features, y: Others, estimator: Estimator) -> Value:
-    """HSIC of centered features."""
+def hsic(x: Features, y: Others, m: Count, estimator: Estimator) -> Value:
+    """HSIC (linear kernel) of centered features with m rows that count."""
     k, l = x.square().sum(-1), y.square().sum(-1)
-    return _estimate(_product_norm(x, y), (k * l).sum(-1), k.sum(-1) * l.sum(-1), x.shape[-2], estimator)
+    return _estimate(_product_norm(x, y), (k * l).sum(-1), k.sum(-1) * l.sum(-1), m, estimator)
 
 
-def _estimate(trace: Value, cross: Value, sums: Value, m: int, estimator: Estimator) -> Value:
+def _estimate(trace: Value, cross: Value, sums: Value, m: Count, estimator: Estimator) -> Value:
     """HSIC from tr(K L), diag(K) . diag(L) and tr(K) tr(L) of centered features.
 
     Biased: tr(K L) / (m-1)^2, since H K H = K. Debiased (Song et al. 2012, eq 5), with zeroed diagonals K~, L~,
@@ -92,14 +77,24 @@ def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimato
     return linear_cka(x, y[..., order, :], estimator=estimator)
 
 
-def pairwise_linear_cka(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased") -> Float[Tensor, "a b"]:
-    """CKA of every X with every Y: one matrix product for each X, and each self-term once. Errors as `linear_cka`."""
+def pairwise_linear_cka(
+    x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased", mask: Bool[Tensor, " m"] | None = None
+) -> Float[Tensor, "a b"]:
+    """CKA of every X with every Y: one matrix product for each X, and each self-term once. One mask for all pairs. Errors as `linear_cka`."""
+    if mask is not None:
+        x, y = x[:, mask], y[:, mask]
+    rows_counted(x, None, least=fewest_rows(estimator), measure=f"{estimator} CKA")
+    (x, x_varies), (y, y_varies) = standardised(x), standardised(y)
+    xy, xx, yy = pairwise_hsic(x, y, estimator)
     m = x.shape[-2]
-    _require_examples(m, estimator)
-    (x, x_varies), (y, y_varies) = _standardised(x), _standardised(y)
-    others = y.transpose(0, 1).flatten(1)
+    x_varies, y_varies = x_varies & _resolved(x, xx[:, 0], m, estimator), y_varies & _resolved(y, yy[0], m, estimator)
+    return quotient(xy, xx, yy, x_varies[:, None] & y_varies[None])
+
+
+def pairwise_hsic(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC of every X with every Y, of X with itself and of Y with itself, each [a b], of centered features."""
+    m, others = x.shape[-2], y.transpose(0, 1).flatten(1)
     trace = torch.stack([(one.mT @ others).unflatten(1, y.shape[::2]).square().sum((0, 2)) for one in x])
     k, l = x.square().sum(-1), y.square().sum(-1)
     xy = _estimate(trace, k @ l.mT, k.sum(-1)[:, None] * l.sum(-1)[None], m, estimator)
-    xx, yy = _hsic(x, x, estimator)[:, None].expand_as(xy), _hsic(y, y, estimator)[None].expand_as(xy)
-    return _ratio(xy, xx, yy, x_varies[:, None] & y_varies[None])
+    return xy, hsic(x, x, m, estimator)[:, None].expand_as(xy), hsic(y, y, m, estimator)[None].expand_as(xy)

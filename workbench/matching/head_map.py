@@ -1,0 +1,127 @@
+"""`HeadMap`: which teacher head each student head goes to, and what there is to know about each match; JSON both ways."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.errors import InputError
+from workbench.matching.config import Rule
+from workbench.refs import Head
+
+Side = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """A student head and its teacher head, the distance of their impacts, and how much farther the runner-up is."""
+
+    student: Head
+    teacher: Head
+    distance: float | None
+    """None for the controls, which measure nothing."""
+    margin: float | None
+    """Distance of the second-best teacher head minus this one's; 0 is a tie, None where there is no second."""
+    stability: float | None = None
+    """Share of resamples of the prompts in which the same teacher head is chosen; None where none were drawn."""
+    noise: tuple[Side, ...] = ()
+    """Whose ablation impact can't be told from 0 (its confidence interval holds 0): the match rests on noise there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadMap:
+    """Student heads -> teacher heads."""
+
+    matches: tuple[Match, ...]
+    rule: Rule
+    one_to_one: bool
+    unmatched: tuple[Head, ...] = ()
+    """Heads of the student's circuit left without a match: no teacher head of their role (or none left, one to one), or impact within noise."""
+
+    def __post_init__(self) -> None:
+        if len({match.student for match in self.matches}) != len(self.matches):
+            raise InputError("a student head is matched twice; a head map has one match for each student head.")
+
+    @property
+    def pairs(self) -> tuple[tuple[Head, Head], ...]:
+        """(student head, teacher head) of each match."""
+        return tuple((match.student, match.teacher) for match in self.matches)
+
+    @property
+    def teacher_heads(self) -> tuple[Head, ...]:
+        """The distinct teacher heads in use: few of them is the collapse of scalar matching."""
+        return tuple(sorted({match.teacher for match in self.matches}))
+
+    @property
+    def ties(self) -> int:
+        """Matches whose runner-up is equally near: chosen by order, not by impact."""
+        return sum(match.margin == 0 for match in self.matches)
+
+    @property
+    def stability(self) -> float | None:
+        """Mean stability of the matches; None where none was measured."""
+        known = [match.stability for match in self.matches if match.stability is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def within_noise(self) -> int:
+        """Matches in which a head's impact can't be told from 0."""
+        return sum(bool(match.noise) for match in self.matches)
+
+    def summary(self) -> str:
+        """What there is to know about the whole map, in one line."""
+        remarks = [f"rule {self.rule}", f"{self.ties} ties"]
+        if self.stability is not None:
+            remarks.append(f"{self.stability:.0%} of matches come out again on resampled prompts")
+        if self.within_noise:
+            noisy = [str(match.student) for match in self.matches if match.noise]
+            remarks.append(f"{self.within_noise} rest on impacts within noise: {', '.join(noisy[:6])}{', ...' if len(noisy) > 6 else ''}")
+        if self.unmatched:
+            remarks.append(f"unmatched: {', '.join(map(str, self.unmatched))}")
+        return f"matched {len(self.matches)} student heads to {len(self.teacher_heads)} teacher heads ({'; '.join(remarks)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` reads them back. The counts and means beside the matches are for the reader."""
+        return {
+            "matches": [_match_to_json(match) for match in self.matches],
+            "rule": self.rule,
+            "one_to_one": self.one_to_one,
+            "unmatched": [str(head) for head in self.unmatched],
+            "teacher_heads_used": len(self.teacher_heads),
+            "ties": self.ties,
+            "stability": self.stability,
+            "within_noise": self.within_noise,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "HeadMap":
+        """Read what `to_json` gave, now or before stability, noise and unmatched heads were kept. Errors: `InputError` on anything else."""
+        try:
+            matches = tuple(_match_of_json(match) for match in value["matches"])
+            unmatched = tuple(Head.parse(head) for head in value.get("unmatched", ()))
+            return cls(matches=matches, rule=value["rule"], one_to_one=value["one_to_one"], unmatched=unmatched)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and one_to_one."
+            ) from None
+
+
+def _match_to_json(match: Match) -> dict[str, Any]:
+    return {
+        "student": str(match.student),
+        "teacher": str(match.teacher),
+        "distance": match.distance,
+        "margin": match.margin,
+        "stability": match.stability,
+        "noise": list(match.noise),
+    }
+
+
+def _match_of_json(value: Mapping[str, Any]) -> Match:
+    return Match(
+        student=Head.parse(value["student"]),
+        teacher=Head.parse(value["teacher"]),
+        distance=value["distance"],
+        margin=value["margin"],
+        stability=value.get("stability"),
+        noise=tuple(value.get("noise", ())),
+    )
