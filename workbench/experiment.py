@@ -18,7 +18,8 @@ from workbench import sources, storage
 from workbench.alignment import AlignedPair, PairCka, aligned_pairs, floor_warning, head_similarity, hook_names, pair_ckas
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
-from workbench.distillation.loop import Distillation, TrainingConfig
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
 from workbench.distillation.teacher_cache import teacher_cache
 from workbench.errors import InputError

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits.discovery import DiscoveryConfig
-from workbench.distillation.loop import TrainingConfig
+from workbench.distillation.config import TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.matching import MatchingConfig
 

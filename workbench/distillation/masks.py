@@ -35,6 +35,11 @@ class TrainedSlices:
         """Number of trained scalars."""
         return sum(leaf.numel() for leaf in self.leaves.values())
 
+    @property
+    def fraction(self) -> float:
+        """Trained scalars as a share of all of the student's parameters."""
+        return self.count / sum(parameter.numel() for parameter in self._parameters.values())
+
     @contextmanager
     def gradients(self) -> Iterator[None]:
         """Let exactly the touched parameters take gradients; the former flags come back on exit and gradients are dropped."""
