@@ -4,7 +4,6 @@ No remote code is ever executed, weights are safetensors (or the GGUF file), and
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -151,18 +150,10 @@ def cache_root() -> Path:
 
 def converted_gguf(path: Path) -> Path:
     """A GGUF file as a plain Hugging Face directory in float32, converted once and kept by the file's content."""
-    target = cache_root() / "gguf" / _sha256(path)[:24]
+    target = cache_root() / "gguf" / storage.sha256(path)[:24]
     if not (target / "config.json").exists():
         replace_directory(target, lambda temporary: _convert_gguf(path, temporary))
     return target
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
