@@ -100,7 +100,7 @@ def _hub_snapshot(name: str) -> Path:
 
 
 def _base_directory(adapter: Path) -> Path:
-    _require_package("peft", "adapters")
+    require_package("peft", "adapters")
     _require_safetensors(adapter)
     base = storage.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base:
@@ -119,9 +119,9 @@ def _require_safetensors(directory: Path) -> None:
         )
 
 
-def _require_package(package: str, extra: str) -> None:
+def require_package(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise InputError(f'this source needs the package {package}: pip install "circuit-distillation-workbench[{extra}]".')
+        raise InputError(f'this needs the package {package}: pip install "circuit-distillation-workbench[{extra}]".')
 
 
 def _merged(model: Any, adapter: Path) -> Any:
@@ -157,7 +157,7 @@ def converted_gguf(path: Path) -> Path:
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
-    _require_package("gguf", "gguf")
+    require_package("gguf", "gguf")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

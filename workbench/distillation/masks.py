@@ -36,9 +36,14 @@ class TrainedSlices:
         return sum(leaf.numel() for leaf in self.leaves.values())
 
     @property
+    def total(self) -> int:
+        """Number of scalars in all of the student's parameters."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
     def fraction(self) -> float:
-        """Trained scalars as a share of all of the student's parameters."""
-        return self.count / sum(parameter.numel() for parameter in self._parameters.values())
+        """Trained scalars as a share of all."""
+        return self.count / self.total
 
     @contextmanager
     def gradients(self) -> Iterator[None]:

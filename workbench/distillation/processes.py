@@ -6,7 +6,8 @@ knows whole parameters only, would send). All then take the same optimizer step.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,15 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes are here."""
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do something before the others do it (and find it done on disk)."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
 
 class LaunchedProcesses(Processes):
