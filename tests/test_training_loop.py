@@ -307,3 +307,32 @@ def test_bf16_computes_the_forward_in_bfloat16_and_the_losses_in_float32(
     assert found[0].task_loss == pytest.approx(expected[0].task_loss, rel=0.05), "as near as bfloat16 comes"
     assert all(math.isfinite(report.loss) for report in found)
     assert found[-1].alignment_loss < found[0].alignment_loss
+
+
+# Trackers
+
+
+def test_the_log_also_goes_to_tensorboard(load_student: Loader, load_teacher: Loader, tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reports = trained(load_student(), outputs_of(load_teacher, "llama"), replace(CONFIG, trackers=("tensorboard",)), tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert read_log(tmp_path / "log.jsonl") == reports, "JSONL in any case"
+    written = EventAccumulator(str(tmp_path / "circuit-distillation"))
+    written.Reload()
+    for name, expected in {
+        "loss": [report.loss for report in reports],
+        "weight": [0.5] * 6,
+        f"cka/{PAIRS[1]}": [report.ckas[str(PAIRS[1])] for report in reports],
+    }.items():
+        events = written.Scalars(name)
+        assert [event.step for event in events] == list(range(6))
+        assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
+    assert "accuracy" not in written.Tags()["scalars"], "what the run leaves out is not logged"
+
+
+def test_a_missing_tracker_is_refused_before_training(load_student: Loader, load_teacher: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"tracker 'trackio' needs its package: pip install"):
+        run_of(load_student(), outputs_of(load_teacher, "llama"), replace(CONFIG, trackers=("trackio",)))

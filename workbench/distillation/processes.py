@@ -75,7 +75,7 @@ def launched(device: torch.device | str = "cpu") -> Processes:
         return Processes()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise InputError(
-            "FSDP shards the parameters, so the slices of single heads are not addressable; launch with `--multi_gpu` (or `--cpu`), where each "
+            "FSDP shards the parameters, so the slices of single heads are not addressable; launch with `--multi_gpu`, where each "
             "process holds the student, and AdamW's state is that of the trained slices alone. The teacher need not be resident: cache it."
         )
     from accelerate import PartialState
