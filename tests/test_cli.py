@@ -15,7 +15,9 @@ import yaml
 
 from workbench import storage
 from workbench.cli import main
+from workbench.distillation.reports import read_log
 from workbench.errors import InputError
+from workbench.experiment import Experiment
 from workbench.recipe import parse_recipe, read_recipe, to_plain
 from workbench.runs import RunFolder
 from workbench.study import ConditionResult, collect, table
@@ -109,6 +111,29 @@ def test_stages_one_by_one_equal_the_whole_road(recipe: Path, tmp_path: Path, ca
     capsys.readouterr()
     assert run("match", "--recipe", recipe, "--out", parts, "--set", "training.steps=9", "--resume") == 2
     assert "another recipe" in capsys.readouterr().err
+
+
+def test_training_settings_from_a_recipe(recipe: Path, tmp_path: Path) -> None:
+    """Low-rank changes of the whole circuit, teacher from shards, early stopping on validation scenes; the table says what was done."""
+    out = tmp_path / "run"
+    setting = {
+        "conditions": "[circuit_ce_cka]", "training.heads": "circuit", "training.lora_rank": 1, "teacher_outputs": "shards",
+        "data.validation_scenes": 2, "training.evaluate_every": 1, "training.patience": 1, "training.restore_best": True, "training.steps": 30,
+        "training.learning_rate": 1e-9, "training.accumulate": 2,
+    }  # fmt: skip
+    assert run("evaluate", "--recipe", recipe, "--out", out, *(word for key, value in setting.items() for word in ("--set", f"{key}={value}"))) == 0
+    folder = RunFolder(out)
+    log = read_log(folder.condition("circuit_ce_cka", 0) / "log.jsonl")
+    assert [report.accuracy is not None for report in log] == [True, True], "nothing gets better at this learning rate"
+    row = next(row for row in collect(folder) if row.condition == "circuit_ce_cka")
+    assert row.steps == 2
+    matrices = {(head.layer, matrix, head.index // (2 if matrix in "kv" else 1)) for head in folder.circuit("student").heads for matrix in "qkvo"}
+    assert row.trained_parameters == len(matrices) * (32 + 8), "rank 1: a row and a column of each matrix of the circuit's heads"
+    assert list((tmp_path / "cache" / "teacher").glob("*/index.json"))
+    prompts = Experiment(read_recipe(recipe, overrides={**setting, "conditions": ["circuit_ce_cka"]}), folder).prompts
+    assert prompts.validation is not None
+    assert len(prompts.validation) == 2 * 3
+    assert not prompts.validation.prompts() & (prompts.train.prompts() | prompts.test.prompts())
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.conftest import entity_pairs
+from tests.distilling import CONFIG, HEADS, PAIRS, PROMPTS, inside, trained, values
 from workbench import hooks, seeds
-from workbench.alignment import AlignedPair, hook_names
+from workbench.alignment import hook_names
 from workbench.distillation import losses, teacher_cache
 from workbench.distillation.loop import Distillation, TrainingConfig, read_log
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
@@ -22,40 +22,12 @@ from workbench.models import Student, Teacher
 from workbench.refs import Head
 from workbench.similarity.cka import linear_cka
 
-PAIRS = tuple(
-    AlignedPair(student=Head(*s), teacher=Head(*t), student_positions=(p,), teacher_positions=(r,))
-    for s, t, p, r in [((1, 0), (2, 1), "last", "last"), ((2, 3), (0, 2), "earlier_label", "query_label"), ((2, 1), (2, 2), "labels", "labels")]
-)
-HEADS = [pair.student for pair in PAIRS]
-CONFIG = TrainingConfig(steps=6, batch=8, weight=0.5, learning_rate=1e-2, weight_decay=0.1, checkpoint_every=2)
-PROMPTS = entity_pairs(split="train", scenes=8)
-
 Loader = Callable[..., Any]
 
 
 @pytest.fixture
 def cache(load_teacher: Loader, architecture: str, tmp_path: Path) -> teacher_cache.TeacherCache:
     return teacher_cache.teacher_cache(load_teacher(architecture, seed=1), PROMPTS, hook_names([pair.teacher for pair in PAIRS]), tmp_path / "cache")
-
-
-def values(student: Student) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in student.parameters().items()}
-
-
-def inside(student: Student, heads: list[Head], *, train_kv: bool = True) -> dict[str, Tensor]:
-    """Parameter name -> True inside the heads' slices."""
-    masks = {name: torch.zeros_like(parameter, dtype=torch.bool) for name, parameter in student.parameters().items()}
-    for part in slices_of_heads(student, heads, train_kv=train_kv):
-        masks[part.parameter][part.index] = True
-    return masks
-
-
-def trained(
-    student: Student, cache: teacher_cache.TeacherCache, config: TrainingConfig, folder: Path, *, everything: bool = False, **run: Any
-) -> Any:
-    parts = slices_of_everything(student) if everything else slices_of_heads(student, HEADS)
-    pairs = PAIRS if config.weight else ()
-    return Distillation(student, TrainedSlices(student, parts), PROMPTS, cache, pairs, config, seed=3).run(folder, **run)
 
 
 def test_alignment_gradient_is_in_every_matched_head_and_nowhere_else(load_student: Loader, architecture: str, cache: Any) -> None:
@@ -183,13 +155,6 @@ def test_alignment_loss_is_a_sum_over_pairs_of_any_shape() -> None:
     expected = [float(linear_cka(a, b, estimator="debiased")) for a, b in [(x, y), (y, z), (x, y)]]
     assert ckas.tolist() == pytest.approx(expected)
     assert float(total) == pytest.approx(sum(1 - value for value in expected))
-
-
-def test_kl_equals_the_sum_by_hand() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(4, 7, generator=generator), torch.randn(4, 7, generator=generator)
-    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
-    assert float(losses.kl_to_teacher(student, teacher, temperature=2.0)) == pytest.approx(float(4 * (p * (p / q).log()).sum(-1).mean()), rel=1e-5)
 
 
 def test_cache_is_by_content_never_stale_and_rebuilt_when_damaged(load_teacher: Loader, tmp_path: Path, monkeypatch: Any) -> None:

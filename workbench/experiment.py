@@ -18,9 +18,11 @@ from workbench import sources, storage
 from workbench.alignment import AlignedPair, PairCka, aligned_influence, aligned_pairs, floor_warning, head_similarities, hook_names, pair_ckas
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
-from workbench.distillation.loop import Distillation, TrainingConfig
-from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
-from workbench.distillation.teacher_cache import teacher_cache
+from workbench.distillation.assembly import teacher_outputs, trained_slices
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.loop import Distillation
+from workbench.distillation.masks import TrainedSlices
+from workbench.distillation.processes import launched
 from workbench.errors import InputError
 from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rule
 from workbench.metrics import METRICS
@@ -102,6 +104,16 @@ class Prompts:
         return self._split("train", self.data.train_scenes)
 
     @functools.cached_property
+    def validation(self) -> PromptPairs | None:
+        """For the evaluations during training, if the recipe has any: scenes of the training split that are not trained on."""
+        if not self.data.validation_scenes:
+            return None
+        scenes, count = self.data.train_scenes, self.data.validation_scenes
+        if self.data.pairs is None:
+            return self._task("train", scenes + count).rows(slice(len(self.train), None))
+        return self._left("validation", self.data.reference_scenes + self.data.discovery_scenes + scenes, count)
+
+    @functools.cached_property
     def test(self) -> PromptPairs:
         """For every number of the results table."""
         return self._split("test", self.data.test_scenes)
@@ -109,7 +121,7 @@ class Prompts:
     @property
     def has_test(self) -> bool:
         """Whether a file of pairs has rows left for testing."""
-        return len(self._rows) > self.data.reference_scenes + self.data.discovery_scenes + self.data.train_scenes
+        return len(self._rows) > self.data.reference_scenes + self.data.discovery_scenes + self.data.train_scenes + self.data.validation_scenes
 
     @functools.cached_property
     def _rows(self) -> Dataset:
@@ -119,10 +131,14 @@ class Prompts:
     def _split(self, split: Split, scenes: int) -> PromptPairs:
         if self.data.pairs is None:
             return self._task(split, scenes)
-        start = self.data.reference_scenes + self.data.discovery_scenes + (self.data.train_scenes if split == "test" else 0)
-        rows = self._encode(self._rows).rows(slice(start, start + scenes))
+        before = self.data.train_scenes + self.data.validation_scenes if split == "test" else 0
+        return self._left(split, self.data.reference_scenes + self.data.discovery_scenes + before, scenes)
+
+    def _left(self, use: str, start: int, count: int) -> PromptPairs:
+        """Rows of the file of pairs."""
+        rows = self._encode(self._rows).rows(slice(start, start + count))
         if len(rows) == 0:
-            raise InputError(f"{self.data.pairs} has {len(self._rows)} rows, none left for {split}; lower the numbers of `data` or give more rows.")
+            raise InputError(f"{self.data.pairs} has {len(self._rows)} rows, none left for {use}; lower the numbers of `data` or give more rows.")
         return rows
 
     def _task(self, split: Split, scenes: int) -> PromptPairs:
@@ -322,28 +338,29 @@ class Experiment:
     def distill(self, condition: str, seed: int, *, resume: bool) -> tuple[Student, TrainedSlices]:
         """Train a fresh student under a condition; writes its log, checkpoints and (if wanted) the student itself."""
         spec, student = CONDITIONS[condition], self.fresh_student()
-        heads = self.folder.head_map().pairs
         if spec.trains is None:
             return student, TrainedSlices(student, [])
-        parts = (
-            slices_of_everything(student)
-            if spec.trains == "all"
-            else slices_of_heads(student, [ours for ours, _ in heads], train_kv=self.recipe.train_kv)
+        config, pairs = self.training_config(spec), self.aligned(self.head_map_of(spec, seed)) if spec.aligns else ()
+        heads = None if spec.trains == "all" else self.trained_heads()
+        slices = trained_slices(student, heads, config, train_kv=self.recipe.train_kv, seed=seed)
+        log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)
+        names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
+        with processes.main_first():
+            outputs = teacher_outputs(self.recipe.teacher_outputs, self.teacher, self.prompts.train, names, sources.cache_root() / "teacher")
+        run = Distillation(
+            student, slices, self.prompts.train, outputs, pairs, config, seed=seed, validation=self.prompts.validation, processes=processes
         )
-        slices = TrainedSlices(student, parts)
-        pairs = self.aligned(self.head_map_of(spec, seed)) if spec.aligns else ()
-        cache = teacher_cache(
-            self.teacher,
-            self.prompts.train,
-            hook_names([pair.teacher for pair in pairs], self.recipe.alignment.activation),
-            sources.cache_root() / "teacher",
-        )
-        run = Distillation(student, slices, self.prompts.train, cache, pairs, self.training_config(spec), seed=seed)
         folder = self.folder.condition(condition, seed)
         run.run(folder, resume=resume, label=f"{condition}, seed {seed}")
-        if self.recipe.save_students:
+        if self.recipe.save_students and processes.is_main:
             student.save(folder / "student")
         return student, slices
+
+    def trained_heads(self) -> list[Head]:
+        """The student's heads that train where a condition trains heads: the matched ones, or its circuit."""
+        if self.recipe.training.heads == "circuit":
+            return list(self.folder.circuit("student").heads)
+        return [ours for ours, _ in self.folder.head_map().pairs]
 
     def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
         """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""

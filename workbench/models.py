@@ -55,6 +55,8 @@ class WeightSlice:
 
     parameter: str
     index: tuple[slice | int, ...]
+    inputs_first: bool = False
+    """Of a matrix: whether its first axis is the input's, and the output is `x @ W` rather than `x @ W.T`."""
 
 
 class HookedModel:
@@ -210,14 +212,14 @@ class HookedModel:
         weight, inputs_first = self._weight(head.layer, matrix)
         index = self.kv_head(head) if matrix in ("k", "v") else head.index
         if weight.ndim == 3:
-            yield WeightSlice(parameter=self._parameter_names[id(weight)], index=(index,))
+            yield WeightSlice(parameter=self._parameter_names[id(weight)], index=(index,), inputs_first=True)
             bias = self._legacy_parameter(head.layer, f"b_{matrix.upper()}") if matrix != "o" else None
             if bias is not None:
                 yield WeightSlice(parameter=self._parameter_names[id(bias)], index=(index,))
             return
         rows = slice(index * self.d_head, (index + 1) * self.d_head)
         first = inputs_first == (matrix == "o")
-        yield WeightSlice(parameter=self._parameter_names[id(weight)], index=(rows,) if first else (slice(None), rows))
+        yield WeightSlice(parameter=self._parameter_names[id(weight)], index=(rows,) if first else (slice(None), rows), inputs_first=inputs_first)
         bias = getattr(self.model.blocks[head.layer].attn, matrix).original_component.bias
         if matrix != "o" and bias is not None:
             yield WeightSlice(parameter=self._parameter_names[id(bias)], index=(rows,))

@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits.discovery import DiscoveryConfig
-from workbench.distillation.loop import TrainingConfig
+from workbench.distillation.assembly import TeacherSource
+from workbench.distillation.config import TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.matching import MatchingConfig
 from workbench.similarity.measures import Measure
@@ -62,6 +63,8 @@ class DataConfig:
     discovery_scenes: Annotated[int, Field(ge=1)] = 20
     """Calibration scenes that circuits are found and heads matched on (rows, with `pairs`)."""
     train_scenes: Annotated[int, Field(ge=1)] = 10
+    validation_scenes: Annotated[int, Field(ge=0)] = 0
+    """Scenes for the evaluations during training (`training.evaluate_every`), apart from training and test (rows, with `pairs`)."""
     test_scenes: Annotated[int, Field(ge=1)] = 80
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
@@ -122,6 +125,8 @@ class Recipe:
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     save_students: bool = True
     """Keep each trained student as a Hugging Face directory in the run folder."""
+    teacher_outputs: TeacherSource = "memory"
+    """The teacher's activations and logits for training: a file that memory holds, memory-mapped shards, or the teacher run on each batch."""
     train_kv: bool = True
     """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
     conditions: tuple[Condition, ...] = (

@@ -4,7 +4,6 @@ No remote code is ever executed, weights are safetensors (or the GGUF file), and
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -101,7 +100,7 @@ def _hub_snapshot(name: str) -> Path:
 
 
 def _base_directory(adapter: Path) -> Path:
-    _require_package("peft", "adapters")
+    require_package("peft", "adapters")
     _require_safetensors(adapter)
     base = storage.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base:
@@ -120,9 +119,9 @@ def _require_safetensors(directory: Path) -> None:
         )
 
 
-def _require_package(package: str, extra: str) -> None:
+def require_package(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise InputError(f'this source needs the package {package}: pip install "circuit-distillation-workbench[{extra}]".')
+        raise InputError(f'this needs the package {package}: pip install "circuit-distillation-workbench[{extra}]".')
 
 
 def _merged(model: Any, adapter: Path) -> Any:
@@ -151,22 +150,14 @@ def cache_root() -> Path:
 
 def converted_gguf(path: Path) -> Path:
     """A GGUF file as a plain Hugging Face directory in float32, converted once and kept by the file's content."""
-    target = cache_root() / "gguf" / _sha256(path)[:24]
+    target = cache_root() / "gguf" / storage.sha256(path)[:24]
     if not (target / "config.json").exists():
         replace_directory(target, lambda temporary: _convert_gguf(path, temporary))
     return target
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _convert_gguf(path: Path, target: Path) -> None:
-    _require_package("gguf", "gguf")
+    require_package("gguf", "gguf")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

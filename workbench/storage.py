@@ -1,5 +1,6 @@
 """Atomic files: JSON and safetensors only, written beside their final name and renamed, so that a reader never sees half a file."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -64,3 +65,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), metadata
     except (FileNotFoundError, OSError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); delete it and run the stage that writes it again.") from None
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors as memory maps of their file: read when they are touched. Errors: `InputError` when the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (FileNotFoundError, OSError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); delete it and run the stage that writes it again.") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -10,6 +10,8 @@ import torch
 
 from workbench import storage
 from workbench.circuits.evaluation import CircuitReport
+from workbench.distillation.processes import launched
+from workbench.distillation.reports import read_log
 from workbench.errors import InputError
 from workbench.experiment import Experiment, mean_cka_and_floor
 from workbench.models import HookedModel
@@ -85,20 +87,25 @@ def run_study(experiment: Experiment, *, resume: bool = False) -> list[Condition
 
 def run_conditions(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
     """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder then holds."""
-    experiment.match()
-    folder = experiment.folder
+    folder, processes = experiment.folder, launched(experiment.recipe.device)
+    with processes.main_first():
+        experiment.match()
     for condition, seed in arms:
         if not (folder.condition(condition, seed) / "result.json").exists():
             log.info("%s, seed %d", TITLES[condition], seed)
-            _run_condition(experiment, condition, seed, resume=resume)
-    if not (folder.condition("teacher", 0) / "result.json").exists():
+            _run_condition(experiment, condition, seed, resume=resume, records=processes.is_main)
+    processes.wait()
+    if processes.is_main and not (folder.condition("teacher", 0) / "result.json").exists():
         _record(experiment, "teacher", 0, experiment.teacher, trained=0, steps=0)
-    return collect(folder)
+    with processes.main_first():
+        return collect(folder)
 
 
-def _run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool) -> None:
+def _run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool, records: bool) -> None:
     student, slices = experiment.distill(condition, seed, resume=resume)
-    _record(experiment, condition, seed, student, trained=slices.count, steps=experiment.recipe.training.steps if slices.count else 0)
+    if records:  # under `accelerate launch` all processes train, one evaluates
+        steps = len(read_log(experiment.folder.condition(condition, seed) / "log.jsonl")) if slices.count else 0
+        _record(experiment, condition, seed, student, trained=slices.count, steps=steps)
 
 
 def _record(experiment: Experiment, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:

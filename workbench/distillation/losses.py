@@ -2,11 +2,13 @@
 
     L = L_task(y, y_hat) + lambda * SUM over matched pairs (1 - CKA(K_s, K_t))
 
-A sum over pairs, not a mean (which is a setting), and CKA or any other measure of `workbench.similarity`. L_task is cross-entropy on the teacher's labels; cross-entropy on the ground truth and KL on the teacher's
-distribution (the classical distillation loss) stand beside it.
+A sum over pairs, not a mean (which is a setting), of CKA or any other measure of `workbench.similarity`. L_task is cross-entropy on the
+teacher's labels; beside it stand cross-entropy on the ground truth, KL on the teacher's distribution (the classical distillation loss), its
+reverse, and the Jensen-Shannon divergence.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +20,7 @@ from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, similarity
 
 Pairs = Literal["sum", "mean"]
-TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "none"]
+TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "reverse_kl_teacher", "jsd_teacher", "none"]
 Scalar = Float[Tensor, ""]
 
 
@@ -31,6 +33,30 @@ def kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor,
     """Mean KL(teacher || student) at a temperature, times its square (Hinton et al. 2015), in nats."""
     student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def reverse_kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0) -> Scalar:
+    """Mean KL(student || teacher) at a temperature, times its square, in nats (Gu et al. 2024, MiniLLM): seeks the teacher's modes."""
+    return kl_to_teacher(teacher, logits, temperature=temperature)
+
+
+def jensen_shannon(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0) -> Scalar:
+    """Mean Jensen-Shannon divergence at a temperature, times its square, in nats: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+
+    Symmetric; at most ln 2 (times the squared temperature).
+    """
+    student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
+    middle = torch.logaddexp(student, target) - math.log(2)
+    sides = [functional.kl_div(middle, side, reduction="batchmean", log_target=True) for side in (student, target)]
+    return (sides[0] + sides[1]) / 2 * temperature**2
+
+
+DIVERGENCES: Mapping[str, Callable[..., Scalar]] = {
+    "kl_teacher": kl_to_teacher,
+    "reverse_kl_teacher": reverse_kl_to_teacher,
+    "jsd_teacher": jensen_shannon,
+}
+"""The task losses on the teacher's distribution, by name."""
 
 
 def alignment_loss(

@@ -35,6 +35,16 @@ class TrainedSlices:
         """Number of trained scalars."""
         return sum(leaf.numel() for leaf in self.leaves.values())
 
+    @property
+    def total(self) -> int:
+        """Number of scalars in all of the student's parameters."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def fraction(self) -> float:
+        """Trained scalars as a share of all."""
+        return self.count / self.total
+
     @contextmanager
     def gradients(self) -> Iterator[None]:
         """Let exactly the touched parameters take gradients; the former flags come back on exit and gradients are dropped."""

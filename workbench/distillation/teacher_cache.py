@@ -1,13 +1,14 @@
-"""The teacher's activations by hook name, its logits and its labels, computed once and kept on disk.
+"""The teacher's activations by hook name, its logits and its labels: from one file, held in memory, or from the teacher as it runs.
 
-The key is the content: the teacher's weights, the prompts, the hook names. Another teacher, other prompts or other hooks make another file,
+A set that does not fit in memory goes to `teacher_shards`. The key is the content: the teacher's weights, the prompts, the hook names. Another teacher, other prompts or other hooks make another file,
 so a cache is never stale. A damaged file is reported and built again.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,22 @@ from workbench.models import Teacher
 from workbench.tasks.base import PromptPairs
 
 LOGITS = "logits"
+
+
+@runtime_checkable
+class TeacherOutputs(Protocol):
+    """What distillation asks of a teacher: its outputs on the training prompts, by their place in the training set."""
+
+    @property
+    def output_weights(self) -> Mapping[int, Float[Tensor, "head d_head d_model"]]: ...
+
+    def __len__(self) -> int: ...
+
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]: ...
+
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]: ...
+
+    def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,12 +53,63 @@ class TeacherCache:
         """The teacher's answers: the hard labels of the paper's task loss."""
         return self.logits.argmax(-1)
 
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]:
+        """Logits of some prompts."""
+        return self.logits[index]
+
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Answers of some prompts."""
+        return self.logits[index].argmax(-1)
+
     def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]:
         """Activations of some prompts by hook name. Errors: `InputError` for a hook that was not cached."""
-        for name in names:
-            if name not in self.activations:
-                raise InputError(f"hook {name!r} is not in this teacher cache, which holds {sorted(self.activations)}; build it with that name.")
+        require_cached(names, self.activations)
         return {name: self.activations[name][index] for name in names}
+
+
+class LiveTeacher:
+    """The teacher itself, run on each batch: one forward for all that a step asks. No cache, but a resident teacher."""
+
+    def __init__(self, teacher: Teacher, prompts: PromptPairs, names: Sequence[str]) -> None:
+        self._teacher, self._prompts, self._names = teacher, prompts, hooks.checked(teacher.model, names)
+        self.output_weights = output_weights(teacher, names)
+        self._index: Int[Tensor, " _"] = torch.empty(0, dtype=torch.long)
+        self._last: tuple[Tensor, dict[str, Tensor]] = torch.empty(0), {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def _run(self, index: Int[Tensor, " rows"]) -> tuple[Float[Tensor, "rows d_vocab"], dict[str, Tensor]]:
+        """Of the last forward, where it held these prompts (a step's pieces after the whole), else of a new one."""
+        if not torch.isin(index, self._index).all():
+            prompts = self._prompts.rows(index)
+            self._index, self._last = index.clone(), self._teacher.activations(prompts.clean, prompts.mask, self._names)
+        places = (self._index[None] == index[:, None]).int().argmax(1)
+        return self._last[0][places], {name: value[places] for name, value in self._last[1].items()}
+
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]:
+        """Logits of some prompts."""
+        return self._run(index)[0]
+
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Answers of some prompts."""
+        return self._run(index)[0].argmax(-1)
+
+    def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations of some prompts by hook name. Errors: `InputError` for a hook that is not captured."""
+        require_cached(names, self._names)
+        found = self._run(index)[1]
+        return {name: found[name] for name in names}
+
+
+def require_cached(names: Sequence[str], held: Collection[str]) -> None:
+    """Errors: `InputError` for a hook that was not cached."""
+    for name in names:
+        if name not in held:
+            raise InputError(f"hook {name!r} is not in this teacher cache, which holds {sorted(held)}; build it with that name.")
 
 
 def cache_key(teacher_fingerprint: str, pairs: PromptPairs, names: Sequence[str]) -> str:
@@ -56,7 +124,7 @@ def teacher_cache(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], fo
     if path.exists():
         try:
             tensors, _ = storage.read_tensors(path)
-            return TeacherCache(logits=tensors.pop(LOGITS), activations=tensors, output_weights=_output_weights(teacher, names))
+            return TeacherCache(logits=tensors.pop(LOGITS), activations=tensors, output_weights=output_weights(teacher, names))
         except InputError:
             path.unlink()
     cache = computed(teacher, pairs, names, batch=batch)
@@ -74,8 +142,9 @@ def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batc
         for name in names:
             found[name].append(activations[name])
     activated = {name: torch.cat(values) for name, values in found.items()}
-    return TeacherCache(logits=torch.cat(logits), activations=activated, output_weights=_output_weights(teacher, names))
+    return TeacherCache(logits=torch.cat(logits), activations=activated, output_weights=output_weights(teacher, names))
 
 
-def _output_weights(teacher: Teacher, names: Sequence[str]) -> dict[int, Tensor]:
+def output_weights(teacher: Teacher, names: Sequence[str]) -> dict[int, Tensor]:
+    """W_O of the layers whose `hook_z` is named."""
     return {layer: teacher.output_weights(layer) for layer in range(teacher.n_layers) if hooks.z(layer) in names}

@@ -7,7 +7,7 @@ from workbench.alignment import AlignedPair, PairCka
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.circuits.discovery import stacked
 from workbench.circuits.evaluation import CircuitReport
-from workbench.distillation.loop import read_log
+from workbench.distillation.reports import read_log
 from workbench.errors import InputError
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.heads import head_importance

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from plotly import graph_objects as go
 
-from workbench.distillation.loop import StepReport
+from workbench.distillation.reports import StepReport
 from workbench.errors import InputError
 from workbench.plots.table import condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, titled

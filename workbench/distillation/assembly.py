@@ -1,0 +1,37 @@
+"""What a run is put together from, as its configuration asks: the trained parameters and the teacher's outputs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from workbench.distillation.adapters import LowRankSlices
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
+from workbench.distillation.teacher_cache import LiveTeacher, TeacherOutputs, teacher_cache
+from workbench.distillation.teacher_shards import teacher_shards
+from workbench.models import Student, Teacher
+from workbench.refs import Head
+from workbench.tasks.base import PromptPairs
+
+TeacherSource = Literal["memory", "shards", "live"]
+
+
+def trained_slices(student: Student, heads: Sequence[Head] | None, config: TrainingConfig, *, train_kv: bool, seed: int) -> TrainedSlices:
+    """The heads' slices, or low-rank changes of them; None: every parameter, whole."""
+    if heads is None:
+        return TrainedSlices(student, slices_of_everything(student))
+    parts = slices_of_heads(student, heads, train_kv=train_kv)
+    if config.lora_rank is None:
+        return TrainedSlices(student, parts)
+    return LowRankSlices(student, parts, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+
+
+def teacher_outputs(source: TeacherSource, teacher: Teacher, prompts: PromptPairs, names: Sequence[str], folder: Path) -> TeacherOutputs:
+    """The teacher's outputs on the training prompts, with the activations of these hooks; caches lie in `folder`."""
+    match source:
+        case "memory":
+            return teacher_cache(teacher, prompts, names, folder)
+        case "shards":
+            return teacher_shards(teacher, prompts, names, folder)
+        case "live":
+            return LiveTeacher(teacher, prompts, names)

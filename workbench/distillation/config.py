@@ -1,0 +1,72 @@
+"""The settings of one training run."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from workbench.alignment import Activation
+from workbench.distillation.losses import Pairs, TaskLoss
+from workbench.similarity.cka import Estimator
+from workbench.similarity.measures import Measure
+
+WeightSchedule = Literal["constant", "linear_warmup", "cosine_warmup", "linear_decay", "cosine_decay"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TrainingConfig:
+    """One training run. The paper leaves most of these open; each is a setting with its default stated here."""
+
+    task_loss: TaskLoss = "ce_teacher"
+    """Cross-entropy on the teacher's labels (the paper) or on the ground truth; KL to the teacher's distribution, forward or reverse; the
+    Jensen-Shannon divergence from it; or none."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the KL and Jensen-Shannon losses."""
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """lambda of eq 7; 0 leaves the alignment out."""
+    weight_schedule: WeightSchedule = "constant"
+    """lambda over the steps: constant as in the paper; from 0 up to `weight`; or from `weight` down to 0."""
+    weight_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps that the rise or fall of lambda takes, after which it stays; None: all steps."""
+    estimator: Estimator = "biased"
+    """Of CKA in the loss; the paper's is the biased one."""
+    measure: Measure = "linear_cka"
+    """What alignment is measured by; the paper's is linear CKA. `attention_kl` needs activation `pattern`."""
+    measure_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the measure by name (see `workbench.similarity.measures`), e.g. `{fraction: 0.2}` of rbf_cka."""
+    pairs: Pairs = "sum"
+    """Whether the loss is the sum over pairs (the paper) or their mean, which makes lambda independent of how many there are."""
+    activation: Activation = "z"
+    """What of a head is aligned: `hook_z`, its output in the residual stream (`result`), or its attention probabilities (`pattern`)."""
+    heads: Literal["matched", "circuit"] = "matched"
+    """Whose slices train where a condition trains heads: the matched ones, or the student's whole circuit."""
+    lora_rank: Annotated[int, Field(ge=1)] | None = None
+    """Train a low-rank change of each of these heads' matrices in place of the whole slices (biases then stay); None: the whole slices."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The change is `lora_alpha / lora_rank` times the product of its two factors."""
+    steps: Annotated[int, Field(ge=1)] = 150
+    batch: Annotated[int, Field(ge=4)] = 64
+    """Prompts in a step, over all processes; with CKA also the number of examples m at a single position."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches into which a process splits its share of a step's batch."""
+    alignment_batch: Literal["whole", "micro"] = "whole"
+    """Whether the alignment sees the whole batch of a step, which a split batch pays with a second forward, or averages over micro-batches,
+    which is another objective with a smaller m."""
+    precision: Literal["full", "bf16"] = "full"
+    """`bf16`: the student's forward under autocast to bfloat16; weights, losses and alignment stay in float32."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient of the trained slices."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations on the validation prompts, which are neither training nor test prompts; None: no evaluation."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations in a row without a better one than the best; None: never."""
+    restore_best: bool = False
+    """End with the weights of the best evaluation, not of the last step."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where the log goes besides its JSONL file, through accelerate."""

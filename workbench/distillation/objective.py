@@ -1,0 +1,92 @@
+"""Task loss and alignment loss of some prompts (eq 6, 7), in the autograd graph.
+
+The student's activations come from the live pass; the teacher's from its cache (or its own pass), by hook name.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.alignment import AlignedPair, head_rows, hook_names, output_weights, place
+from workbench.distillation import losses
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.teacher_cache import TeacherOutputs
+from workbench.models import Student
+from workbench.tasks.base import PromptPairs
+
+Index = Int[Tensor, " batch"]
+
+
+class Objective:
+    """The two losses of a student against a teacher's outputs, by place in the training set."""
+
+    def __init__(self, student: Student, prompts: PromptPairs, teacher: TeacherOutputs, pairs: Sequence[AlignedPair], config: TrainingConfig) -> None:
+        self.student, self.prompts, self.teacher, self.pairs, self.config = student, prompts, teacher, tuple(pairs), config
+        self.aligned = config.weight > 0
+        self._names = hook_names([pair.student for pair in pairs], config.activation) if self.aligned else []
+        self._teacher_names = hook_names([pair.teacher for pair in pairs], config.activation) if self.aligned else []
+
+    def losses(self, index: Index) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " pairs"]]:
+        """(task loss, alignment loss, CKA of each pair) of some prompts; None for a loss that is left out."""
+        task, rows = self.task_and_rows(index)
+        if not self.aligned:
+            return task, None, torch.zeros(0)
+        alignment, ckas = self.alignment(rows, self.teacher_rows(index))
+        return task, alignment, ckas
+
+    def task_and_rows(self, index: Index) -> tuple[Tensor | None, list[Float[Tensor, "_ _"]]]:
+        """(task loss, the student's rows of each pair) of some prompts, from one forward."""
+        prompts = self.prompts.rows(index)
+        with self._autocast():
+            logits, activations = self.student.activations(prompts.clean, prompts.mask, self._names, gradients=True)
+        return self._task_loss(logits, index, prompts), self._student_rows(prompts, activations)
+
+    @torch.no_grad()
+    def rows_alone(self, index: Index) -> list[Float[Tensor, "_ _"]]:
+        """The student's rows of each pair without a graph, from a forward that ends at the last aligned layer."""
+        prompts = self.prompts.rows(index)
+        with self._autocast():
+            activations = self.student.early_activations(prompts.clean, prompts.mask, self._names)
+        return self._student_rows(prompts, activations)
+
+    def teacher_rows(self, index: Index) -> list[Float[Tensor, "_ _"]]:
+        """The teacher's rows of each pair, prompt by prompt."""
+        prompts, weights = self.prompts.rows(index), self.teacher.output_weights if self.config.activation == "result" else None
+        found = {name: value.to(self.student.device) for name, value in self.teacher.rows(index, self._teacher_names).items()}
+        return [head_rows(weights, found, pair.teacher, place(prompts, pair.teacher_positions)) for pair in self.pairs]
+
+    def row_counts(self, index: Index) -> list[int]:
+        """How many rows each pair has on some prompts (m of these prompts)."""
+        prompts = self.prompts.rows(index)
+        return [int(place(prompts, pair.student_positions).sum()) for pair in self.pairs]
+
+    def alignment(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Float[Tensor, " pairs"]]:
+        """(SUM or mean over pairs of 1 - similarity, similarity of each pair) from the rows of both sides."""
+        config, rows = self.config, list(zip(student, teacher, strict=True))
+        return losses.alignment_loss(rows, estimator=config.estimator, measure=config.measure, options=config.measure_options, pairs=config.pairs)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.student.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _student_rows(self, prompts: PromptPairs, activations: Mapping[str, Tensor]) -> list[Tensor]:
+        """Outside autocast and in the weights' dtype: bfloat16 has too few digits for Gram matrices."""
+        if not self.aligned:
+            return []
+        dtype = next(iter(self.student.parameters().values())).dtype
+        found = {name: value.to(dtype) for name, value in activations.items()}
+        weights = output_weights(self.student, [pair.student for pair in self.pairs], self.config.activation)
+        return [head_rows(weights, found, pair.student, place(prompts, pair.student_positions)) for pair in self.pairs]
+
+    def _task_loss(self, logits: Float[Tensor, "batch d_vocab"], index: Index, prompts: PromptPairs) -> Tensor | None:
+        match self.config.task_loss:
+            case "none":
+                return None
+            case "ce_truth":
+                return losses.cross_entropy(logits, prompts.answers)
+            case "ce_teacher":
+                return losses.cross_entropy(logits, self.teacher.labels_of(index).to(logits.device))
+            case name:
+                target = self.teacher.logits_of(index).to(logits.device)
+                return losses.DIVERGENCES[name](logits, target, temperature=self.config.temperature)

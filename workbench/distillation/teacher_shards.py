@@ -1,0 +1,128 @@
+"""The teacher's outputs on disk, in shards that are memory-mapped: for sets that memory does not hold, and training without a resident teacher.
+
+    FOLDER/<key>/index.json          what was cached, and each shard's rows and SHA-256
+    FOLDER/<key>/00000.safetensors   activations by hook name, logits and labels of some prompts
+    FOLDER/<key>/weights.safetensors W_O of the cached layers
+
+A shard enters the index after it has been written, so an interrupted build goes on at the next one. Every shard is verified when the cache is
+opened: a build makes a damaged one again, `TeacherShards.open` (which has no teacher) refuses it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench import hooks, storage
+from workbench.distillation.teacher_cache import LOGITS, cache_key, computed, output_weights, require_cached
+from workbench.errors import InputError
+from workbench.models import Teacher
+from workbench.tasks.base import PromptPairs
+
+LABELS = "labels"
+INDEX = "index.json"
+WEIGHTS = "weights.safetensors"
+
+
+class TeacherShards:
+    """A complete cache on disk; rows are read where they are asked for."""
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder, self._index = folder, index
+        self._shards = [storage.map_tensors(folder / shard["file"]) for shard in index["shards"]]
+        self._starts = torch.tensor([shard["start"] for shard in index["shards"]])
+        self._labels = torch.cat([shard[LABELS] for shard in self._shards])
+        weights, _ = storage.read_tensors(folder / WEIGHTS)
+        self.output_weights = {int(layer): value for layer, value in weights.items()}
+
+    @classmethod
+    def open(cls, folder: Path, prompts: PromptPairs) -> "TeacherShards":
+        """The cache in a folder (the one that holds `index.json`), without a teacher.
+
+        Errors: `InputError` when it is incomplete, damaged, or of other prompts.
+        """
+        index = storage.read_json(folder / INDEX)
+        if index["prompts"] != prompts.fingerprint():
+            raise InputError(f"{folder} holds the teacher's outputs on other prompts; build a cache for these with `teacher_shards`.")
+        held = sum(shard["stop"] - shard["start"] for shard in index["shards"])
+        if held < index["count"]:
+            raise InputError(f"{folder} holds {held} of {index['count']} prompts: its build was interrupted; go on with `teacher_shards`.")
+        damaged = [entry["file"] for entry in [*index["shards"], index["weights"]] if not _is_sound(folder, entry)]
+        if damaged:
+            raise InputError(f"{', '.join(damaged)} in {folder} is missing or damaged; make it again with `teacher_shards`, which needs the teacher.")
+        return cls(folder, index)
+
+    def __len__(self) -> int:
+        return self._index["count"]
+
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Answers of some prompts."""
+        return self._labels[index]
+
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]:
+        """Logits of some prompts."""
+        return self._gathered(LOGITS, index)
+
+    def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations of some prompts by hook name. Errors: `InputError` for a hook that was not cached."""
+        require_cached(names, self._index["names"])
+        return {name: self._gathered(name, index) for name in names}
+
+    def _gathered(self, name: str, index: Int[Tensor, " rows"]) -> Tensor:
+        owner = torch.bucketize(index, self._starts, right=True) - 1
+        first = self._shards[0][name]
+        found = first.new_empty(len(index), *first.shape[1:])
+        for shard in owner.unique().tolist():
+            here = owner == shard
+            found[here] = self._shards[shard][name][index[here] - self._starts[shard]]
+        return found
+
+
+def teacher_shards(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, shard: int = 1024, batch: int = 256) -> TeacherShards:
+    """Open the cache for this teacher, these prompts and these hooks in `folder`, after building what of it is missing or damaged.
+
+    `shard`: prompts in a file. `batch`: prompts in a forward; where it divides `shard`, the numbers are those of `teacher_cache`.
+    """
+    hooks.checked(teacher.model, names)
+    place = folder / cache_key(teacher.fingerprint(), pairs, names)
+    index = _begun(place, pairs, names, shard)
+    _keep_weights(place, index, teacher, names)
+    starts = range(0, len(pairs), index["shard"])
+    for number, start in enumerate(tqdm(starts, desc="caching the teacher's activations", unit="shard", leave=False)):
+        if number < len(index["shards"]) and _is_sound(place, index["shards"][number]):
+            continue
+        part = pairs.rows(slice(start, start + index["shard"]))
+        written = _written(place / f"{number:05d}.safetensors", computed(teacher, part, names, batch=batch))
+        index["shards"][number:] = [{**written, "start": start, "stop": start + len(part)}, *index["shards"][number + 1 :]]
+        storage.write_json(place / INDEX, index)
+    return TeacherShards(place, index)
+
+
+def _begun(place: Path, pairs: PromptPairs, names: Sequence[str], shard: int) -> dict[str, Any]:
+    """The index of an earlier build, or a new one where there is none or it is damaged."""
+    try:
+        return storage.read_json(place / INDEX)
+    except InputError:
+        return {"prompts": pairs.fingerprint(), "count": len(pairs), "names": sorted(names), "shard": shard, "weights": {}, "shards": []}
+
+
+def _keep_weights(place: Path, index: dict[str, Any], teacher: Teacher, names: Sequence[str]) -> None:
+    if index["weights"] and _is_sound(place, index["weights"]):
+        return
+    storage.write_tensors(place / WEIGHTS, {str(layer): value for layer, value in output_weights(teacher, names).items()})
+    index["weights"] = {"file": WEIGHTS, "sha256": storage.sha256(place / WEIGHTS)}
+    storage.write_json(place / INDEX, index)
+
+
+def _written(path: Path, cache: Any) -> dict[str, str]:
+    storage.write_tensors(path, {LOGITS: cache.logits, LABELS: cache.labels, **cache.activations})
+    return {"file": path.name, "sha256": storage.sha256(path)}
+
+
+def _is_sound(folder: Path, entry: dict[str, Any]) -> bool:
+    path = folder / entry["file"]
+    return path.exists() and storage.sha256(path) == entry["sha256"]
