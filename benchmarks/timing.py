@@ -12,16 +12,16 @@ Product = tuple[int, int, int]
 """A matrix product: rows, inner width, columns."""
 
 
-def medians(*runs: Callable[[], object], repeats: int, warm: bool = False) -> list[float]:
+def medians(*runs: Callable[[], object], repeats: int, warm: bool = False, clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Median seconds of each, taken in turns so that a busy moment falls on all; after a warm-up, unless they are warm."""
     for run in () if warm else runs:
         run()
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for place, run in enumerate(runs):
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[place].append(time.perf_counter() - start)
+            seconds[place].append(clock() - start)
     return [statistics.median(values) for values in seconds]
 
 

@@ -98,5 +98,5 @@ def test_accelerate_reads_the_bundled_configuration() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(ROOT / "workbench" / "recipes" / "accelerate" / "multi_gpu.yaml"))
-    assert str(config.distributed_type) == "MULTI_GPU"
+    assert config.distributed_type.value == "MULTI_GPU"
     assert config.mixed_precision == "no", "the recipe's `precision` alone says what is computed in bfloat16"

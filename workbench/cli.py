@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from workbench import __version__, storage
+from workbench.distillation.processes import launched
 from workbench.errors import InputError
 from workbench.experiment import CONDITIONS, Experiment
 from workbench.recipe import Recipe, parse_config, read_recipe
@@ -148,7 +149,10 @@ def distill(options: argparse.Namespace) -> None:
     """One condition, trained and evaluated."""
     from workbench.study import run_conditions, table
 
-    print(table(run_conditions(_experiment(options), [(options.condition, options.seed)], resume=options.resume)))
+    experiment = _experiment(options)
+    results = run_conditions(experiment, [(options.condition, options.seed)], resume=options.resume)
+    if launched(experiment.recipe.device).is_main:
+        print(table(results))
 
 
 def evaluate(options: argparse.Namespace) -> None:
