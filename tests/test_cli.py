@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.experiment import Experiment
 from workbench.recipe import parse_recipe, read_recipe, to_plain
 from workbench.runs import RunFolder
-from workbench.study import ConditionResult, collect, table
+from workbench.study.rows import ConditionResult, collect, table
 
 ROOT = Path(__file__).parents[1]
 

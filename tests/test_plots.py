@@ -30,7 +30,7 @@ from workbench.plots.theme import DARK, LIGHT, Theme
 from workbench.plots.training import loss_curves
 from workbench.refs import Head
 from workbench.scores import Scores
-from workbench.study import ConditionResult
+from workbench.study.rows import ConditionResult
 
 UNIT = "change of log probability, path from last to the logits"
 

@@ -7,7 +7,7 @@ from scipy import stats
 
 from workbench.errors import InputError
 from workbench.scores import mcnemar
-from workbench.statistics import compared, mean_interval, steps_to
+from workbench.statistics import compared, mean_interval
 
 
 def outcomes(rates: list[float], prompts: int, seed: int) -> list[torch.Tensor]:
@@ -82,8 +82,3 @@ def test_unequal_seeds_and_ragged_scenes_are_refused():
         compared(outcomes([0.5], 10, 0), outcomes([0.5, 0.5], 10, 0))
     with pytest.raises(InputError, match="do not divide"):
         compared(outcomes([0.5], 10, 0), outcomes([0.5], 10, 1), clusters=3)
-
-
-def test_steps_to_an_accuracy():
-    assert steps_to([(10, 0.3), (20, 0.5), (30, 0.45), (40, 0.6)], 0.5) == 20
-    assert steps_to([(10, 0.3)], 0.5) is None

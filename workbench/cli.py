@@ -147,7 +147,8 @@ def match(options: argparse.Namespace) -> None:
 
 def distill(options: argparse.Namespace) -> None:
     """One condition, trained and evaluated."""
-    from workbench.study import run_conditions, table
+    from workbench.study.arms import run_conditions
+    from workbench.study.rows import table
 
     experiment = _experiment(options)
     results = run_conditions(experiment, [(options.condition, options.seed)], resume=options.resume)
@@ -157,7 +158,8 @@ def distill(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """All conditions and seeds."""
-    from workbench.study import run_study, table
+    from workbench.study.arms import run_study
+    from workbench.study.rows import table
 
     print("\n" + table(run_study(_experiment(options), resume=options.resume)))
 

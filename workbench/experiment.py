@@ -173,6 +173,12 @@ class Experiment:
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.recipe, self.folder = recipe, folder
 
+    def varied(self, recipe: Recipe, trial: str) -> "Experiment":
+        """The same models and what was found in them, with other data or training, in a subfolder of its own."""
+        other = Experiment(recipe, replace(self.folder, trial=trial))
+        other.teacher, other.student = self.teacher, self.student
+        return other
+
     def begin(self, *, resume: bool) -> None:
         """Open the run folder. Errors: `InputError` when it holds another run, or one and `resume` is off."""
         self.folder.begin({"recipe": to_plain(self.recipe)}, resume=resume)

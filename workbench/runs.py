@@ -34,6 +34,13 @@ class RunFolder:
     """A directory that holds one run."""
 
     path: Path
+    trial: str = ""
+    """A subfolder for conditions that share this folder's circuits and head map with those of other trials (data sizes, weights of the alignment)."""
+
+    @property
+    def trial_path(self) -> Path:
+        """Where conditions and their results lie."""
+        return self.path / self.trial
 
     def begin(self, described: Mapping[str, Any], *, resume: bool) -> None:
         """Write `run.json`, or with `resume` check that it is the same run.
@@ -89,7 +96,7 @@ class RunFolder:
 
     def condition(self, name: str, seed: int) -> Path:
         """The folder of a condition and seed."""
-        return self.path / "conditions" / f"{name}-{seed}"
+        return self.trial_path / "conditions" / f"{name}-{seed}"
 
     def _read(self, file: Path, stage: str) -> Any:
         if not file.exists():

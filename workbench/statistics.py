@@ -91,8 +91,3 @@ def compared(first: Sequence[Bool[Tensor, " prompt"]], second: Sequence[Bool[Ten
         only_second=only_second,
         pooled_p=float(stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0,
     )
-
-
-def steps_to(reached: Sequence[tuple[int, float]], target: float) -> int | None:
-    """The first step at which an accuracy of `target` is reached; None if it never is. `reached`: (step, accuracy) in the order of the steps."""
-    return next((step for step, accuracy in reached if accuracy >= target), None)

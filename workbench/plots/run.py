@@ -18,7 +18,7 @@ from workbench.plots.training import loss_curves
 from workbench.refs import Head
 from workbench.runs import RunFolder
 from workbench.scores import Scores
-from workbench.study import ConditionResult, run_logs
+from workbench.study.rows import ConditionResult, run_logs
 
 MODELS = ("teacher", "student")
 

@@ -7,7 +7,7 @@ from plotly import graph_objects as go
 
 from workbench.errors import InputError
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
-from workbench.study import TITLES, ConditionResult
+from workbench.study.rows import TITLES, ConditionResult
 
 METHOD, FULL, CIRCUIT = "circuit_ce_cka", "full model", "circuit alone"
 PAIR, APART = 0.8, 0.9

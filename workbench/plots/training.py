@@ -9,7 +9,7 @@ from workbench.distillation.reports import StepReport
 from workbench.errors import InputError
 from workbench.plots.table import condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
-from workbench.study import TITLES
+from workbench.study.rows import TITLES
 
 TRAINED = tuple(name for name in TITLES if name not in ("base", "teacher"))
 DASHES = ("solid", "dash", "dot", "dashdot")

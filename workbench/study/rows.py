@@ -1,6 +1,5 @@
-"""Conditions x seeds -> the results table and its statistics."""
+"""The rows of the results table: a condition with one seed, evaluated; gathered, tested against each other, and written as text."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +8,10 @@ from typing import Any
 import torch
 
 from workbench import storage
-from workbench.circuits.evaluation import CircuitReport
-from workbench.distillation.processes import launched
-from workbench.distillation.reports import read_log
 from workbench.errors import InputError
-from workbench.experiment import Experiment, mean_cka_and_floor
-from workbench.models import HookedModel
 from workbench.runs import RunFolder
 from workbench.scores import mcnemar
 
-log = logging.getLogger("workbench")
 COMPARED_WITH = ("full_ce", "circuit_ce")
 """The conditions that McNemar's test sets every other one against."""
 TITLES: Mapping[str, str] = {
@@ -75,71 +68,15 @@ class ConditionResult:
             raise InputError(f"this is not a row of results ({error!r}); run the evaluation again.") from None
 
 
-def run_study(experiment: Experiment, *, resume: bool = False) -> list[ConditionResult]:
-    """Discover, match, then train and evaluate every condition with every seed, and the teacher; writes `results.json`.
-
-    What is already in the run folder is not done again; a condition that was killed in training goes on from its last checkpoint.
-    """
-    return run_conditions(
-        experiment, [(condition, seed) for seed in experiment.recipe.seeds for condition in experiment.recipe.conditions], resume=resume
-    )
-
-
-def run_conditions(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
-    """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder then holds."""
-    folder, processes = experiment.folder, launched(experiment.recipe.device)
-    with processes.main_first():
-        experiment.match()
-    for condition, seed in arms:
-        if not (folder.condition(condition, seed) / "result.json").exists():
-            log.info("%s, seed %d", TITLES[condition], seed)
-            _run_condition(experiment, condition, seed, resume=resume, records=processes.is_main)
-    processes.wait()
-    if processes.is_main and not (folder.condition("teacher", 0) / "result.json").exists():
-        _record(experiment, "teacher", 0, experiment.teacher, trained=0, steps=0)
-    with processes.main_first():
-        return collect(folder)
-
-
-def _run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool, records: bool) -> None:
-    student, slices = experiment.distill(condition, seed, resume=resume)
-    if records:  # under `accelerate launch` all processes train, one evaluates
-        steps = len(read_log(experiment.folder.condition(condition, seed) / "log.jsonl")) if slices.count else 0
-        _record(experiment, condition, seed, student, trained=slices.count, steps=steps)
-
-
-def _record(experiment: Experiment, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:
-    """Evaluate a model on the test prompts and write its row and its per-prompt outcomes."""
-    folder, is_teacher = experiment.folder.condition(condition, seed), condition == "teacher"
-    report, outcomes = experiment.evaluate(model, experiment.folder.circuit("teacher" if is_teacher else "student"))
-    ckas = [] if is_teacher else experiment.ckas(model, experiment.folder.head_map(), experiment.prompts.test)
-    cka, floor = mean_cka_and_floor(ckas)
-    total = sum(parameter.numel() for parameter in model.parameters().values())
-    result = ConditionResult(
-        condition=condition, seed=seed, **_accuracies(report), mean_cka=cka, cka_floor=floor,
-        trained_parameters=trained, trained_fraction=trained / total, steps=steps, mcnemar={},
-    )  # fmt: skip
-    storage.write_tensors(folder / "outcomes.safetensors", outcomes)
-    storage.write_json(folder / "ckas.json", [value.to_json() for value in ckas])
-    storage.write_json(folder / "circuit_report.json", report.to_json())
-    storage.write_json(folder / "result.json", result.to_json())
-    log.info("  full %.3f, circuit %.3f, random circuit %.3f", report.full_accuracy, report.circuit_accuracy, report.random_circuit_accuracy)
-
-
-def _accuracies(report: CircuitReport) -> dict[str, Any]:
-    names = ("full_accuracy", "full_interval", "circuit_accuracy", "circuit_interval", "random_circuit_accuracy", "faithfulness")
-    return {name: getattr(report, name) for name in names}
-
-
 def collect(folder: RunFolder) -> list[ConditionResult]:
     """Every row of a run folder in the order of the paper's table, with McNemar's tests; writes `results.json`."""
-    files = sorted((folder.path / "conditions").glob("*/result.json"))
+    files = sorted((folder.trial_path / "conditions").glob("*/result.json"))
     if not files:
         raise InputError(f"{folder.path} holds no evaluated condition; run `workbench evaluate` or `workbench demo` into it first.")
     rows = [ConditionResult.from_json(storage.read_json(file)) for file in files]
     rows.sort(key=lambda row: (list(TITLES).index(row.condition), row.seed))
     tested = [_tested(row, rows, folder) for row in rows]
-    storage.write_json(folder.path / "results.json", [row.to_json() for row in tested])
+    storage.write_json(folder.trial_path / "results.json", [row.to_json() for row in tested])
     return tested
 
 
@@ -199,4 +136,4 @@ def _number(value: float | None, digits: int) -> str:
 
 def run_logs(folder: RunFolder) -> dict[str, Path]:
     """The training logs of a run folder: condition folder name -> JSONL file."""
-    return {file.parent.name: file for file in sorted((folder.path / "conditions").glob("*/log.jsonl"))}
+    return {file.parent.name: file for file in sorted((folder.trial_path / "conditions").glob("*/log.jsonl"))}
