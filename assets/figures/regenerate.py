@@ -37,6 +37,7 @@ STAGES = (
     Stage(name="V", title="object binder", position="earlier_label", into="A", composition="v"),
 )
 METRIC = METRICS["logit_difference"]
+KEPT = ("circuit", "attention", "logit_attribution", "logit_lens", "cka_matrix", "impacts")
 NARROW = DiscoveryConfig(metric="logit_difference", heads=8, confidence=0.8)
 
 
@@ -101,9 +102,10 @@ def drawn(scene: Scene, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
 
 
 def main(folder: Path, theme: Theme) -> None:
-    """Write every picture into a folder."""
+    """Write every picture into a folder (which the repository holds: those of `KEPT`)."""
     for name, figure in drawn(Scene(), theme):
-        save_figure(figure, folder / f"{name}.png", scale=1)
+        if folder != HERE or name in KEPT:
+            save_figure(figure, folder / f"{name}.png", scale=1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def attention_maps(patterns: AttentionPatterns, *, columns: int | None = None, t
     across = columns or (1 if count == 1 else 2 if count <= 4 else 3 if count <= 9 else 4)
     labels = _labels(patterns.tokens)
     side = 64 + min(7 * max(map(len, labels)), 90)
-    cell = min(560, (WIDTH - 90) / across - 24) if across == 1 else (WIDTH - side - 80 - 20 * (across - 1)) / across
+    cell = min(560.0, (WIDTH - 90) / across - 24) if across == 1 else (WIDTH - side - 80 - 20 * (across - 1)) / across
     rows, gap = math.ceil(count / across), 34
     plot = (across * cell + 20 * (across - 1), rows * cell + gap * (rows - 1))
     every = max(1, math.ceil(length * 10 / cell))
@@ -63,11 +63,11 @@ def attention_maps(patterns: AttentionPatterns, *, columns: int | None = None, t
 
 
 def _framed(
-    figure: go.Figure, patterns: AttentionPatterns, title: str, theme: Theme, *, plot: tuple[float, float], side: float, every: int
+    figure: go.Figure, patterns: AttentionPatterns, title: str, theme: Theme, *, plot: tuple[float, float], side: int, every: int
 ) -> go.Figure:
     remarks = ["Down: the token that looks. Across: the token it looks at. " + _about_weights(patterns)]
     if every > 1:
-        remarks.append(f"Every {every}th token is named, with its position; hover for the others.")
+        remarks.append(f"One token in {every} is named; hover for the others.")
     titled(figure, title, remarks, theme, width=WIDTH, height=round(plot[1] + side - 30), above=24)
     return figure.update_layout(margin={"l": side, "r": WIDTH - side - plot[0], "b": side - 30})
 

@@ -39,7 +39,7 @@ def browser() -> str | None:
     return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def save_figure(figure: go.Figure, path: Path, *, scale: float = 2) -> Path:
+def save_figure(figure: go.Figure, path: Path, *, scale: int | float = 2) -> Path:
     """Write a figure as PNG, SVG or PDF, by the ending of `path`; `scale`: pixels of a PNG per pixel of the layout.
 
     Errors: `InputError` for another ending, and where kaleido or Chromium is missing, with the command that installs it.
@@ -50,7 +50,7 @@ def save_figure(figure: go.Figure, path: Path, *, scale: float = 2) -> Path:
     return path
 
 
-def rendered(figure: go.Figure, form: str, *, scale: float = 2) -> bytes:
+def rendered(figure: go.Figure, form: str, *, scale: int | float = 2) -> bytes:
     """The picture's bytes. Errors: as `save_figure`."""
     found = browser()
     if find_spec("kaleido") is None:

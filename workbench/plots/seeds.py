@@ -141,7 +141,7 @@ def seeds_chart(
 
 def _summary(rows: Sequence[ConditionResult], name: str, measure: str) -> dict[str, object]:
     values = np.array([getattr(row, measure) for row in rows if row.condition == name])
-    mean, low, high = (float(value) for value in over_seeds(values))
+    mean, low, high = (float(value[0]) for value in over_seeds(values[:, None]))
     return {"condition": name, "seeds": len(values), "mean": mean, "low": low, "high": high}
 
 

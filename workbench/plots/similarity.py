@@ -1,6 +1,6 @@
 """How alike heads of two models are: CKA of every pair with its shuffled floor, and the impacts of matched heads against each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from plotly import graph_objects as go
@@ -111,34 +111,38 @@ def impact_scatter(
     rows = pd.DataFrame([_impacts(pair, student, teacher, student_circuit) for pair in head_map.pairs])
     if rows.empty or rows[["student_impact", "teacher_impact"]].isna().to_numpy().any():
         raise InputError("some matched heads have no measured impact; profile every head of both circuits with `ablation_profiles`.")
-    figure, labels = go.Figure(), _labels(rows)
-    low, high = float(rows.filter(like="_low").min().min()), float(rows.filter(like="_high").max().max())
-    room = 0.06 * (high - low or 1.0)
-    ends = [low - room, high + room]
+    figure = go.Figure()
+    ranges = {side: _range(rows, side) for side in ("teacher", "student")}
+    ends = [min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())]
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": theme.muted, "dash": "dot", "width": 1.5}, name="equal impact", hoverinfo="skip")
-    for place, (role, part) in enumerate(rows.assign(label=labels).groupby("role", sort=True)):
+    for place, (role, part) in enumerate(rows.assign(label=_labels(rows, ranges)).groupby("role", sort=True)):
         _cloud(figure, str(role), part, theme.categories[place % len(theme.categories)], symbol=SYMBOLS[place % len(SYMBOLS)])
-    scaled = {"range": ends, "zeroline": True, "zerolinecolor": theme.grid}
+    scaled = {"zeroline": True, "zerolinecolor": theme.muted}
     figure.update_layout(
-        xaxis={**scaled, "title": "teacher: impact of its head"},
-        yaxis={**scaled, "title": "student: impact of its head", "scaleanchor": "x", "constrain": "domain"},
+        xaxis={**scaled, "range": ranges["teacher"], "title": "teacher: impact of its head"},
+        yaxis={**scaled, "range": ranges["student"], "title": "student: impact of its head"},
         legend={"title": {"text": "student's role" if student_circuit else ""}},
         showlegend=True,
     )
     correlation = rows["student_impact"].corr(rows["teacher_impact"], method="spearman") if len(rows) > 2 else float("nan")
-    remarks = [f"Impact: {student.unit}. Each model against its own baseline; lines: 95 % intervals over prompts."]
-    remarks += [f"Rank correlation over {len(rows)} pairs: {correlation:+.2f}."] if correlation == correlation else []
-    return with_table(titled(figure, title, remarks, theme, width=720, height=590), rows)
-
-
-def _labels(rows: pd.DataFrame) -> list[str]:
-    """The pair's names where no other point is near enough to run into them."""
-    points = rows[["teacher_impact", "student_impact"]].to_numpy()
-    reach = float(rows.filter(like="_high").max().max() - rows.filter(like="_low").min().min()) or 1.0
-    free = [
-        all(abs(point[0] - other[0]) > 0.16 * reach or abs(point[1] - other[1]) > 0.03 * reach for other in [*points[:at], *points[at + 1 :]])
-        for at, point in enumerate(points)
+    remarks = [
+        f"Impact: {student.unit}. Each model against its own baseline; lines: 95 % intervals over prompts. On the dotted line "
+        "both cost the same; the axes have scales of their own."
     ]
+    remarks += [f"Rank correlation over {len(rows)} pairs: {correlation:+.2f}."] if correlation == correlation else []
+    return with_table(titled(figure, title, remarks, theme, width=760, height=480), rows)
+
+
+def _range(rows: pd.DataFrame, side: str) -> tuple[float, float]:
+    low, high = float(min(0.0, rows[f"{side}_low"].min())), float(max(0.0, rows[f"{side}_high"].max()))
+    room = 0.06 * (high - low or 1.0)
+    return low - room, high + room
+
+
+def _labels(rows: pd.DataFrame, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The pair's names where no other point is near enough to run into them."""
+    x, y = (rows[f"{side}_impact"].to_numpy() / (ranges[side][1] - ranges[side][0]) for side in ("teacher", "student"))
+    free = [all(abs(x[at] - x[other]) > 0.16 or abs(y[at] - y[other]) > 0.04 for other in range(len(x)) if other != at) for at in range(len(x))]
     names = zip(rows["student"], rows["teacher"], free, strict=True)
     return [f"{student}→{teacher}" if alone else "" for student, teacher, alone in names]
 
