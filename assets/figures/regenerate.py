@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from PIL import Image
 from plotly import graph_objects as go
 
 from workbench.alignment import AlignedPair, PairCka, aligned_pairs, head_similarity, pair_ckas
@@ -101,11 +102,16 @@ def drawn(scene: Scene, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
     yield "impacts", impact_scatter(scene.head_map, student_circuit=scene.circuits["student"], theme=theme, **impacts)
 
 
+def _shrink(path: Path) -> None:
+    """128 colours are enough for a figure and halve its file."""
+    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main(folder: Path, theme: Theme) -> None:
     """Write every picture into a folder (which the repository holds: those of `KEPT`)."""
     for name, figure in drawn(Scene(), theme):
         if folder != HERE or name in KEPT:
-            save_figure(figure, folder / f"{name}.png", scale=1)
+            _shrink(save_figure(figure, folder / f"{name}.png", scale=1))
 
 
 if __name__ == "__main__":

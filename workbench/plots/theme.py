@@ -94,7 +94,7 @@ def escaped(text: str) -> str:
 
 def wrapped(text: str, pixels: int, theme: Theme) -> list[str]:
     """Escaped lines of text that fit a width, at about half the font size per character."""
-    return [escaped(line) for line in textwrap.wrap(text, max(12, int(pixels / (0.52 * theme.size)))) or [""]]
+    return [escaped(line) for line in textwrap.wrap(text.replace(" %", "\u00a0%"), max(12, int(pixels / (0.52 * theme.size)))) or [""]]
 
 
 def faint(colour: str, opacity: float = 0.18) -> str:

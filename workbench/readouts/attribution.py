@@ -67,7 +67,7 @@ def direct_logit_attribution(model: HookedModel, pairs: PromptPairs, *, batch: i
     found = [_attributed(model, output, part) for part in pairs.batches(batch)]
     heads, mlps, rest, total = (torch.cat(parts, -1).cpu() for parts in zip(*found, strict=True))
     layers = tuple(f"L{layer}" for layer in range(model.n_layers))
-    names = (EMBEDDING, *(f"{name} b_O" for layer, name in enumerate(layers) if model.output_bias(layer) is not None), FINAL)
+    names = (EMBEDDING, *(f"L{layer} b_O" for layer in _output_biases(model)), FINAL)
     return LogitAttribution(
         heads=Scores.of_heads(heads, unit=UNIT),
         mlps=Scores(values=mlps, axes=("layer", "example"), labels={"layer": layers}, unit=UNIT),
@@ -88,12 +88,18 @@ def _attributed(model: HookedModel, output: Output, pairs: PromptPairs) -> tuple
     written = [model.head_outputs(layer, found[hooks.z(layer)][:, None])[:, 0].float() for layer in layers]
     heads = torch.stack([torch.einsum("bhd,bd->hb", part, direction) for part in written])
     mlps = _shares([found[hooks.mlp_output(layer)] for layer in layers], direction)
-    biases = [bias.expand_as(direction) for bias in map(model.output_bias, layers) if bias is not None]
+    biases = [bias.expand_as(direction) for bias in _output_biases(model).values()]
     rest = torch.cat([_shares([found[hooks.residual_pre(0)], *biases], direction), constant[None]])
     total = (logits[rows, pairs.answers] - logits[rows, pairs.distractors]).float()
     size = max(float(part.abs().sum(0).max()) for part in (heads.flatten(0, 1), mlps, rest)) + float(logits.abs().max())
     refuse_unlike(model, heads.sum((0, 1)) + mlps.sum(0) + rest.sum(0), logits[rows, pairs.answers] - logits[rows, pairs.distractors], size)
     return heads, mlps, rest, total
+
+
+def _output_biases(model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
+    """b_O by layer, where there is one (a HookedTransformer holds zeros for a model without)."""
+    found = {layer: model.output_bias(layer) for layer in range(model.n_layers)}
+    return {layer: bias for layer, bias in found.items() if bias is not None and bool(bias.any())}
 
 
 def _shares(parts: Sequence[Float[Tensor, "batch d_model"]], direction: Float[Tensor, "batch d_model"]) -> Float[Tensor, "part batch"]:
