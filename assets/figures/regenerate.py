@@ -103,8 +103,8 @@ def drawn(scene: Scene, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
 
 
 def _shrink(path: Path) -> None:
-    """128 colours are enough for a figure and halve its file."""
-    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    """256 colours are enough for a figure and halve its file."""
+    Image.open(path).convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main(folder: Path, theme: Theme) -> None:
