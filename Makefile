@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 notebooks check lint types bench models clean
+.PHONY: demo test test-tl3 notebooks figures check lint types bench models clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
@@ -17,10 +17,13 @@ test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on 
 	$(MAKE) --no-print-directory test-tl3
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
-	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/test_models.py tests/test_sources.py
+	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/test_models.py tests/test_sources.py tests/test_readouts.py
 
 notebooks: $(READY)  ## execute every notebook and save it with its pictures
 	$(BIN)/python notebooks/run.py --save
+
+figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
+	$(BIN)/python assets/figures/regenerate.py
 
 check: test  ## the only gate: the same as `make test`
 

@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
         evaluate,
         "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar",
     )
+    _command(
+        commands,
+        study,
+        "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps",
+        recipe="study_entity",
+    )
     reporting = commands.add_parser(
         "report", help="write report.html of a run folder: heat maps, matching, loss curves, table", description="Write report.html of a run folder."
     )
@@ -162,6 +168,17 @@ def evaluate(options: argparse.Namespace) -> None:
     from workbench.study.rows import table
 
     print("\n" + table(run_study(_experiment(options), resume=options.resume)))
+
+
+def study(options: argparse.Namespace) -> None:
+    """A study and its summary."""
+    from workbench.study.grid import Study, read_study
+    from workbench.study.summary import summarise, text
+
+    running = Study(read_study(options.recipe, overrides=_overrides(options.set)), options.out)
+    running.begin(resume=options.resume)
+    running.run()
+    print("\n" + text(summarise(running)))
 
 
 def report(options: argparse.Namespace) -> None:

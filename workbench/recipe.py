@@ -147,6 +147,11 @@ def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) 
 
     Errors: `InputError` naming the key and the nearest known one.
     """
+    return parse_recipe(read_yaml(source), overrides=overrides)
+
+
+def read_yaml(source: str | Path) -> dict[str, Any]:
+    """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no mapping."""
     path = Path(source)
     if not path.exists():
         path = RECIPES / f"{source}.yaml"
@@ -159,7 +164,7 @@ def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) 
         raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a mapping of recipe keys.")
-    return parse_recipe({**value}, overrides=overrides)
+    return value
 
 
 Parsed = TypeVar("Parsed")
@@ -195,6 +200,6 @@ def _explain(kind: Any, problem: Any) -> str:
     return f"unknown recipe key {place!r}; {nearest(str(problem['loc'][-1]), known)}"
 
 
-def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON values."""
-    return json.loads(json.dumps(asdict(recipe)))
+def to_plain(config: Any) -> dict[str, Any]:
+    """A recipe, or any other configuration, as plain JSON values."""
+    return json.loads(json.dumps(asdict(config)))

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.errors import InputError
-from workbench.plots.theme import LIGHT, Theme, escaped, titled
+from workbench.plots.export import with_table
+from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
 
 PANELS = (("these heads alone", "faithfulness", "random", "x"), ("the model without them", "without", "random_without", "x2"))
 
@@ -45,7 +47,18 @@ def faithfulness_figure(curves: Mapping[str, FaithfulnessCurve], *, theme: Theme
     figure.add_hline(y=0, line={"color": theme.muted, "dash": "dot", "width": 1})
     metrics = ", ".join(dict.fromkeys(curve.metric for curve in curves.values()))
     remarks = [f"Metric: {metrics}; 1 is the whole model, 0 every head ablated. Bands: random rankings. {_outside(curves)}"]
-    return titled(figure, title, remarks, theme, width=960, height=480 + 24 * len(curves))
+    titled(figure, title, remarks, theme, width=860, height=460 + 24 * len(curves))
+    return with_table(figure, pd.concat([_frame(name, curve) for name, curve in curves.items()], ignore_index=True))
+
+
+def _frame(name: str, curve: FaithfulnessCurve) -> pd.DataFrame:
+    """A row per size; the random rankings as their least and greatest."""
+    frame = pd.DataFrame({"ranking": name, "heads": curve.sizes, "faithfulness": curve.faithfulness, "without": curve.without})
+    for field in ("random", "random_without"):
+        if getattr(curve, field):
+            values = np.array(getattr(curve, field))
+            frame[f"{field}_low"], frame[f"{field}_high"] = values.min(0), values.max(0)
+    return frame
 
 
 def _outside(curves: Mapping[str, FaithfulnessCurve]) -> str:
@@ -75,10 +88,5 @@ def _band(figure: go.Figure, sizes: Sequence[int], values: np.ndarray, axis: str
     for edge, fill in ((values.max(0), None), (values.min(0), "tonexty")):
         figure.add_scatter(
             x=_scaled(sizes), y=edge, mode="lines", line={"width": 0, "color": colour}, fill=fill, opacity=0.3, xaxis=axis, yaxis="y",
-            fillcolor=_faint(colour), showlegend=False, legendgroup=name, hoverinfo="skip",
+            fillcolor=faint(colour), showlegend=False, legendgroup=name, hoverinfo="skip",
         )  # fmt: skip
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"

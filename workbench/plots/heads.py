@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError, nearest
+from workbench.plots.export import with_table
 from workbench.plots.panels import GAP, Order, Panel, cell_size, hover_texts, initials, panels_of
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled, wrapped
+from workbench.refs import Head
 from workbench.scores import Scores
 
 SIGNS: dict[Order, str] = {
@@ -49,7 +52,15 @@ def head_importance(
     remarks = [*(f"{unit}." for unit in units if len(units) == 1), _key(scores, circuits, by)]
     width = round(max(560, size[0] + LEFT + RIGHT))
     titled(figure, title, remarks, theme, width=width, height=size[1] + BELOW, above=above)
-    return figure.update_layout(plot_bgcolor=theme.grid, margin={"l": LEFT, "r": width - size[0] - LEFT, "b": BELOW})
+    figure.update_layout(plot_bgcolor=theme.grid, margin={"l": LEFT, "r": width - size[0] - LEFT, "b": BELOW})
+    return with_table(figure, pd.concat([_frame(panel) for panel in panels], ignore_index=True))
+
+
+def _frame(panel: Panel) -> pd.DataFrame:
+    frame = panel.scores.to_frame()
+    heads = [Head(layer, index) for layer in range(panel.scores.values.shape[0]) for index in range(panel.scores.values.shape[1])]
+    roles = [panel.circuit.role_of(head) if panel.circuit else "" for head in heads]
+    return frame.assign(layer=[head.layer for head in heads], head=[head.index for head in heads], model=panel.name, role=roles)
 
 
 def _check(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit]) -> None:

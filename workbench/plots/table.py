@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
+import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.errors import InputError
+from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
 from workbench.study.rows import TITLES, ConditionResult
 
@@ -53,7 +55,19 @@ def results_chart(
     )
     seeds = len({row.seed for row in rows})
     remark = f"Lines: 95 % intervals over prompts{f'; {seeds} seeds, in order from top to bottom' if seeds > 1 else ''}."
-    return titled(figure, title, [remark], theme, width=820, height=round(18 * (lines + 1)) + 56, above=30)
+    titled(figure, title, [remark], theme, width=820, height=round(18 * (lines + 1)) + 56, above=30)
+    return with_table(figure, results_frame(rows))
+
+
+def results_frame(results: Sequence[ConditionResult]) -> pd.DataFrame:
+    """A row per condition and seed, in the table's order; intervals as `_low` and `_high`."""
+    rows = []
+    for result in in_order(results):
+        row = {name: value for name, value in result.to_json().items() if name not in ("full_interval", "circuit_interval", "mcnemar")}
+        for name in ("full", "circuit"):
+            row[f"{name}_low"], row[f"{name}_high"] = getattr(result, f"{name}_interval")
+        rows.append(row | {f"p_against_{name}": value for name, value in result.mcnemar.items()})
+    return pd.DataFrame(rows)
 
 
 def _label(name: str) -> str:

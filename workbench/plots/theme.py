@@ -35,8 +35,25 @@ class Theme:
     """0 ... 1, evenly spaced, all readable as a thin line on the background."""
     categories: tuple[str, ...]
     font: str = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
+    mono: str = "Menlo, Consolas, DejaVu Sans Mono, Liberation Mono, monospace"
+    """Font of tokens."""
     size: int = 13
     """Font size in pixels."""
+
+    @property
+    def wash(self) -> tuple[str, ...]:
+        """From nothing (the background) to much, for amounts that are never negative."""
+        return self.diverging[len(self.diverging) // 2 :: -1]
+
+    @property
+    def hurts(self) -> str:
+        """A line for an effect below 0."""
+        return self.diverging[1]
+
+    @property
+    def helps(self) -> str:
+        """A line for an effect above 0."""
+        return self.diverging[-2]
 
 
 LIGHT = Theme(
@@ -77,7 +94,13 @@ def escaped(text: str) -> str:
 
 def wrapped(text: str, pixels: int, theme: Theme) -> list[str]:
     """Escaped lines of text that fit a width, at about half the font size per character."""
-    return [escaped(line) for line in textwrap.wrap(text, max(12, int(pixels / (0.52 * theme.size)))) or [""]]
+    return [escaped(line) for line in textwrap.wrap(text.replace(" %", "\u00a0%"), max(12, int(pixels / (0.52 * theme.size)))) or [""]]
+
+
+def faint(colour: str, opacity: float = 0.18) -> str:
+    """A `#rrggbb` colour as a transparent one."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
 
 
 def templated(figure: go.Figure, theme: Theme) -> go.Figure:
@@ -99,7 +122,7 @@ def templated(figure: go.Figure, theme: Theme) -> go.Figure:
         plot_bgcolor=theme.background,
         margin={"l": 60, "r": 30, "t": 60, "b": 55},
         hoverlabel={"bgcolor": theme.background, "bordercolor": theme.muted, "font": {"family": theme.font, "color": theme.ink}, "align": "left"},
-        legend={"bgcolor": "rgba(0,0,0,0)"},
+        legend={"bgcolor": "rgba(0,0,0,0)", "title": {"font": {"size": theme.size}}},
         xaxis=axis,
         yaxis=axis,
         colorway=theme.categories,

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.distillation.reports import StepReport
 from workbench.errors import InputError
+from workbench.plots.export import with_table
 from workbench.plots.table import condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
 from workbench.study.rows import TITLES
@@ -42,7 +44,17 @@ def loss_curves(
     _axes(figure, theme)
     smoothed = any(figure.select_traces({"meta": "mean"}))
     remarks = [f"Thin: each step. Bold: centred mean over {smoothing} steps."] if smoothed else []
-    return titled(figure, title, remarks, theme, width=960, height=max(556, 22 * len(named)))
+    titled(figure, title, remarks, theme, width=900, height=max(556, 22 * len(named)))
+    return with_table(figure, _frame(logs))
+
+
+def _frame(logs: Mapping[str, Sequence[StepReport]]) -> pd.DataFrame:
+    rows = [
+        {"run": name, "condition": run_of(name)[0], "step": report.step, "loss": report.loss, **{term: getattr(report, term) for term in PANELS}}
+        for name, reports in logs.items()
+        for report in reports
+    ]
+    return pd.DataFrame(rows)
 
 
 def run_of(name: str) -> tuple[str, str]:

@@ -1,0 +1,205 @@
+"""A study: students x data sizes x conditions x seeds, lambda chosen on validation prompts, everything resumable.
+
+out/
+  study.json                                  configuration, versions, commit, machine
+  <student>/                                  a run folder: circuits, head map, scores (found once for all data sizes)
+    scenes-<n>/weight-<lambda>/conditions/    trainings on the validation seeds, evaluated on validation prompts alone
+    scenes-<n>/weight.json                    the chosen lambda and what each would have given
+    scenes-<n>/conditions/                    all conditions and seeds at that lambda, evaluated on the test prompts
+    scenes-<n>/anew/<condition>.json          circuits found anew in trained students
+  summary.json                                cells, comparisons, diagnostic
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+
+from workbench import storage
+from workbench.circuits import discovery
+from workbench.circuits.comparison import compare
+from workbench.distillation.reports import evaluations, read_log
+from workbench.errors import InputError
+from workbench.experiment import CONDITIONS, Experiment, mean_cka_and_floor
+from workbench.models import Student
+from workbench.recipe import Condition, Recipe, parse_config, read_recipe, read_yaml, to_plain
+from workbench.refs import Head
+from workbench.runs import RunFolder, provenance
+from workbench.study.arms import run_arms
+
+log = logging.getLogger("workbench")
+STRICT = ConfigDict(extra="forbid")
+
+
+@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
+class StudentConfig:
+    """A student of the study."""
+
+    source: str
+    """Directory or hub id."""
+    teacher_layers: tuple[int, ...] | None = None
+    """Which of the teacher's layers the student's came from, where it is of its lineage: circuits can then be compared head by head."""
+
+
+@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
+class StudyConfig:
+    """What is run. The recipe's own student, data size, lambda, conditions and seeds are replaced."""
+
+    title: str = "Study"
+    recipe: str
+    """The recipe of every cell: a file or the name of a bundled one."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the recipe for all cells, e.g. `data.seed: 1`."""
+    students: dict[str, StudentConfig]
+    train_scenes: tuple[Annotated[int, Field(ge=1)], ...]
+    """Data sizes, scarce to ample."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...]
+    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts."""
+    validation_seeds: tuple[int, ...]
+    """Training seeds of the choice of lambda; none of them is among `seeds`."""
+    seeds: tuple[int, ...]
+    conditions: tuple[Condition, ...]
+    anew: tuple[Condition, ...] = ()
+    """Conditions in whose students circuits are found anew, with the first seed at the first data size."""
+
+    def __post_init__(self) -> None:
+        shared = set(self.seeds) & set(self.validation_seeds)
+        if shared:
+            raise InputError(f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the results.")
+
+
+def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -> StudyConfig:
+    """A study from a YAML file or the name of a bundled one. Errors: as `read_recipe`."""
+    return parse_config(StudyConfig, read_yaml(source), overrides=overrides)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One student at one data size: its experiment at the chosen lambda."""
+
+    student: str
+    scenes: int
+    experiment: Experiment
+
+    @property
+    def path(self) -> Path:
+        """Where the cell's results lie."""
+        return self.experiment.folder.trial_path
+
+
+class Study:
+    """A study at work in a folder."""
+
+    def __init__(self, config: StudyConfig, path: Path) -> None:
+        self.config, self.path = config, path
+        self.recipe = read_recipe(config.recipe, overrides=config.overrides)
+        if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
+            raise InputError("a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every in `overrides`.")
+        self._teacher: Any = None
+
+    def begin(self, *, resume: bool) -> None:
+        """Open the folder. Errors: `InputError` when it holds another study, or one and `resume` is off."""
+        file, described = self.path / "study.json", to_plain(self.config)
+        if not file.exists():
+            storage.write_json(file, {"study": described, **provenance()})
+            return
+        if not resume:
+            raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
+        if storage.read_json(file)["study"] != described:
+            raise InputError(f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another --out.")
+
+    def run(self) -> None:
+        """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all students first."""
+        for cell in self.cells():
+            arms = [(condition, seed) for seed in self.config.seeds for condition in self.config.conditions]
+            run_arms(cell.experiment, arms, resume=True)
+            if cell.scenes == self.config.train_scenes[0]:
+                for condition in self.config.anew:
+                    self._find_anew(cell, condition)
+
+    def cells(self) -> Iterator[Cell]:
+        """Every student and data size with its chosen lambda, which is chosen on the way where it is not yet."""
+        found = {name: self._found(name) for name in self.config.students}
+        for scenes in self.config.train_scenes:
+            for name, base in found.items():
+                yield Cell(student=name, scenes=scenes, experiment=self._chosen(base, scenes))
+
+    def _found(self, name: str) -> Experiment:
+        """A student's experiment with circuits and head map."""
+        recipe = replace(self.recipe, student=self.config.students[name].source)
+        experiment = Experiment(recipe, RunFolder(self.path / name))
+        if self._teacher is None:
+            self._teacher = experiment.teacher
+        experiment.teacher = self._teacher
+        experiment.begin(resume=True)
+        log.info("student %s", name)
+        experiment.match()
+        return experiment
+
+    def _chosen(self, base: Experiment, scenes: int) -> Experiment:
+        trial = f"scenes-{scenes}"
+        file = base.folder.path / trial / "weight.json"
+        if not file.exists():
+            accuracies = {weight: self._validated(base, scenes, weight) for weight in self.config.weights}
+            means = {weight: sum(values) / len(values) for weight, values in accuracies.items()}
+            best = max(sorted(means), key=lambda weight: means[weight])
+            log.info("%s, %d scenes: lambda %g (validation accuracy %.3f)", base.folder.path.name, scenes, best, means[best])
+            storage.write_json(file, {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}})
+        return base.varied(self._at(base.recipe, scenes, storage.read_json(file)["weight"]), trial)
+
+    def _validated(self, base: Experiment, scenes: int, weight: float) -> list[float]:
+        """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test prompts."""
+        experiment = base.varied(self._at(base.recipe, scenes, weight), f"scenes-{scenes}/weight-{weight:g}")
+        accuracies = []
+        for seed in self.config.validation_seeds:
+            folder = experiment.folder.condition("circuit_ce_cka", seed)
+            reports = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+            if len(reports) < experiment.recipe.training.steps:
+                experiment.distill("circuit_ce_cka", seed, resume=True)
+            accuracies.append(evaluations(read_log(folder / "log.jsonl"))[-1][1])
+        return accuracies
+
+    @staticmethod
+    def _at(recipe: Recipe, scenes: int, weight: float) -> Recipe:
+        return replace(recipe, data=replace(recipe.data, train_scenes=scenes), alignment=replace(recipe.alignment, weight=weight))
+
+    def _find_anew(self, cell: Cell, condition: str) -> None:
+        """The circuit of a trained student, found by the recipe's own search, beside the untrained student's and the teacher's."""
+        file = cell.path / "anew" / f"{condition}.json"
+        if file.exists():
+            return
+        experiment, seed = cell.experiment, self.config.seeds[0]
+        trained = cell.experiment.folder.condition(condition, seed) / "student"
+        student = experiment.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
+        prompts, config = experiment.prompts, experiment.recipe.discovery
+        anew = discovery.backward_search(student, prompts.discovery, prompts.stages, config).circuit
+        before, teacher = experiment.folder.circuit("student"), experiment.folder.circuit("teacher")
+        layers = self.config.students[cell.student].teacher_layers
+        overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
+        storage.write_json(
+            file, {"circuit": anew.to_json(), "against_untrained": compare(before, anew).to_json(), "teacher_overlap": overlap, "seed": seed}
+        )
+
+
+def lineage_overlap(student: tuple[Head, ...], teacher: tuple[Head, ...], layers: tuple[int, ...]) -> float:
+    """Jaccard overlap of two circuits in the teacher's own heads, of those layers that the student has kept."""
+    ours = {Head(layers[head.layer], head.index) for head in student}
+    theirs = {head for head in teacher if head.layer in layers}
+    return len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
+
+
+def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, float] | None:
+    """(mean CKA, mean floor) of the pairs that a condition aligns, in the untrained student on the discovery prompts; None if it aligns none."""
+    experiment, spec = cell.experiment, CONDITIONS[condition]
+    if spec.aligns is None:
+        return None
+    file = cell.path / "starting" / f"{condition}-{seed}.json"
+    if not file.exists():
+        cka, floor = mean_cka_and_floor(experiment.ckas(experiment.student, experiment.head_map_of(spec, seed), experiment.prompts.discovery))
+        storage.write_json(file, {"cka": cka, "floor": floor})
+    found: Mapping[str, float] = storage.read_json(file)
+    return found["cka"], found["floor"]

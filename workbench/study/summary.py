@@ -1,0 +1,216 @@
+"""What a study found: every cell with its interval over seeds, every comparison with its tests, and when alignment helped.
+
+Accuracies are of held-out test prompts, full model and circuit alone. Comparisons are with circuit CE and full CE on the same seeds and
+prompts; prompts of one scene count as one (`workbench.statistics`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from scipy import stats
+from torch import Tensor
+
+from workbench import storage
+from workbench.distillation.reports import evaluations, read_log, steps_to_reach
+from workbench.statistics import compared, mean_interval
+from workbench.study.grid import Cell, Study, starting_similarity
+from workbench.study.rows import COMPARED_WITH, TITLES, ConditionResult, collect
+
+Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Summary of a finished study, as plain JSON values; also written to `summary.json`."""
+    cells = list(study.cells())
+    found = {"title": study.config.title, "cells": [_cell(study, cell) for cell in cells], "diagnostic": _diagnostic(study, cells)}
+    storage.write_json(study.path / "summary.json", found)
+    return found
+
+
+def _cell(study: Study, cell: Cell) -> dict[str, Any]:
+    rows = [row for row in collect(cell.experiment.folder) if row.seed in study.config.seeds or row.condition == "teacher"]
+    weight = storage.read_json(cell.path / "weight.json")
+    by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
+    target = _mean_end(cell, study, "circuit_ce")
+    anew = {file.stem: _without_circuit(storage.read_json(file)) for file in sorted((cell.path / "anew").glob("*.json"))}
+    return {
+        "student": cell.student,
+        "train_scenes": cell.scenes,
+        "train_prompts": len(cell.experiment.prompts.train),
+        "test_prompts": len(cell.experiment.prompts.test),
+        "weight": weight["weight"],
+        "validation_accuracy": weight["validation_accuracy"],
+        "heads_trained": _heads_trained(cell),
+        "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
+        "comparisons": {other: _comparisons(study, cell, other) for other in COMPARED_WITH if other in study.config.conditions},
+        "circuits_anew": anew,
+    }
+
+
+def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key != "circuit"}
+
+
+def _heads_trained(cell: Cell) -> dict[str, Any]:
+    """How many of the student's heads a circuit condition trains, and how many of the teacher's they are matched to."""
+    head_map, shape = cell.experiment.folder.head_map(), cell.experiment.folder.circuit("student").shape
+    return {"heads": len(head_map.matches), "of": shape[0] * shape[1], "teacher_heads_used": len(head_map.teacher_heads)}
+
+
+def _condition(study: Study, cell: Cell, rows: Sequence[ConditionResult], target: float | None) -> dict[str, Any]:
+    faithful = [row.faithfulness for row in rows if row.faithfulness is not None]
+    ckas = [row.mean_cka for row in rows if row.mean_cka is not None]
+    floors = [row.cka_floor for row in rows if row.cka_floor is not None]
+    return {
+        "seeds": [row.seed for row in rows],
+        "full": mean_interval([row.full_accuracy for row in rows]).to_json(),
+        "circuit": mean_interval([row.circuit_accuracy for row in rows]).to_json(),
+        "random_circuit": mean_interval([row.random_circuit_accuracy for row in rows]).to_json(),
+        "faithfulness": mean_interval(faithful).to_json() if faithful else None,
+        "cka": mean_interval(ckas).to_json() if ckas else None,
+        "cka_floor": mean_interval(floors).to_json() if floors else None,
+        "trained_fraction": rows[0].trained_fraction,
+        "steps_to_circuit_ce": _steps(study, cell, rows[0].condition, target),
+        "curve": _curve(study, cell, rows[0].condition),
+    }
+
+
+def _logs(study: Study, cell: Cell, condition: str) -> list[Path]:
+    files = [cell.experiment.folder.condition(condition, seed) / "log.jsonl" for seed in study.config.seeds]
+    return [file for file in files if file.exists()]
+
+
+def _mean_end(cell: Cell, study: Study, condition: str) -> float | None:
+    """Mean validation accuracy that a condition ends at."""
+    ends = [evaluations(read_log(file))[-1][1] for file in _logs(study, cell, condition)]
+    return sum(ends) / len(ends) if ends else None
+
+
+def _steps(study: Study, cell: Cell, condition: str, target: float | None) -> list[int | None]:
+    """Steps of each seed to the validation accuracy that circuit CE ends at on average."""
+    return [] if target is None else [steps_to_reach(read_log(file), target) for file in _logs(study, cell, condition)]
+
+
+def _curve(study: Study, cell: Cell, condition: str) -> list[dict[str, Any]]:
+    """Validation accuracy over the steps, mean and interval over seeds."""
+    runs = [dict(evaluations(read_log(file))) for file in _logs(study, cell, condition)]
+    steps = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
+    return [{"step": step, **mean_interval([run[step] for run in runs]).to_json()} for step in steps]
+
+
+def _outcomes(study: Study, cell: Cell, condition: str) -> list[Outcomes]:
+    files = [cell.experiment.folder.condition(condition, seed) / "outcomes.safetensors" for seed in study.config.seeds]
+    return [{name: value.to(torch.bool) for name, value in storage.read_tensors(file)[0].items()} for file in files]
+
+
+def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
+    """Every condition against another one: full accuracy and circuit accuracy."""
+    second, scene = _outcomes(study, cell, other), len(cell.experiment.prompts.test) // study.recipe.data.test_scenes
+    found = {}
+    for condition in study.config.conditions:
+        if condition != other:
+            first = _outcomes(study, cell, condition)
+            found[condition] = {
+                part: compared([run[part] for run in first], [run[part] for run in second], clusters=scene).to_json() for part in ("full", "circuit")
+            }
+    return found
+
+
+def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
+    """When does alignment help: the gain over circuit CE against how far the aligned pairs' CKA starts above its floor."""
+    points = []
+    for cell in cells:
+        results = {(row.condition, row.seed): row for row in collect(cell.experiment.folder)}
+        for condition in study.config.conditions:
+            for seed in study.config.seeds:
+                start = starting_similarity(cell, condition, seed)
+                if start is None or condition not in ("circuit_ce_cka", "circuit_ce_random_cka", "circuit_ce_shuffled_cka", "circuit_ce_paper_cka"):
+                    continue
+                gain = results[condition, seed].full_accuracy - results["circuit_ce", seed].full_accuracy
+                points.append(
+                    {
+                        "student": cell.student,
+                        "train_scenes": cell.scenes,
+                        "condition": condition,
+                        "seed": seed,
+                        "cka": start[0],
+                        "floor": start[1],
+                        "gain": gain,
+                    }
+                )
+    above = [point["cka"] - point["floor"] for point in points]
+    gains = [point["gain"] for point in points]
+    correlation = float(stats.spearmanr(above, gains)[0]) if len(set(above)) > 2 and len(set(gains)) > 2 else None  # pyright: ignore[reportArgumentType]
+    return {"points": points, "rank_correlation": correlation}
+
+
+def text(summary: Mapping[str, Any]) -> str:
+    """The cells as text tables."""
+    return "\n\n".join(_cell_text(cell) for cell in summary["cells"]) + "\n\n" + _diagnostic_text(summary["diagnostic"])
+
+
+def _cell_text(cell: Mapping[str, Any]) -> str:
+    heads = cell["heads_trained"]
+    title = (
+        f"{cell['student']}, {cell['train_scenes']} scenes ({cell['train_prompts']} prompts), lambda {cell['weight']:g}; "
+        f"{heads['heads']} of {heads['of']} heads matched to {heads['teacher_heads_used']} of the teacher's"
+    )
+    head = (
+        "condition",
+        "full accuracy",
+        "circuit accuracy",
+        "random",
+        "faithful",
+        "CKA",
+        "floor",
+        "full - circuit CE",
+        "p",
+        "circuit - circuit CE",
+        "p",
+        "steps",
+    )
+    lines = [head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    written = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([title, written[0], "-" * len(written[0]), *written[1:]])
+
+
+def _condition_text(name: str, found: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:
+    against = cell["comparisons"].get("circuit_ce", {}).get(name)
+    differences = [text for part in ("full", "circuit") for text in (_difference_text(against[part]) if against else ("-", "-"))]
+    steps = sorted(step if step is not None else float("inf") for step in found["steps_to_circuit_ce"])
+    middle = steps[len(steps) // 2] if steps else None
+    return (
+        TITLES[name],
+        _interval_text(found["full"]),
+        _interval_text(found["circuit"]),
+        f"{found['random_circuit']['mean']:.3f}",
+        "-" if found["faithfulness"] is None else f"{found['faithfulness']['mean']:.2f}",
+        "-" if found["cka"] is None else f"{found['cka']['mean']:.2f}",
+        "-" if found["cka_floor"] is None else f"{found['cka_floor']['mean']:.2f}",
+        *differences,
+        "-" if middle is None else "not reached" if middle == float("inf") else f"{middle:.0f}",
+    )
+
+
+def _interval_text(value: Mapping[str, Any]) -> str:
+    spread = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{spread}"
+
+
+def _difference_text(found: Mapping[str, Any]) -> tuple[str, str]:
+    seeds = found["over_seeds"]
+    spread = "" if seeds["low"] is None else f" [{seeds['low']:+.3f}, {seeds['high']:+.3f}]"
+    return f"{seeds['mean']:+.3f}{spread}", f"{found['pooled_p']:.1g}"
+
+
+def _diagnostic_text(found: Mapping[str, Any]) -> str:
+    if found["rank_correlation"] is None:
+        return "Too few trainings with alignment to say when it helps."
+    return (
+        f"Gain of alignment over circuit CE against the pairs' CKA above its floor before training: rank correlation {found['rank_correlation']:.2f} "
+        f"over {len(found['points'])} trainings."
+    )
