@@ -116,7 +116,7 @@ def _whole_alignment(
             full[where] = matrix.detach()
     leaves = [full.requires_grad_() for full in processes.summed(whole)]  # zeros elsewhere: a sum gathers pieces of any length
     alignment, ckas = objective.alignment(leaves, objective.teacher_rows(torch.cat(list(pieces))))
-    slopes = torch.autograd.grad(weight * alignment, leaves)
+    slopes = torch.autograd.grad(weight * alignment, leaves, materialize_grads=True)
     return alignment.detach(), ckas, {piece: [slope[where] for slope, where in zip(slopes, places[piece], strict=True)] for piece in rows}
 
 
