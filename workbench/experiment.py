@@ -311,11 +311,12 @@ class Experiment:
         return pair_ckas(student, self.teacher, prompts, self.aligned(head_map), activation=self.recipe.alignment.activation)
 
     def head_map_of(self, spec: ConditionSpec, seed: int) -> HeadMap:
-        """The map that a condition aligns by: the matched one or a control drawn with the seed."""
+        """The map that a condition aligns by: the matched one, or another one (by another rule, or drawn with the seed) of the same student heads."""
         matched = self.folder.head_map()
         if spec.aligns in (None, "matched"):
             return matched
-        return self._matched(replace_rule(self.recipe.matching, spec.aligns), seed)
+        other, ours = self._matched(replace_rule(self.recipe.matching, spec.aligns), seed), {match.student for match in matched.matches}
+        return replace(other, matches=tuple(match for match in other.matches if match.student in ours))
 
     def _matched(self, config: MatchingConfig, seed: int) -> HeadMap:
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")

@@ -42,8 +42,8 @@ def match_heads(
     """Match every head of the student's circuit to a head of the teacher's.
 
     `student`, `teacher`: impacts [layer head example] of the circuits' heads. `similarity` (and `similarities`, for stability) of the heads'
-    outputs where the rule asks for it. Errors: `InputError` for an empty circuit, for rule `profile` on profiles over different prompts, for
-    one-to-one with fewer teacher than student heads (rule `role` leaves heads out instead), for circuits without a role in common, and with
+    outputs where the rule asks for it. One to one with fewer teacher than student heads leaves those unmatched that fit worst. Errors:
+    `InputError` for an empty circuit, for rule `profile` on profiles over different prompts, for circuits without a role in common, and with
     `noise: refuse` for a match that rests on noise.
     """
     _refuse_empty(student_circuit, teacher_circuit)
@@ -85,8 +85,6 @@ def _allowed(student: Circuit, teacher: Circuit, noisy: Mapping[Side, set[Head]]
         allowed &= torch.tensor([[head not in noisy["student"]] for head in ours]) & torch.tensor([head not in noisy["teacher"] for head in theirs])
         if not allowed.any():
             raise InputError("no head's impact stands out of the noise, so `noise: drop` leaves nothing to match; use more prompts or `noise: flag`.")
-    if config.one_to_one and config.rule != "role":
-        _refuse_too_few(int(allowed.any(1).sum()), int(allowed.any(0).sum()))
     return allowed
 
 
