@@ -138,6 +138,7 @@ def edges_of(values: dict[tuple[str, str], float]) -> Scores:
 
 EDGES = {("L0H0", "L1H2.q"): -0.5, ("L0H0", "L1H2.k"): 2.0, ("L0H0", "logits"): -1.0, ("L1H3", "L2H1.v"): -4.0, ("L2H1", "logits"): -3.0, ("L1H3", "logits"): 0.1}  # fmt: skip
 CURVE = FaithfulnessCurve(
+    ablation="mean",
     metric="logit difference", sizes=(0, 1, 30, 32), total_heads=32, faithfulness=(0.0, 0.2, 0.9, 1.0), without=(1.0, 0.6, 0.1, 0.0),
     random=((0.0, 0.0, 0.5, 1.0), (0.0, 0.1, 0.7, 1.0)), random_without=((1.0, 0.9, 0.2, 0.0), (1.0, 1.0, 0.4, 0.0)), full=3.0, empty=0.5,
 )  # fmt: skip
