@@ -96,10 +96,11 @@ class Study:
 
     def __init__(self, config: StudyConfig, path: Path) -> None:
         self.config, self.path = config, path
-        self.recipe = read_recipe(config.recipe, overrides=config.overrides)
+        self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
         if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
             raise InputError("a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every in `overrides`.")
         self._teacher: Any = None
+        self._experiments: dict[str, Experiment] = {}
 
     def begin(self, *, resume: bool) -> None:
         """Open the folder. Errors: `InputError` when it holds another study, or one and `resume` is off."""
@@ -115,21 +116,41 @@ class Study:
     def run(self) -> None:
         """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all students first."""
         for cell in self.cells():
-            arms = [(condition, seed) for seed in self.config.seeds for condition in self.config.conditions]
-            run_arms(cell.experiment, arms, resume=True)
+            run_arms(cell.experiment, self.arms, resume=True)
             if cell.scenes == self.config.train_scenes[0]:
                 for condition in self.config.anew:
                     self._find_anew(cell, condition)
 
+    @property
+    def arms(self) -> list[tuple[Condition, int]]:
+        """Conditions and seeds of a cell; what is not trained has no seed, and is evaluated once."""
+        return [
+            (condition, seed)
+            for seed in self.config.seeds
+            for condition in self.config.conditions
+            if CONDITIONS[condition].trains is not None or seed == self.config.seeds[0]
+        ]
+
+    def finished(self) -> list[Cell]:
+        """The cells whose arms have all been run."""
+        folders = {name: RunFolder(self.path / name) for name in self.config.students}
+        return [
+            Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
+            for scenes in self.config.train_scenes
+            for name, folder in folders.items()
+            if all((replace(folder, trial=f"scenes-{scenes}").condition(*arm) / "result.json").exists() for arm in self.arms)
+        ]
+
     def cells(self) -> Iterator[Cell]:
         """Every student and data size with its chosen lambda, which is chosen on the way where it is not yet."""
-        found = {name: self._found(name) for name in self.config.students}
         for scenes in self.config.train_scenes:
-            for name, base in found.items():
-                yield Cell(student=name, scenes=scenes, experiment=self._chosen(base, scenes))
+            for name in self.config.students:
+                yield Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
 
     def _found(self, name: str) -> Experiment:
         """A student's experiment with circuits and head map."""
+        if name in self._experiments:
+            return self._experiments[name]
         recipe = replace(self.recipe, student=self.config.students[name].source)
         experiment = Experiment(recipe, RunFolder(self.path / name))
         if self._teacher is None:
@@ -138,6 +159,7 @@ class Study:
         experiment.begin(resume=True)
         log.info("student %s", name)
         experiment.match()
+        self._experiments[name] = experiment
         return experiment
 
     def _chosen(self, base: Experiment, scenes: int) -> Experiment:
@@ -183,6 +205,14 @@ class Study:
         storage.write_json(
             file, {"circuit": anew.to_json(), "against_untrained": compare(before, anew).to_json(), "teacher_overlap": overlap, "seed": seed}
         )
+
+
+def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"training": {"steps": 20}}`, as `--set overrides.training.steps=20` gives it, as `{"training.steps": 20}`."""
+    found: dict[str, Any] = {}
+    for key, value in overrides.items():
+        found |= {f"{key}.{rest}": inner for rest, inner in _dotted(value).items()} if isinstance(value, Mapping) else {key: value}
+    return found
 
 
 def lineage_overlap(student: tuple[Head, ...], teacher: tuple[Head, ...], layers: tuple[int, ...]) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from workbench import storage
 from workbench.distillation.reports import evaluations, read_log, steps_to_reach
+from workbench.errors import InputError
+from workbench.experiment import CONDITIONS
 from workbench.statistics import compared, mean_interval
 from workbench.study.grid import Cell, Study, starting_similarity
 from workbench.study.rows import COMPARED_WITH, TITLES, ConditionResult, collect
@@ -23,8 +25,10 @@ Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Summary of a finished study, as plain JSON values; also written to `summary.json`."""
-    cells = list(study.cells())
+    """Summary of the finished cells of a study, as plain JSON values; also written to `summary.json`. Errors: `InputError` when none is."""
+    cells = study.finished()
+    if not cells:
+        raise InputError(f"no cell of the study in {study.path} is finished; run `workbench study` into it with --resume.")
     found = {"title": study.config.title, "cells": [_cell(study, cell) for cell in cells], "diagnostic": _diagnostic(study, cells)}
     storage.write_json(study.path / "summary.json", found)
     return found
@@ -102,7 +106,9 @@ def _curve(study: Study, cell: Cell, condition: str) -> list[dict[str, Any]]:
 
 
 def _outcomes(study: Study, cell: Cell, condition: str) -> list[Outcomes]:
-    files = [cell.experiment.folder.condition(condition, seed) / "outcomes.safetensors" for seed in study.config.seeds]
+    trained = CONDITIONS[condition].trains is not None
+    seeds = study.config.seeds if trained else study.config.seeds[:1] * len(study.config.seeds)
+    files = [cell.experiment.folder.condition(condition, seed) / "outcomes.safetensors" for seed in seeds]
     return [{name: value.to(torch.bool) for name, value in storage.read_tensors(file)[0].items()} for file in files]
 
 
