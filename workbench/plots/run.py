@@ -120,5 +120,9 @@ def _provenance(described: dict[str, object]) -> Section:
     assert isinstance(recipe, dict)
     versions = described.get("versions")
     words = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
-    text = f"Teacher: {recipe['teacher']}\nStudent: {recipe['student']}\nCommit: {described.get('commit')}\nVersions: {words}\nThe whole recipe is in run.json."
+    data = recipe["data"]
+    prompts = (
+        f"{data['pairs'] or data['task']}, BOS {'prepended' if data['prepend_bos'] else 'not prepended'}, chat template: {data.get('chat', 'none')}"
+    )
+    text = f"Teacher: {recipe['teacher']}\nStudent: {recipe['student']}\nPrompts: {prompts}\nCommit: {described.get('commit')}\nVersions: {words}\nThe whole recipe is in run.json."
     return Section(heading="How this was made", text=text)
