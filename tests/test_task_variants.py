@@ -100,7 +100,7 @@ def test_accuracy_by_operations_is_a_count() -> None:
     assert table["prompts"].tolist() == [touching.count(value) for value in table["touching"]]
     assert table["accuracy"].tolist() == [float(value < 2) for value in table["touching"]]
     assert ((table["low"] <= table["accuracy"] + 1e-12) & (table["accuracy"] <= table["high"] + 1e-12)).all()
-    with pytest.raises(InputError, match="no fact 'touches'.*touching"):
+    with pytest.raises(InputError, match=r"no fact 'touches'.*touching"):
         accuracy_by(dataset, torch.ones(120, dtype=torch.bool), fact="touches")
     with pytest.raises(InputError, match="119 outcomes for 120 rows"):
         accuracy_by(dataset, torch.ones(119, dtype=torch.bool))

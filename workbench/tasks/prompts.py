@@ -1,7 +1,8 @@
 """How a prompt is put to a model: chat template, BOS, padding, answers of several tokens. All explicit, all off by default.
 
 A chat template wraps both prompts of a pair in the same turns, so that they stay of equal length, and the named positions move along:
-- `user`: the prompt is the user's message and the answer begins the reply (without the space before it);
+- `user`: the prompt is the user's message and the answer begins the reply, without the space before it (many words are several byte-pair tokens
+  then: set `multi_token`);
 - `assistant`: the user's message is `instruction`, the reply begins with the prompt, and the answer goes on from it.
 Templates that write a BOS themselves are refused together with `prepend_bos`.
 """
