@@ -39,7 +39,7 @@ def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
         return
     results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
     data = recipe["data"]
-    boxes = data["boxes"] if isinstance(data, dict) and data["pairs"] is None else None
+    boxes = data["boxes"] if isinstance(data, dict) and data["pairs"] is None and data["task"] == "entity_tracking" else None
     text = (
         "Accuracy on held-out test prompts: the whole model, and its circuit alone (every other head mean-ablated). Intervals are 95 % Wilson "
         "intervals over prompts; p values are McNemar's exact test on the same prompts. CKA is debiased, over the matched pairs; its floor is "
