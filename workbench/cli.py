@@ -86,6 +86,16 @@ def parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
     _common(training, pretrain_models)
+    checking = commands.add_parser(
+        "check-task",
+        help="say what is wrong with a task: leaks, long answers, shortcuts, positions, seeds",
+        description="Draw a task's prompts and name every fault: leaks between splits, answers of several tokens, equal prompts, shortcuts, positions, seeds.",
+    )
+    checking.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
+    checking.add_argument("--tokenizer", help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)")
+    checking.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
+    checking.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. counterfactual=order")
+    _common(checking, check_task)
     return top
 
 
@@ -206,6 +216,19 @@ def pretrain_models(options: argparse.Namespace) -> None:
     config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
     for name, accuracy in pretrain(config, options.out, options.work).items():
         print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")
+
+
+def check_task(options: argparse.Namespace) -> None:
+    """Whether a task is sound. Errors: `InputError` after the report when it is not."""
+    from workbench.tasks.check import check
+    from workbench.tasks.registry import task_named
+    from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
+
+    tokenizer = tokenizer_of(options.tokenizer) if options.tokenizer else word_level_tokenizer(mixture_words())
+    found = check(task_named(options.name, _overrides(options.set)), tokenizer, scenes=options.scenes)
+    print(found)
+    if not found.sound:
+        raise InputError(f"the task {options.name} has {len(found.faults)} fault(s); see above.")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,9 @@ from workbench.recipe import Recipe, to_plain
 from workbench.refs import Head
 from workbench.runs import RunFolder
 from workbench.scores import Scores
-from workbench.tasks.base import PromptPairs, Split, Stage, Task, encode, load_pairs, task_dataset
+from workbench.tasks.base import PromptPairs, Split, Stage, Task
+from workbench.tasks.pairs import numbered_pairs
+from workbench.tasks.prompts import PromptSettings
 from workbench.tasks.registry import task_named
 
 log = logging.getLogger("workbench")
@@ -126,7 +128,8 @@ class Prompts:
     @functools.cached_property
     def _rows(self) -> Dataset:
         assert self.data.pairs is not None
-        return load_pairs(located(self.data.pairs), self.tokenizer)
+        source = located(self.data.pairs)
+        return self.settings.dataset(numbered_pairs(source), self.tokenizer, source=source)
 
     def _split(self, split: Split, scenes: int) -> PromptPairs:
         if self.data.pairs is None:
@@ -142,7 +145,8 @@ class Prompts:
         return rows
 
     def _task(self, split: Split, scenes: int) -> PromptPairs:
-        return self._encode(task_dataset(self.task, self.tokenizer, split=split, scenes=scenes, seed=self.data.seed))
+        pairs = enumerate(self.task.pairs(self.tokenizer, split=split, scenes=scenes, seed=self.data.seed))
+        return self._encode(self.settings.dataset(pairs, self.tokenizer, source=f"{self.task.name} ({split})"))
 
     @functools.cached_property
     def task(self) -> Task:
@@ -151,7 +155,12 @@ class Prompts:
         return task_named(self.data.task, {**boxes, **self.data.options})
 
     def _encode(self, dataset: Dataset) -> PromptPairs:
-        return encode(dataset, self.tokenizer, padding_side=self.data.padding_side, prepend_bos=self.data.prepend_bos).to(self.recipe.device)
+        return self.settings.encode(dataset, self.tokenizer).to(self.recipe.device)
+
+    @functools.cached_property
+    def settings(self) -> PromptSettings:
+        """How the recipe puts prompts to the models."""
+        return PromptSettings(**{field.name: getattr(self.data, field.name) for field in fields(PromptSettings)})
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -6,7 +6,7 @@ All take final logits [batch d_vocab] at the answering position; higher is bette
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Metric = Callable[[Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], Int[Tensor, " batch"]], Float[Tensor, " batch"]]
@@ -45,6 +45,17 @@ def kl_divergence(logits: Logits, reference: Logits) -> PerExample:
     """KL(reference || logits) of the next-token distributions, in nats."""
     target = reference.log_softmax(-1)
     return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+
+
+def sequence_log_probability(
+    logits: Float[Tensor, "batch token d_vocab"], tokens: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
+) -> PerExample:
+    """Log-probability of a whole answer, in nats: the sum over its tokens (True in `mask`) of each one's log-probability.
+
+    `logits[:, t]` predict `tokens[:, t]`.
+    """
+    each = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return torch.where(mask, each, torch.zeros_like(each)).sum(-1)
 
 
 METRICS: dict[str, Metric] = {

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,6 +30,7 @@ from workbench.distillation import checkpoint
 from workbench.errors import InputError
 from workbench.tasks.base import Split, encode, task_dataset
 from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
+from workbench.tasks.vocabulary import word_level_tokenizer
 
 CLAUSE = 7
 """Tokens of one clause of a context: `the apple is in Box F ,`; the object is the second, the label the sixth."""
@@ -97,10 +97,8 @@ class BundleConfig:
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the words of our tasks; words and punctuation are one token each."""
-    words = ["<pad>", "<unk>", "<bos>", ".", ",", "?", *LABELS, "The", "the", "is", "in", "Box", "contains", *OBJECTS]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", padding_side="left")
+    words = [".", ",", "?", *LABELS, "The", "the", "is", "in", "Box", "contains", *OBJECTS]
+    return word_level_tokenizer(words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))

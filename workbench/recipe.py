@@ -70,6 +70,14 @@ class DataConfig:
     """Of the drawn scenes; the training seeds are apart."""
     prepend_bos: bool = False
     padding_side: Literal["left", "right"] = "left"
+    chat: Literal["none", "user", "assistant"] = "none"
+    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to `instruction`."""
+    system: str | None = None
+    """The system message of the chat; None leaves it to the template."""
+    instruction: str | None = None
+    """The user's message, with `chat: assistant`."""
+    multi_token: bool = False
+    """Let answers have several tokens; metrics then score the first token (whole answers: `workbench.tasks.scoring`)."""
     per_position_means: bool = True
     """Means of the ablation position by position (prompts of one length), or over all positions."""
 

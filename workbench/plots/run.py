@@ -39,7 +39,7 @@ def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
         return
     results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
     data = recipe["data"]
-    boxes = data["boxes"] if isinstance(data, dict) and data["pairs"] is None else None
+    boxes = data["boxes"] if isinstance(data, dict) and data["pairs"] is None and data["task"] == "entity_tracking" else None
     text = (
         "Accuracy on held-out test prompts: the whole model, and its circuit alone (every other head ablated). Intervals are 95 % Wilson "
         "intervals over prompts; p values are McNemar's exact test on the same prompts. CKA is debiased, over the matched pairs; its floor is "
@@ -120,5 +120,9 @@ def _provenance(described: dict[str, object]) -> Section:
     assert isinstance(recipe, dict)
     versions = described.get("versions")
     words = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
-    text = f"Teacher: {recipe['teacher']}\nStudent: {recipe['student']}\nCommit: {described.get('commit')}\nVersions: {words}\nThe whole recipe is in run.json."
+    data = recipe["data"]
+    prompts = (
+        f"{data['pairs'] or data['task']}, BOS {'prepended' if data['prepend_bos'] else 'not prepended'}, chat template: {data.get('chat', 'none')}"
+    )
+    text = f"Teacher: {recipe['teacher']}\nStudent: {recipe['student']}\nPrompts: {prompts}\nCommit: {described.get('commit')}\nVersions: {words}\nThe whole recipe is in run.json."
     return Section(heading="How this was made", text=text)

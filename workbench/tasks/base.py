@@ -5,34 +5,18 @@ A user's own pairs enter at `load_pairs` and travel the same road.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.errors import InputError, nearest
-
-Split = Literal["train", "calibration", "test"]
-Span = tuple[int, int]
-"""Characters [start, end) of a prompt."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """One clean prompt, its corrupt counterpart of equal length, the right answer, a wrong one, and named positions in both."""
-
-    clean: str
-    corrupt: str
-    answer: str
-    distractor: str
-    positions: Mapping[str, Any]
-    """Name -> token indices (an int or several; negative counts from the end), character spans, or a piece of the clean text."""
+from workbench.tasks.pairs import Pair, Span, Split, numbered_pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +62,10 @@ class PromptPairs:
     distractors: Int[Tensor, " batch"]
     positions: Mapping[str, Bool[Tensor, "batch pos"]]
     """Name -> the tokens it stands for; `last` (the last real token) and `all` (every real token) are always there."""
+    answer_tokens: Int[Tensor, "batch token"] | None = None
+    """With answers of several tokens: all tokens of each answer, padded with -1 (`answers` holds the first); see `workbench.tasks.scoring`."""
+    distractor_tokens: Int[Tensor, "batch wrong"] | None = None
+    """The same of each distractor."""
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -90,8 +78,7 @@ class PromptPairs:
 
     def rows(self, index: slice | Int[Tensor, " rows"]) -> "PromptPairs":
         """The pairs of some rows."""
-        tensors = {field.name: getattr(self, field.name)[index] for field in fields(self) if field.name != "positions"}
-        return PromptPairs(**tensors, positions={name: mask[index] for name, mask in self.positions.items()})
+        return self._each(lambda tensor: tensor[index])
 
     def batches(self, size: int) -> Iterator["PromptPairs"]:
         """Consecutive batches of at most `size` pairs."""
@@ -99,8 +86,13 @@ class PromptPairs:
 
     def to(self, device: torch.device | str) -> "PromptPairs":
         """The same pairs on another device."""
-        tensors = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "positions"}
-        return PromptPairs(**tensors, positions={name: mask.to(device) for name, mask in self.positions.items()})
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PromptPairs":
+        """The same change to every tensor; what is None stays None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "positions"}
+        tensors: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return PromptPairs(**tensors, positions={name: change(mask) for name, mask in self.positions.items()})
 
     def swapped(self) -> "PromptPairs":
         """Clean and corrupt exchanged, with the same answers: patching then puts clean into corrupt."""
@@ -111,6 +103,7 @@ class PromptPairs:
         digest = hashlib.sha256()
         named = [self.clean, self.corrupt, self.mask, self.answers, self.distractors]
         named += [self.positions[name] for name in sorted(self.positions)]
+        named += [tensor for tensor in (self.answer_tokens, self.distractor_tokens) if tensor is not None]
         digest.update("|".join(sorted(self.positions)).encode())
         for tensor in named:
             digest.update(str(tuple(tensor.shape)).encode())
@@ -143,60 +136,30 @@ def single_token_words(tokenizer: Any, words: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for word in words if single_token(tokenizer, f" {word}") is not None)
 
 
-def task_dataset(task: Task, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Dataset:
+def task_dataset(task: Task, tokenizer: Any, *, split: Split, scenes: int, seed: int, multi_token: bool = False) -> Dataset:
     """The task's pairs as a `datasets.Dataset`, checked row by row against the tokenizer."""
-    return to_dataset(enumerate(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)), tokenizer, source=f"{task.name} ({split})")
+    pairs = task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)
+    return to_dataset(enumerate(pairs), tokenizer, source=f"{task.name} ({split})", multi_token=multi_token)
 
 
-def load_pairs(source: str | Path | Dataset, tokenizer: Any, *, split: str = "train") -> Dataset:
+def load_pairs(source: str | Path | Dataset, tokenizer: Any, *, split: str = "train", multi_token: bool = False) -> Dataset:
     """A user's own pairs, checked row by row against the tokenizer.
 
     `source`: a JSONL file, a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with the columns clean, corrupt, answer, distractor and
     (optionally) positions: name -> token index without BOS (negative counts from the end), several of them, or a piece of the
-    clean prompt (its last token counts). Errors: `InputError` with the row's number.
+    clean prompt (its last token counts). Also read where they are there: `corrupt_answer` and `facts`, as in `Pair`.
+    Errors: `InputError` with the row's number.
     """
-    return to_dataset(_rows(source, split), tokenizer, source=str(source) if not isinstance(source, Dataset) else "the dataset")
+    named = str(source) if not isinstance(source, Dataset) else "the dataset"
+    return to_dataset(numbered_pairs(source, split=split), tokenizer, source=named, multi_token=multi_token)
 
 
-def _rows(source: str | Path | Dataset, split: str) -> Iterator[tuple[int, Pair]]:
-    if isinstance(source, Dataset):
-        records: Iterable[tuple[int, Any]] = enumerate(source)
-    elif str(source).endswith((".jsonl", ".json")):
-        records = _json_lines(Path(source))
-    elif str(source).endswith((".csv", ".parquet")):
-        kind = "csv" if str(source).endswith(".csv") else "parquet"
-        records = enumerate(load_dataset(kind, data_files=str(source), split="train"))
-    else:
-        records = enumerate(load_dataset(str(source), split=split))
-    return ((number, _pair(number, record)) for number, record in records)
+def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str, multi_token: bool = False) -> Dataset:
+    """Numbered pairs -> a `Dataset` with token positions (indices into the prompt without BOS).
 
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give a JSONL file with one pair a line (clean, corrupt, answer, distractor, positions).")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"row {number} of {path} is not JSON ({error}); write one object a line.") from None
-
-
-def _pair(number: int, record: Any) -> Pair:
-    if not isinstance(record, Mapping):
-        raise InputError(f"row {number} is not an object with columns clean, corrupt, answer, distractor.")
-    for column in ("clean", "corrupt", "answer", "distractor"):
-        if not isinstance(record.get(column), str):
-            raise InputError(f"row {number} has no text in column {column!r}; {nearest(column, record)}")
-    positions = record.get("positions") or {}
-    if isinstance(positions, str):
-        positions = json.loads(positions)
-    return Pair(**{name: record[name] for name in ("clean", "corrupt", "answer", "distractor")}, positions=dict(positions))
-
-
-def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str) -> Dataset:
-    """Numbered pairs -> a `Dataset` with token positions (indices into the prompt without BOS). Errors: `InputError` with the row's number."""
-    rows = [_checked_row(number, pair, tokenizer) for number, pair in pairs]
+    `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. Errors: `InputError` with the row's number.
+    """
+    rows = [checked_row(number, pair, tokenizer, multi_token=multi_token) for number, pair in pairs]
     if not rows:
         raise InputError(f"{source} holds no pairs.")
     names = set(rows[0]["positions"])
@@ -205,12 +168,23 @@ def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str
             raise InputError(
                 f"row {number} of {source} names the positions {sorted(row['positions'])}, the first row {sorted(names)}; name the same in each."
             )
-    text = dict.fromkeys(("clean", "corrupt", "answer", "distractor"), Value("string"))
-    positions = {name: List(Value("int32")) for name in sorted(names)}
-    return Dataset.from_list(rows, features=Features({**text, "positions": positions}))
+        if row.keys() != rows[0].keys() or set(row.get("facts", ())) != set(rows[0].get("facts", ())):
+            raise InputError(
+                f"row {number} of {source} has other columns or facts than the first row; give `corrupt_answer` and `facts` in each or in none."
+            )
+    return Dataset.from_list(rows, features=features_of(rows[0]))
 
 
-def _checked_row(number: int, pair: Pair, tokenizer: Any) -> dict[str, Any]:
+def features_of(row: Mapping[str, Any]) -> Features:
+    """The columns of a dataset with rows like this one."""
+    text = {name: Value("string") for name in row if name not in ("positions", "facts")}
+    positions = {name: List(Value("int32")) for name in sorted(row["positions"])}
+    facts = {"facts": {name: Value("int32") for name in sorted(row["facts"])}} if "facts" in row else {}
+    return Features({**text, **facts, "positions": positions})
+
+
+def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = False) -> dict[str, Any]:
+    """A pair as a row with token positions. Errors: `InputError` with the row's number."""
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
     length, other = len(encoded["input_ids"]), len(tokenizer(pair.corrupt, add_special_tokens=False)["input_ids"])
     if length != other:
@@ -219,24 +193,46 @@ def _checked_row(number: int, pair: Pair, tokenizer: Any) -> dict[str, Any]:
         )
     for column in ("answer", "distractor"):
         word = getattr(pair, column)
-        if single_token(tokenizer, word) is None:
+        if not multi_token and single_token(tokenizer, word) is None:
             count = len(tokenizer(word, add_special_tokens=False)["input_ids"])
             raise InputError(
                 f"row {number}: the {column} {word!r} is {count} token(s) or unknown to this tokenizer; it must be one known token. Choose another word (mind the space before it)."
             )
     if pair.answer == pair.distractor:
         raise InputError(f"row {number}: answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer.")
-    positions = {name: _token_indices(number, name, where, pair.clean, encoded["offset_mapping"]) for name, where in pair.positions.items()}
+    if multi_token:
+        _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"])
+    positions = {name: token_indices(number, name, where, pair.clean, encoded["offset_mapping"]) for name, where in pair.positions.items()}
     return {
         "clean": pair.clean,
         "corrupt": pair.corrupt,
         "answer": pair.answer,
         "distractor": pair.distractor,
+        **({} if pair.corrupt_answer is None else {"corrupt_answer": pair.corrupt_answer}),
+        **({} if pair.facts is None else {"facts": dict(pair.facts)}),
         "positions": {**positions, "last": [length - 1]},
     }
 
 
-def _token_indices(number: int, name: str, where: Any, text: str, offsets: list[Span]) -> list[int]:
+def _refuse_unscorable(number: int, pair: Pair, tokenizer: Any, prompt: list[int]) -> None:
+    """Answers of several tokens: known ones, which do not merge with the end of the prompt, and which differ in the first."""
+    first = {}
+    for column in ("answer", "distractor"):
+        word = getattr(pair, column)
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not ids or tokenizer.unk_token_id in ids:
+            raise InputError(f"row {number}: the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another word.")
+        if tokenizer(pair.clean + word, add_special_tokens=False)["input_ids"] != [*prompt, *ids]:
+            raise InputError(f"row {number}: the {column} {word!r} merges with the end of the prompt into other tokens. Mind the space between them.")
+        first[column] = ids[0]
+    if first["answer"] == first["distractor"]:
+        raise InputError(
+            f"row {number}: answer {pair.answer!r} and distractor {pair.distractor!r} begin with the same token; choose another distractor."
+        )
+
+
+def token_indices(number: int, name: str, where: Any, text: str, offsets: list[Span]) -> list[int]:
+    """Where a named position is, as token indices. Errors: `InputError` with the row's number where it is missing or out of range."""
     if isinstance(where, str):
         start = text.rfind(where)
         if start < 0:
@@ -256,8 +252,13 @@ def _covering(offsets: list[Span], start: int, end: int) -> list[int]:
     return [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
 
 
-def encode(dataset: Dataset, tokenizer: Any, *, padding_side: Literal["left", "right"] = "left", prepend_bos: bool = False) -> PromptPairs:
-    """A checked dataset -> tensors. No token is added unless `prepend_bos` asks for it; shorter prompts are padded on `padding_side`."""
+def encode(
+    dataset: Dataset, tokenizer: Any, *, padding_side: Literal["left", "right"] = "left", prepend_bos: bool = False, multi_token: bool = False
+) -> PromptPairs:
+    """A checked dataset -> tensors. No token is added unless `prepend_bos` asks for it; shorter prompts are padded on `padding_side`.
+
+    With `multi_token`, `answers` and `distractors` are first tokens, and `answer_tokens` and `distractor_tokens` hold them all.
+    """
     if prepend_bos and tokenizer.bos_token_id is None:
         raise InputError("`prepend_bos` is set, but this tokenizer has no BOS token; set it to false.")
     lead = [tokenizer.bos_token_id] if prepend_bos else []
@@ -277,7 +278,30 @@ def encode(dataset: Dataset, tokenizer: Any, *, padding_side: Literal["left", "r
         tokens["corrupt"][row, real] = torch.tensor(corrupt[row])
         for name, indices in places[row].items():
             positions[name][row, [start + len(lead) + index for index in indices]] = True
-    answers, distractors = ([single_token(tokenizer, word) for word in dataset[column]] for column in ("answer", "distractor"))
+    if not multi_token:
+        _refuse_several_tokens(dataset, tokenizer)
+    whole = {
+        "answer_tokens": _continuations(dataset["answer"][:], tokenizer),
+        "distractor_tokens": _continuations(dataset["distractor"][:], tokenizer),
+    }
     return PromptPairs(
-        **tokens, mask=mask, answers=torch.tensor(answers), distractors=torch.tensor(distractors), positions={**positions, "all": mask.clone()}
+        **tokens,
+        mask=mask,
+        answers=whole["answer_tokens"][:, 0].clone(),
+        distractors=whole["distractor_tokens"][:, 0].clone(),
+        positions={**positions, "all": mask.clone()},
+        **(whole if multi_token else {}),
     )
+
+
+def _refuse_several_tokens(dataset: Dataset, tokenizer: Any) -> None:
+    long = [word for column in ("answer", "distractor") for word in dataset.unique(column) if single_token(tokenizer, word) is None]
+    if long:
+        raise InputError(f"{long[0]!r} is no single known token of this tokenizer; encode with `multi_token`, or choose another word.")
+
+
+def _continuations(words: list[str], tokenizer: Any) -> Int[Tensor, "batch token"]:
+    """All tokens of each word, padded with -1."""
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    width = max(map(len, ids))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids])

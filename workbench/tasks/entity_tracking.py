@@ -77,6 +77,8 @@ class EntityTracking:
         Stage(name="D", title="structure reader", position="earlier_label", into="C", composition="v"),
     )
     """The backward search of Prakash et al. 2024: each stage's heads act at `position` and write into the stage `into`."""
+    words: ClassVar[tuple[str, ...]] = (".", ",", *LABELS, "The", "the", "is", "in", "Box", "contains", *OBJECTS)
+    """Every word of the task, for a word-level vocabulary."""
 
     def __post_init__(self) -> None:
         if not 3 <= self.boxes <= 9:

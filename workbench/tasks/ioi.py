@@ -2,20 +2,24 @@
 
     "When Mary and John went to the store, John gave a drink to" -> " Mary"
 
-Half of the prompts name the indirect object first (ABBA), half the subject (BABA). The corrupt prompt is the clean one with three other names
-(the "ABC" corruption): same template, place and object, nothing about who repeats. Splits are disjoint by the names: a pair of names belongs to
-train, calibration or test by its SHA-256.
+Half of the prompts name the indirect object first (ABBA), half the subject (BABA). The corrupt prompt keeps template, place and object:
+- `abc`: three other names, so that nothing says who repeats (no right answer; the default);
+- `flipped`: the other name repeats ("..., Mary gave a drink to"), so that the right answer is the clean prompt's subject;
+- `random`: two other names in the same pattern, so that the right answer is another name;
+- `swapped`: the first two names change places (ABBA <-> BABA), and the right answer stays: what moves is where it stands.
+Splits are disjoint by the names: a pair of names belongs to train, calibration or test by its SHA-256.
 """
 
 import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from workbench import seeds
-from workbench.errors import InputError
+from workbench.errors import InputError, nearest
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.wording import words_of
 
 NAMES = tuple(
     "Mary John Peter Paul James David Mark Tom Jane Laura Kate Anna Robert Michael Sarah Emma Daniel Alice George Henry Charles William Thomas "
@@ -31,6 +35,9 @@ TEMPLATES = (
     "As soon as {first} and {second} arrived at the {place}, {subject} brought a {thing} to",
 )
 
+Corruption = Literal["abc", "flipped", "random", "swapped"]
+Order = Literal["both", "abba", "baba"]
+
 
 def split_of(names: tuple[str, str]) -> Split:
     """The split of a pair of names: 60 % train, 20 % calibration, 20 % test, by SHA-256 of the unordered pair."""
@@ -42,6 +49,13 @@ def split_of(names: tuple[str, str]) -> Split:
 class IndirectObject:
     """The IOI task."""
 
+    corruption: Corruption = "abc"
+    """What the corrupt prompt changes; see the module's docstring."""
+    order: Order = "both"
+    """`abba` names the indirect object first, `baba` the subject; `both` takes turns."""
+    template: int | None = None
+    """One of the templates by number (prompts of one length, where all words are one token), or None for all."""
+
     name: ClassVar[str] = "ioi"
     stages: ClassVar[tuple[Stage, ...]] = (
         Stage(name="N", title="name mover", position="last"),
@@ -50,6 +64,20 @@ class IndirectObject:
         Stage(name="P", title="previous token", position="after_subject", into="I", composition="k"),
     )
     """Wang et al. 2022, figure 2, from the logits down; negative name movers show in the first stage with the other sign."""
+    words: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys([*(word for text in TEMPLATES for word in words_of(text)), *NAMES, *PLACES, *THINGS]))
+    """Every word of the task, for a word-level vocabulary."""
+
+    def __post_init__(self) -> None:
+        for field, value, known in (("corruption", self.corruption, get_args(Corruption)), ("order", self.order, get_args(Order))):
+            if value not in known:
+                raise InputError(f"IOI has no {field} {value!r}; {nearest(value, known)}")
+        if self.template is not None and not 0 <= self.template < len(TEMPLATES):
+            raise InputError(f"there is no template {self.template}; choose 0 to {len(TEMPLATES) - 1}, or None for all.")
+
+    @property
+    def keeps_answer(self) -> bool:
+        """Whether the corrupt prompt has the clean prompt's answer."""
+        return self.corruption == "swapped"
 
     @property
     def chance(self) -> float:
@@ -65,7 +93,7 @@ class IndirectObject:
             )
         draw, seen = seeds.chooser(seed, self.name, split), set()
         while len(seen) < scenes:
-            pair = self._pair(draw, split, names, places, things, swapped=len(seen) % 2 == 1)
+            pair = self._pair(draw, split, names, places, things, swapped=len(seen) % 2 == 1 if self.order == "both" else self.order == "baba")
             if pair.clean not in seen:
                 seen.add(pair.clean)
                 yield pair
@@ -78,14 +106,15 @@ class IndirectObject:
             if split_of((subject, recipient)) == split:
                 break
         words = {"place": draw.choice(places), "thing": draw.choice(things)}
-        template = draw.choice(TEMPLATES)
+        template = draw.choice(TEMPLATES) if self.template is None else TEMPLATES[self.template]
         order = {"first": subject, "second": recipient} if swapped else {"first": recipient, "second": subject}
         clean = template.format(**order, subject=subject, **words)
+        corrupt, corrupt_answer = self._corrupt(draw, order, subject, names, others)
         start, again = clean.index(f" {subject}") + 1, clean.rindex(f" {subject} ") + 1
         after = start + len(subject) + 1  # a space follows the name in every template
         return Pair(
             clean=clean,
-            corrupt=template.format(first=others[0], second=others[1], subject=others[2], **words),
+            corrupt=template.format(**corrupt, **words),
             answer=f" {recipient}",
             distractor=f" {subject}",
             positions={
@@ -94,4 +123,24 @@ class IndirectObject:
                 "after_subject": ((after, after + 1),),
                 "subject_again": ((again, again + len(subject)),),
             },
+            corrupt_answer=corrupt_answer,
         )
+
+    def _corrupt(
+        self, draw: random.Random, order: dict[str, str], subject: str, names: tuple[str, ...], others: list[str]
+    ) -> tuple[dict[str, str], str | None]:
+        """The names of the corrupt prompt, and its right answer where it has one."""
+        recipient = order["first"] if order["second"] == subject else order["second"]
+        match self.corruption:
+            case "abc":
+                return {"first": others[0], "second": others[1], "subject": others[2]}, None
+            case "flipped":
+                return {**order, "subject": recipient}, f" {subject}"
+            case "swapped":
+                return {"first": order["second"], "second": order["first"], "subject": subject}, f" {recipient}"
+            case "random":
+                new = others[:2]
+                while split_of((new[0], new[1])) != split_of((subject, recipient)):
+                    new = draw.sample([name for name in names if name not in (subject, recipient)], 2)
+                renamed = {subject: new[0], recipient: new[1]}
+                return {**{place: renamed[name] for place, name in order.items()}, "subject": new[0]}, f" {new[1]}"
