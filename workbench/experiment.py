@@ -258,7 +258,7 @@ class Experiment:
         """The backward search; each stage's scores are written as soon as they are there, and not computed again."""
         prompts = self.prompts.discovery
         files = {stage.name: self.folder.scores_file(name, f"path-{stage.name}") for stage in self.prompts.stages}
-        resumed = any(files[stage.name].parent.glob(f"{name}-path-*") for stage in self.prompts.stages)
+        resumed = any((self.folder.path / "scores").glob(f"{name}-path-*"))
         found = discovery.backward_search(model, prompts, self.prompts.stages, self.recipe.discovery, files=files)
         if not resumed:
             start = time.perf_counter()
