@@ -189,14 +189,17 @@ def study(options: argparse.Namespace) -> None:
     running.begin(resume=options.resume)
     running.run()
     print("\n" + text(summarise(running)))
+    report(options)
 
 
 def report(options: argparse.Namespace) -> None:
     """The page of a run folder."""
     from workbench.plots.run import run_report
+    from workbench.plots.study import study_report
 
     page = options.out / "report.html"
-    storage.write_text(page, run_report(RunFolder(options.out)))
+    is_study = (options.out / "study.json").exists()
+    storage.write_text(page, study_report(options.out) if is_study else run_report(RunFolder(options.out)))
     log.info("report: %s", page)
 
 

@@ -11,6 +11,7 @@ out/
 """
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +158,8 @@ class Study:
             self._teacher = experiment.teacher
         experiment.teacher = self._teacher
         experiment.begin(resume=True)
+        for other in self._experiments.values():
+            _share_teacher(other.folder.path, experiment.folder.path)
         log.info("student %s", name)
         experiment.match()
         self._experiments[name] = experiment
@@ -205,6 +208,14 @@ class Study:
         storage.write_json(
             file, {"circuit": anew.to_json(), "against_untrained": compare(before, anew).to_json(), "teacher_overlap": overlap, "seed": seed}
         )
+
+
+def _share_teacher(found: Path, wanting: Path) -> None:
+    """What was found in the teacher for one student serves the others."""
+    for file in sorted([*found.glob("scores/teacher-*"), *found.glob("circuits/teacher*")]):
+        target = wanting / file.relative_to(found)
+        if not target.exists():
+            storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
 
 
 def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
