@@ -86,7 +86,7 @@ def test_a_study_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pyt
     assert main(["report", "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     assert "short, 6 scenes" in page
-    assert "circuit / CE + CKA" in page
+    assert "circuit_ce_cka" in page
 
 
 def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
