@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench import seeds
 from workbench.errors import InputError
-from workbench.similarity.cka import linear_cka, pairwise_linear_cka, shuffled_floor
+from workbench.similarity.cka import linear_cka, pairwise_linear_cka, pairwise_traces, shuffled_floor
 
 ESTIMATORS: list[Any] = ["biased", "debiased"]
 SMALL = (
@@ -150,3 +150,15 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_too_few_examples_are_refused(estimator: Any, m: int) -> None:
     with pytest.raises(InputError, match="examples"):
         linear_cka(gaussian(m, 2), gaussian(m, 2), estimator=estimator)
+
+
+@pytest.mark.parametrize(("heads", "m", "width"), [((3, 4), 150, 5), ((6, 7), 130, 40), ((2, 2), 64, 3), ((5, 5), 65, 60)])
+def test_all_pairs_are_what_each_pair_is_alone_in_feature_space_and_on_gram_matrices(heads, m, width):
+    """Few narrow sets go through feature space, many wide ones through Gram matrices in blocks of rows that need not divide m."""
+    draw = seeds.generator(0, "pairs")
+    x, y = (torch.randn(count, m, width, generator=draw, dtype=torch.float64) for count in heads)
+    traces = torch.stack([torch.stack([((a @ a.T) * (b @ b.T)).sum() for b in y]) for a in x])
+    torch.testing.assert_close(pairwise_traces(x, y), traces)
+    for estimator in ESTIMATORS:
+        alone = torch.stack([torch.stack([linear_cka(a, b, estimator=estimator) for b in y]) for a in x])
+        torch.testing.assert_close(pairwise_linear_cka(x, y, estimator=estimator), alone)

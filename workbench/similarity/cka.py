@@ -19,6 +19,10 @@ from workbench.similarity.rows import Count, Features, Mask, Others, Value, quot
 Estimator = Literal["biased", "debiased"]
 
 
+ROWS = 64
+"""Rows of a Gram matrix that are computed at a time for all sets."""
+
+
 def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased", mask: Mask | None = None) -> Value:
     """CKA of X [*batch m p] and Y [*batch m q], differentiable in both.
 
@@ -80,7 +84,7 @@ def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimato
 def pairwise_linear_cka(
     x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased", mask: Bool[Tensor, " m"] | None = None
 ) -> Float[Tensor, "a b"]:
-    """CKA of every X with every Y: one matrix product for each X, and each self-term once. One mask for all pairs. Errors as `linear_cka`."""
+    """CKA of every X with every Y, each self-term once. One mask for all pairs. Errors as `linear_cka`."""
     if mask is not None:
         x, y = x[:, mask], y[:, mask]
     rows_counted(x, None, least=fewest_rows(estimator), measure=f"{estimator} CKA")
@@ -93,8 +97,23 @@ def pairwise_linear_cka(
 
 def pairwise_hsic(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
     """HSIC of every X with every Y, of X with itself and of Y with itself, each [a b], of centered features."""
-    m, others = x.shape[-2], y.transpose(0, 1).flatten(1)
-    trace = torch.stack([(one.mT @ others).unflatten(1, y.shape[::2]).square().sum((0, 2)) for one in x])
+    m, trace = x.shape[-2], pairwise_traces(x, y)
     k, l = x.square().sum(-1), y.square().sum(-1)
     xy = _estimate(trace, k @ l.mT, k.sum(-1)[:, None] * l.sum(-1)[None], m, estimator)
     return xy, hsic(x, x, m, estimator)[:, None].expand_as(xy), hsic(y, y, m, estimator)[None].expand_as(xy)
+
+
+def pairwise_traces(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"]) -> Float[Tensor, "a b"]:
+    """tr(K L) of every X with every Y, by whichever takes fewer operations: a b p q m in feature space, or half of m^2 (a p + b q + a b) on Gram
+    matrices, where a pair is a dot product once each set has its matrix (a block of rows at a time, the symmetric half of it)."""
+    (a, m, p), (b, _, q) = x.shape, y.shape
+    if a * b * p * q <= m * (a * p + b * q + a * b) / 2:
+        others = y.transpose(0, 1).flatten(1)
+        return torch.stack([(one.mT @ others).unflatten(1, y.shape[::2]).square().sum((0, 2)) for one in x])
+    total = x.new_zeros(a, b)
+    for start in range(0, m, ROWS):
+        rows, beyond = slice(start, start + ROWS), slice(start + ROWS, None)
+        for columns, weight in ((rows, 1), (beyond, 2)):
+            k, l = (each[:, rows] @ each[:, columns].mT for each in (x, y))
+            total = total + weight * (k.flatten(1) @ l.flatten(1).mT)
+    return total
