@@ -1,5 +1,6 @@
 """Matching by ablation impact: the paper's rule by hand, the other rules, the controls, and a permuted student matched back."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from workbench.alignment import aligned_pairs, floor_warning, head_similarity, p
 from workbench.circuits.circuit import Circuit, Member, random_circuit
 from workbench.errors import InputError
 from workbench.matching import HeadMap, MatchingConfig, match_heads
+from workbench.matching.distances import DISTANCES, Evidence
 from workbench.metrics import METRICS
 from workbench.models import Teacher
 from workbench.patching.ablation import ablation_profiles, reference_means
@@ -77,8 +79,6 @@ def test_controls_are_seeded_and_differ_from_the_match() -> None:
 def test_refusals_name_the_remedy() -> None:
     with pytest.raises(InputError, match=r"student's circuit is empty.*least_effect"):
         match_heads(STUDENT, TEACHER, circuit(), THEIRS, MatchingConfig())
-    with pytest.raises(InputError, match="many-to-one"):
-        match_heads(STUDENT, TEACHER, OURS, circuit("L0H0"), MatchingConfig(one_to_one=True))
     with pytest.raises(InputError, match="same pairs"):
         match_heads(
             STUDENT,
@@ -92,6 +92,20 @@ def test_refusals_name_the_remedy() -> None:
         match_heads(unmeasured, TEACHER, OURS, THEIRS, MatchingConfig())
     with pytest.raises(InputError, match="not a head map"):
         HeadMap.from_json({"matches": [{"student": "L0H0"}]})
+
+
+def test_one_to_one_leaves_the_heads_that_fit_worst_where_the_teacher_has_fewer() -> None:
+    """Two teacher heads: of all ways to give them to two student heads, the one with the least sum of distances."""
+    few = circuit(*map(str, THEIRS.heads[:2]))
+    found = match_heads(STUDENT, TEACHER, OURS, few, MatchingConfig(one_to_one=True))
+    evidence = Evidence(student=STUDENT, teacher=TEACHER, ours=OURS.heads, theirs=few.heads, similarity=None, similarities=None)
+    costs = DISTANCES["paper"](evidence)
+    ways = itertools.permutations(range(len(OURS.heads)), 2)
+    best = min(float(costs[first, 0] + costs[second, 1]) for first, second in ways)
+    assert len(found.matches) == 2
+    assert sum(match.distance or 0.0 for match in found.matches) == pytest.approx(best)
+    assert set(found.unmatched) == set(OURS.heads) - {match.student for match in found.matches}
+    assert len(found.unmatched) == len(OURS.heads) - 2 > 0
 
 
 def test_json_round_trip() -> None:

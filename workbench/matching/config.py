@@ -26,7 +26,7 @@ class MatchingConfig:
     metric: Literal["accuracy", "log_probability", "probability", "logit_difference"] = "accuracy"
     """What an impact is measured in; the paper uses accuracy, continuous metrics have fewer ties."""
     one_to_one: bool = False
-    """Assign each teacher head at most once (optimal assignment); the paper allows many-to-one."""
+    """Assign each teacher head at most once (optimal assignment), student heads that are left over none; the paper allows many-to-one."""
     combine: dict[Distance, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Distances and their weights, e.g. `{similarity: 1.0, profile: 0.5}`: summed for rule `combined`, and inside a group for rule `role`
     (there empty means the paper's distance)."""
