@@ -181,14 +181,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def study(options: argparse.Namespace) -> None:
-    """A study and its summary."""
+    """A study, then its summary and page; `report` writes those of the cells that are finished while it runs."""
     from workbench.study.grid import Study, read_study
-    from workbench.study.summary import summarise, text
 
     running = Study(read_study(options.recipe, overrides=_overrides(options.set)), options.out)
     running.begin(resume=options.resume)
     running.run()
-    print("\n" + text(summarise(running)))
     report(options)
 
 
@@ -198,8 +196,14 @@ def report(options: argparse.Namespace) -> None:
     from workbench.plots.study import study_report
 
     page = options.out / "report.html"
-    is_study = (options.out / "study.json").exists()
-    storage.write_text(page, study_report(options.out) if is_study else run_report(RunFolder(options.out)))
+    if (options.out / "study.json").exists():
+        from workbench.study.grid import opened_study
+        from workbench.study.summary import summarise, text
+
+        print("\n" + text(summarise(opened_study(options.out))))
+        storage.write_text(page, study_report(options.out))
+    else:
+        storage.write_text(page, run_report(RunFolder(options.out)))
     log.info("report: %s", page)
 
 

@@ -78,6 +78,11 @@ def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -
     return parse_config(StudyConfig, read_yaml(source), overrides=overrides)
 
 
+def opened_study(path: Path) -> "Study":
+    """The study that a folder holds. Errors: `InputError` when it holds none."""
+    return Study(parse_config(StudyConfig, storage.read_json(path / "study.json")["study"]), path)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One student at one data size: its experiment at the chosen lambda."""
