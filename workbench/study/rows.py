@@ -108,8 +108,12 @@ def table(results: Sequence[ConditionResult]) -> str:
         "p vs full CE",
         "p vs circuit CE",
     )
-    lines = [head, *(_cells(row) for row in results)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return in_columns([head, *(_cells(row) for row in results)])
+
+
+def in_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text, each column as wide as its widest cell, a rule under the first line."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 

@@ -19,7 +19,7 @@ from workbench.errors import InputError
 from workbench.experiment import CONDITIONS
 from workbench.statistics import compared, mean_interval
 from workbench.study.grid import Cell, Study, starting_similarity
-from workbench.study.rows import COMPARED_WITH, TITLES, ConditionResult, collect
+from workbench.study.rows import COMPARED_WITH, TITLES, ConditionResult, collect, in_columns
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
 
@@ -178,10 +178,7 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
         "p",
         "steps",
     )
-    lines = [head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    written = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title, written[0], "-" * len(written[0]), *written[1:]])
+    return "\n".join([title, in_columns([head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())])])
 
 
 def _condition_text(name: str, found: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:
