@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from workbench.circuits import discovery
 from workbench.cli import main
 from workbench.errors import InputError
 from workbench.experiment import Experiment
@@ -115,6 +116,31 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(recipe: Path, tmp_
     assert summarise(resumed) == expected
     arms = 2 * (2 + 1 + 3 * 2)  # for each student: two lambdas, the base once, three conditions of two seeds
     assert len(trained) == arms + 1, "only the one that was interrupted is begun again"
+
+
+def test_one_student_under_several_methods(value: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = value["students"]["short"]
+    other = {**plain, "overrides": {"alignment.positions": "last", "matching": {"rule": "similarity", "one_to_one": True}}}
+    path, searched, search = tmp_path / "methods.yaml", [], discovery.backward_search
+
+    def counting(model: Any, *rest: Any, **settings: Any) -> Any:
+        searched.append(model)
+        return search(model, *rest, **settings)
+
+    monkeypatch.setattr(discovery, "backward_search", counting)
+    path.write_text(yaml.safe_dump({**value, "students": {"plain": plain, "other": other}, "weights": [0.5], "validation_seeds": [], "anew": []}))
+    study = Study(read_study(path), tmp_path / "study")
+    study.begin(resume=False)
+    study.run()
+    assert len(searched) == 2, "teacher and student, once each"
+    assert not list((tmp_path / "study").glob("*/*/weight-*")), "a single lambda needs no choice"
+    first, second = (cell["conditions"] for cell in summarise(study)["cells"])
+    assert first["base"]["full"] == second["base"]["full"]
+    assert first["circuit_ce"]["full"] == second["circuit_ce"]["full"], "cross-entropy alone does not see how heads are aligned"
+    maps = [json.loads((tmp_path / "study" / name / "head_map.json").read_text()) for name in ("plain", "other")]
+    assert maps[0] != maps[1]
+    recipes = [json.loads((tmp_path / "study" / name / "run.json").read_text())["recipe"]["alignment"]["positions"] for name in ("plain", "other")]
+    assert recipes == ["own", "last"]
 
 
 def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:

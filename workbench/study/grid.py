@@ -44,6 +44,8 @@ class StudentConfig:
     """Directory or hub id."""
     teacher_layers: tuple[int, ...] | None = None
     """Which of the teacher's layers the student's came from, where it is of its lineage: circuits can then be compared head by head."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys of the recipe for this student alone, e.g. `alignment.positions: last`: the same model under several methods."""
 
 
 @validated(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -59,8 +61,8 @@ class StudyConfig:
     train_scenes: tuple[Annotated[int, Field(ge=1)], ...]
     """Data sizes, scarce to ample."""
     weights: tuple[Annotated[float, Field(gt=0)], ...]
-    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts."""
-    validation_seeds: tuple[int, ...]
+    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts; a single one is taken as it is."""
+    validation_seeds: tuple[int, ...] = ()
     """Training seeds of the choice of lambda; none of them is among `seeds`."""
     seeds: tuple[int, ...]
     conditions: tuple[Condition, ...]
@@ -71,6 +73,8 @@ class StudyConfig:
         shared = set(self.seeds) & set(self.validation_seeds)
         if shared:
             raise InputError(f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the results.")
+        if len(self.weights) > 1 and not self.validation_seeds:
+            raise InputError("lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single weight.")
 
 
 def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -> StudyConfig:
@@ -105,7 +109,6 @@ class Study:
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
         if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
             raise InputError("a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every in `overrides`.")
-        self._teacher: Any = None
         self._experiments: dict[str, Experiment] = {}
 
     def begin(self, *, resume: bool) -> None:
@@ -116,7 +119,7 @@ class Study:
             return
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
-        if storage.read_json(file)["study"] != described:
+        if parse_config(StudyConfig, storage.read_json(file)["study"]) != self.config:
             raise InputError(f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another --out.")
 
     def run(self) -> None:
@@ -157,22 +160,31 @@ class Study:
         """A student's experiment with circuits and head map."""
         if name in self._experiments:
             return self._experiments[name]
-        recipe = replace(self.recipe, student=self.config.students[name].source)
-        experiment = Experiment(recipe, RunFolder(self.path / name))
-        if self._teacher is None:
-            self._teacher = experiment.teacher
-        experiment.teacher = self._teacher
+        student = self.config.students[name]
+        own = read_recipe(self.config.recipe, overrides=_dotted(self.config.overrides) | _dotted(student.overrides))
+        experiment = Experiment(replace(own, student=student.source), RunFolder(self.path / name))
+        self._share_models(experiment)
         experiment.begin(resume=True)
         for other in self._experiments.values():
-            _share_teacher(other.folder.path, experiment.folder.path)
+            _share_found(other, experiment)
         log.info("student %s", name)
         experiment.match()
         self._experiments[name] = experiment
         return experiment
 
+    def _share_models(self, experiment: Experiment) -> None:
+        """Models that are loaded already are not loaded again."""
+        for other in self._experiments.values():
+            if _alike(other.recipe, experiment.recipe, "teacher", "device", "dtype"):
+                experiment.teacher = other.teacher
+                if other.recipe.student == experiment.recipe.student:
+                    experiment.student = other.student
+
     def _chosen(self, base: Experiment, scenes: int) -> Experiment:
         trial = f"scenes-{scenes}"
         file = base.folder.path / trial / "weight.json"
+        if not file.exists() and len(self.config.weights) == 1:
+            storage.write_json(file, {"weight": self.config.weights[0], "validation_accuracy": {}})
         if not file.exists():
             accuracies = {weight: self._validated(base, scenes, weight) for weight in self.config.weights}
             means = {weight: sum(values) / len(values) for weight, values in accuracies.items()}
@@ -215,12 +227,21 @@ class Study:
         )
 
 
-def _share_teacher(found: Path, wanting: Path) -> None:
-    """What was found in the teacher for one student serves the others."""
-    for file in sorted([*found.glob("scores/teacher-*"), *found.glob("circuits/teacher*")]):
-        target = wanting / file.relative_to(found)
-        if not target.exists():
-            storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
+def _alike(first: Recipe, second: Recipe, *keys: str) -> bool:
+    return all(getattr(first, key) == getattr(second, key) for key in keys)
+
+
+def _share_found(found: Experiment, wanting: Experiment) -> None:
+    """Scores and circuits that a study has found already in the same model, by the same search, serve again."""
+    first, second = found.recipe, wanting.recipe
+    searched = _alike(first, second, "teacher", "device", "dtype", "data", "stages", "discovery", "evaluation")
+    if not searched or first.matching.metric != second.matching.metric:
+        return
+    for model in ("teacher", "student") if first.student == second.student else ("teacher",):
+        for file in sorted([*found.folder.path.glob(f"scores/{model}-*"), *found.folder.path.glob(f"circuits/{model}*")]):
+            target = wanting.folder.path / file.relative_to(found.folder.path)
+            if not target.exists():
+                storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
 
 
 def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:

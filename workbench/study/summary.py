@@ -114,7 +114,7 @@ def _outcomes(study: Study, cell: Cell, condition: str) -> list[Outcomes]:
 
 def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
     """Every condition against another one: full accuracy and circuit accuracy."""
-    second, scene = _outcomes(study, cell, other), len(cell.experiment.prompts.test) // study.recipe.data.test_scenes
+    second, scene = _outcomes(study, cell, other), len(cell.experiment.prompts.test) // cell.experiment.recipe.data.test_scenes
     found = {}
     for condition in study.config.conditions:
         if condition != other:
