@@ -784,7 +784,7 @@ def test_loading_a_mis_wired_model_is_refused(model_folder: ModelFolder, monkeyp
     """What `load` compares with is the plain model, not the hooked one."""
     from workbench import models
 
-    wire = models._hooked
+    wire = models.hooked_model
 
     def mis_wire(*args: Any) -> Any:
         hooked = wire(*args)
@@ -792,7 +792,7 @@ def test_loading_a_mis_wired_model_is_refused(model_folder: ModelFolder, monkeyp
         parameter.data = parameter.data.flip(0)
         return hooked
 
-    monkeypatch.setattr(models, "_hooked", mis_wire)
+    monkeypatch.setattr(models, "hooked_model", mis_wire)
     with pytest.raises(InputError, match="fails the self-check: its logits differ"):
         Teacher.load(model_folder("llama"))
     Teacher.load(model_folder("llama"), check=False)
