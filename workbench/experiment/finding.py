@@ -11,6 +11,7 @@ from workbench.experiment.setting import Setting
 from workbench.metrics import METRICS
 from workbench.models import HookedModel
 from workbench.patching.ablation import ablation_profiles, plain_logits
+from workbench.patching.attribution import exact_edges
 from workbench.refs import Head
 from workbench.scores import Scores
 
@@ -44,6 +45,7 @@ class Finding(Setting):
             "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
         )
         self._examine(name, model, circuit, ranking)
+        self._connect(name, model, circuit)
         storage.write_json(self.folder.circuit_file(name), circuit.to_json())  # last: it says that this stage is done
         return circuit
 
@@ -76,6 +78,13 @@ class Finding(Setting):
             "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random %.2f)",
             name, report.circuit_accuracy, report.full_accuracy, report.random_circuit_accuracy, curve.cpr, curve.random_cpr[0], curve.cmd, curve.random_cmd[0],
         )  # fmt: skip
+
+    def _connect(self, name: str, model: HookedModel, circuit: Circuit) -> None:
+        """Exact path effects of the circuit's heads on each other and on the logits, where the recipe wants them."""
+        if self.recipe.evaluation.edges and circuit.heads:
+            prompts, metric = self.prompts.discovery.rows(slice(0, self.recipe.evaluation.edges)), self.recipe.discovery.metric
+            unit, file = metric.replace("_", " "), self.folder.scores_file(name, "edges")
+            exact_edges(model, prompts, metric=METRICS[metric], unit=unit, senders=circuit.heads, file=file)
 
     def _profiles(self, name: str, model: HookedModel) -> dict[str, Scores]:
         wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 
 from workbench import storage
-from workbench.alignment import AlignedPair, PairCka, aligned_influence, aligned_pairs, floor_warning, head_similarities, pair_ckas
+from workbench.alignment import AlignedPair, PairCka, aligned_influence, aligned_pairs, circuit_ckas, floor_warning, head_similarities, pair_ckas
 from workbench.errors import InputError
 from workbench.experiment.conditions import ConditionSpec
 from workbench.experiment.finding import Finding
 from workbench.experiment.setting import NO_STUDENT
 from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rule
 from workbench.models import HookedModel
+from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
 
 log = logging.getLogger("workbench")
@@ -50,6 +51,11 @@ class Matching(Finding):
     def ckas(self, student: HookedModel, head_map: HeadMap, prompts: PromptPairs) -> list[PairCka]:
         """Debiased CKA of each pair on some prompts with its shuffled floor."""
         return pair_ckas(student, self.teacher, prompts, self.aligned(head_map), activation=self.recipe.alignment.activation)
+
+    def circuit_ckas(self, student: HookedModel, prompts: PromptPairs) -> Scores:
+        """Debiased CKA of all pairs of circuit heads on some prompts, and the same with the prompts shuffled: [student teacher draw]."""
+        circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
+        return circuit_ckas(student, self.teacher, prompts, *circuits, activation=self.recipe.alignment.activation)
 
     def head_map_of(self, spec: ConditionSpec, seed: int) -> HeadMap:
         """The map that a condition aligns by: the matched one, or another one (by another rule, or drawn with the seed) of the same student heads."""
