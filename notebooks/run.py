@@ -30,7 +30,8 @@ def stripped(notebook: Any) -> Any:
             cell.execution_count = None
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
-                output.pop("execution_count", None)
+                if "execution_count" in output or output["output_type"] == "execute_result":
+                    output["execution_count"] = None  # the format wants the key
                 for kind in ("application/vnd.plotly.v1+json", "text/html"):
                     if "image/png" in output.get("data", {}):
                         output.data.pop(kind, None)

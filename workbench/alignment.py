@@ -115,6 +115,17 @@ class PairCka:
             "rows": self.rows,
         }
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PairCka":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        try:
+            student, teacher = Head.parse(value["student"]), Head.parse(value["teacher"])
+            ours, theirs = tuple(value["student_positions"]), tuple(value["teacher_positions"])
+            pair = AlignedPair(student=student, teacher=teacher, student_positions=ours, teacher_positions=theirs)
+            return cls(pair=pair, **{name: value[name] for name in ("cka", "floor", "floor_high", "rows")})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"this is not the CKA of a pair ({error!r}); run `workbench match` or `workbench evaluate` again.") from None
+
 
 def pair_ckas(
     student: HookedModel,
@@ -189,27 +200,69 @@ def head_similarities(
 ) -> Similarities:
     """Prompts (by index) -> `head_similarity` on them alone; the models run once, on all prompts."""
     require_fitting(measure, activation)
-    ours, theirs = student_circuit.heads, teacher_circuit.heads
-    labels = {"student": tuple(map(str, ours)), "teacher": tuple(map(str, theirs))}
-    found = [
-        model.activations(prompts.clean, prompts.mask, hook_names(heads, activation))[1] for model, heads in ((student, ours), (teacher, theirs))
-    ]
-    weights = output_weights(student, ours, activation), output_weights(teacher, theirs, activation)
+    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation)
 
     def on(some: Int[Tensor, " rows"]) -> Scores:
-        chosen = torch.isin(torch.arange(len(prompts)), some)[:, None].to(prompts.clean.device)
-        candidates: dict[tuple[Position, ...], Tensor] = {}
-        values = []
-        for head in ours:
-            scope = student_circuit.scope[head]
-            where = place(prompts, scope) & chosen
-            if scope not in candidates:
-                candidates[scope] = torch.stack([head_rows(weights[1], found[1], other, where) for other in theirs])
-            mine = head_rows(weights[0], found[0], head, where)[None]
-            values.append(pairwise_similarity(mine, candidates[scope], measure=measure, estimator="debiased")[0])
-        return Scores(values=torch.stack(values).detach(), axes=("student", "teacher"), labels=labels, unit=unit(measure, "debiased"))
+        values = rows.blank()
+        for places, x, y in rows.by_scope(some):
+            values[places] = pairwise_similarity(x, y, measure=measure, estimator="debiased").to(values.dtype)
+        return Scores(values=values, axes=("student", "teacher"), labels=rows.labels, unit=unit(measure, "debiased"))
 
     return on
+
+
+def circuit_ckas(
+    student: HookedModel,
+    teacher: HookedModel,
+    prompts: PromptPairs,
+    student_circuit: Circuit,
+    teacher_circuit: Circuit,
+    *,
+    activation: Activation = "z",
+    shuffles: int = 8,
+    seed: int = 0,
+) -> Scores:
+    """Debiased CKA of every circuit head of the student with every one of the teacher, beside its floor: [student teacher draw].
+
+    The first draw (`paired`) is the CKA, the others are the same with the teacher's rows shuffled. Read where the student's head acts, as `head_similarity`.
+    """
+    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation)
+    values = torch.stack([rows.blank() for _ in range(shuffles + 1)], -1)
+    for places, x, y in rows.by_scope(torch.arange(len(prompts))):
+        orders = [torch.arange(y.shape[1]), *(torch.randperm(y.shape[1], generator=seeds.generator(seed, "floor", draw)) for draw in range(shuffles))]
+        values[places] = torch.stack([pairwise_similarity(x, y[:, order], estimator="debiased") for order in orders], -1).to(values.dtype)
+    draws = ("paired", *(f"shuffled {draw}" for draw in range(shuffles)))
+    return Scores(values=values, axes=("student", "teacher", "draw"), labels={**rows.labels, "draw": draws}, unit=unit("linear_cka", "debiased"))
+
+
+class _CircuitRows:
+    """The activations of two circuits' heads on the same prompts, read where the student's heads act; the models run once."""
+
+    def __init__(
+        self, student: HookedModel, teacher: HookedModel, prompts: PromptPairs, ours: Circuit, theirs: Circuit, activation: Activation
+    ) -> None:
+        self.prompts, self.ours, self.theirs = prompts, ours, theirs
+        sides = ((student, ours.heads), (teacher, theirs.heads))
+        self.found = [model.activations(prompts.clean, prompts.mask, hook_names(heads, activation))[1] for model, heads in sides]
+        self.weights = [output_weights(model, heads, activation) for model, heads in sides]
+        self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}
+
+    def blank(self) -> Float[Tensor, "student teacher"]:
+        """A matrix to fill."""
+        some = next(iter(self.found[0].values()))
+        shape, dtype = (len(self.ours.heads), len(self.theirs.heads)), torch.promote_types(some.dtype, torch.float32)
+        return torch.full(shape, torch.nan, dtype=dtype, device=some.device)
+
+    def by_scope(self, some: Int[Tensor, " rows"]) -> Iterator[tuple[list[int], Float[Tensor, "a m p"], Float[Tensor, "b m q"]]]:
+        """For each set of positions: the student heads that act there (by place in the circuit) and their rows, and those of all teacher heads."""
+        chosen = torch.isin(torch.arange(len(self.prompts)), some)[:, None].to(self.prompts.clean.device)
+        for scope in dict.fromkeys(self.ours.scope[head] for head in self.ours.heads):
+            where = place(self.prompts, scope) & chosen
+            places = [at for at, head in enumerate(self.ours.heads) if self.ours.scope[head] == scope]
+            yield places, self._rows(0, [self.ours.heads[at] for at in places], where), self._rows(1, self.theirs.heads, where)
+
+    def _rows(self, side: int, heads: Sequence[Head], where: Tensor) -> Float[Tensor, "head m features"]:
+        return torch.stack([head_rows(self.weights[side], self.found[side], head, where) for head in heads]).detach()
 
 
 def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:

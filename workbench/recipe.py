@@ -112,6 +112,8 @@ class EvaluationConfig:
     random_circuits: Annotated[int, Field(ge=1)] = 5
     curve: bool = True
     """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it."""
+    edges: Annotated[int, Field(ge=0)] = 0
+    """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its graph; 0: not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

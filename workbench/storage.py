@@ -15,6 +15,12 @@ from torch import Tensor
 from workbench.errors import InputError
 
 
+def located(name: str) -> str:
+    """A relative path of the working directory, else of the project's root; anything else as it is."""
+    inside = Path(__file__).parents[1] / name
+    return str(inside) if not Path(name).exists() and inside.exists() else name
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file in the same folder, flush it to disk, then rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from plotly import graph_objects as go
 from workbench.alignment import AlignedPair, PairCka, aligned_pairs, head_similarity, pair_ckas
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.discovery import DiscoveryConfig, backward_search
-from workbench.experiment import located
 from workbench.matching import MatchingConfig, match_heads
 from workbench.metrics import METRICS
 from workbench.models import HookedModel, Teacher
@@ -27,6 +26,7 @@ from workbench.plots.theme import DARK, LIGHT, Theme
 from workbench.readouts.attribution import direct_logit_attribution
 from workbench.readouts.lens import lens_scores, logit_lens
 from workbench.readouts.patterns import attention_patterns
+from workbench.storage import located
 from workbench.tasks.base import PromptPairs, Stage, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 

@@ -55,7 +55,8 @@ def loss_bands(
     _panels(figure, shown)
     remark = f"Lines: means over seeds{f', smoothed over {smoothing} steps' if smoothing > 1 else ''}. Bands: 95 % intervals of the mean over seeds."
     single = [escaped(condition_title(name)) for name, runs in conditions.items() if len(runs) < 2]
-    remarks = [remark, *([f"One seed, so no band: {', '.join(single)}."] if single else [])]
+    alone = "One seed each, so no bands." if len(single) == len(conditions) else f"One seed, so no band: {', '.join(single)}."
+    remarks = [remark, *([alone] if single else [])]
     titled(figure, title, remarks, theme, width=WIDTH, height=250 * len(shown) + 60 + 22 * len(named))
     figure.update_layout(margin={"b": 60 + 22 * len(named)})
     return with_table(figure, pd.concat(frames, ignore_index=True))

@@ -10,12 +10,11 @@ from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.matching import HeadMap
 from workbench.plots.export import with_table
-from workbench.plots.matching import at_floor
-from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled
+from workbench.plots.matrices import Grid, drawn
+from workbench.plots.theme import LIGHT, Theme, escaped, titled
 from workbench.refs import Head
 from workbench.scores import Scores
 
-CELL, LEFT = 24, 110
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 
 
@@ -25,49 +24,9 @@ def cka_matrix(ckas: Sequence[PairCka], *, head_map: HeadMap | None = None, them
     A cross marks pairs that are no more alike than with prompts shuffled; frames mark the pairs of `head_map`.
     Errors: `InputError` for no pairs, or a pair that is given twice.
     """
-    known = {(cka.pair.student, cka.pair.teacher): cka for cka in ckas}
-    if not known or len(known) < len(ckas):
-        raise InputError("a CKA matrix needs each pair of heads once, and at least one; measure them with `pair_ckas`.")
-    ours, theirs = sorted({student for student, _ in known}), sorted({teacher for _, teacher in known})
-    rows = [[known.get((student, teacher)) for teacher in theirs] for student in ours]
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=[[cka and cka.cka for cka in row] for row in rows], coloraxis="coloraxis", xgap=1, ygap=1, name="CKA",
-        hoverinfo="text", hovertext=[[_about(cka) for cka in row] for row in rows],
-    )  # fmt: skip
-    crosses = [(x, y) for y, row in enumerate(rows) for x, cka in enumerate(row) if cka and at_floor(cka)]
-    figure.add_scatter(
-        x=[x for x, _ in crosses], y=[y for _, y in crosses], mode="markers", hoverinfo="skip", showlegend=False, name="at the floor",
-        marker={"symbol": "x-thin", "size": 6, "line": {"width": 1, "color": theme.muted}},
-    )  # fmt: skip
-    for student, teacher in head_map.pairs if head_map else ():
-        if student in ours and teacher in theirs:
-            x, y = theirs.index(teacher), ours.index(student)
-            edges = {"x0": x - 0.46, "x1": x + 0.46, "y0": y - 0.46, "y1": y + 0.46}
-            figure.add_shape(type="rect", line={"color": theme.helps, "width": 2.5}, name=f"{student}~{teacher}", **edges)
-    plain = {"showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": 11}}
-    cell = max(15, min(CELL, 640 // len(theirs)))
-    across = cell * len(theirs)
-    bar = {"title": {"text": "CKA", "side": "top"}, "thickness": 12, "outlinewidth": 0, "tickvals": [0, 0.5, 1]}
-    figure.update_layout(
-        coloraxis={"cmin": 0, "cmax": 1, "colorscale": colour_scale(theme.wash), "colorbar": bar},
-        xaxis={**plain, "tickvals": list(range(len(theirs))), "ticktext": list(map(str, theirs)), "title": "teacher head", "tickangle": 90, "range": (-0.5, len(theirs) - 0.5)},
-        yaxis={**plain, "tickvals": list(range(len(ours))), "ticktext": list(map(str, ours)), "title": "student head", "range": (-0.5, len(ours) - 0.5)},
-        plot_bgcolor=theme.missing,
-    )  # fmt: skip
-    width = max(640, across + LEFT + 90)
-    titled(figure, title, _remarks(list(known.values()), head_map), theme, width=width, height=cell * len(ours) + 80)
-    figure.update_layout(margin={"l": LEFT, "b": 80, "r": width - LEFT - across}, plot_bgcolor=theme.missing)
-    return with_table(figure, pd.DataFrame([_row(cka, head_map) for cka in known.values()]))
-
-
-def _about(cka: PairCka | None) -> str:
-    if cka is None:
-        return ""
-    return (
-        f"<b>{cka.pair.student} and {cka.pair.teacher}</b><br>CKA {cka.cka:.3f}<br>"
-        f"with prompts shuffled {cka.floor:.3f}, highest {cka.floor_high:.3f}<br>{cka.rows} rows"
-    )
+    grid = Grid.of_pairs(ckas)
+    figure = drawn([("", grid)], head_map, theme, title, _remarks(ckas, head_map))
+    return with_table(figure, grid.to_frame(head_map))
 
 
 def _remarks(ckas: Sequence[PairCka], head_map: HeadMap | None) -> list[str]:
@@ -76,20 +35,6 @@ def _remarks(ckas: Sequence[PairCka], head_map: HeadMap | None) -> list[str]:
     over = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
     remark = f"Over {over} rows. Floor, with prompts shuffled: mean {floor:.2f}, highest {high:.2f}; a cross: no higher than its own floor's highest."
     return [remark, *(["Framed: matched pairs."] if head_map else [])]
-
-
-def _row(cka: PairCka, head_map: HeadMap | None) -> dict[str, object]:
-    pair = (cka.pair.student, cka.pair.teacher)
-    matched = {"matched": pair in set(head_map.pairs)} if head_map else {}
-    return {
-        "student": str(pair[0]),
-        "teacher": str(pair[1]),
-        "cka": cka.cka,
-        "floor": cka.floor,
-        "floor_high": cka.floor_high,
-        "rows": cka.rows,
-        **matched,
-    }
 
 
 def impact_scatter(

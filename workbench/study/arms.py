@@ -58,6 +58,8 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
     folder, is_teacher = experiment.folder.condition(condition, seed), condition == "teacher"
     report, outcomes = experiment.evaluate(model, experiment.folder.circuit("teacher" if is_teacher else "student"))
     ckas = [] if is_teacher else experiment.ckas(model, experiment.folder.head_map(), experiment.prompts.test)
+    if not is_teacher:
+        experiment.circuit_ckas(model, experiment.prompts.test).save(folder / "circuit_ckas.safetensors")
     cka, floor = mean_cka_and_floor(ckas)
     total = sum(parameter.numel() for parameter in model.parameters().values())
     result = ConditionResult(

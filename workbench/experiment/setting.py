@@ -1,0 +1,82 @@
+"""What every stage needs: a recipe's models, prompts and ablations, and the run folder that it works in."""
+
+import functools
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from workbench.circuits import evaluation
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError
+from workbench.experiment.prompts import Prompts
+from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
+from workbench.patching.ablation import ReferenceMeans, Replacement, counterfactual_outputs, plain_logits, reference_means
+from workbench.recipe import Recipe, to_plain
+from workbench.runs import RunFolder
+from workbench.storage import located
+
+NO_STUDENT = "this recipe names no student; add `student: <directory or hub id>`."
+
+Same = TypeVar("Same", bound="Setting")
+
+
+class Setting:
+    """A recipe in a run folder, before anything is found."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def varied(self: Same, recipe: Recipe, trial: str) -> Same:
+        """The same models and what was found in them, with other data or training, in a subfolder of its own."""
+        other = type(self)(recipe, replace(self.folder, trial=trial))
+        other.teacher, other.student = self.teacher, self.student
+        return other
+
+    def begin(self, *, resume: bool) -> None:
+        """Open the run folder. Errors: `InputError` when it holds another run, or one and `resume` is off."""
+        self.folder.begin({"recipe": to_plain(self.recipe)}, resume=resume)
+
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, self-checked."""
+        return Teacher.load(located(self.recipe.teacher), device=self.recipe.device, dtype=self.recipe.dtype)
+
+    @functools.cached_property
+    def student(self) -> Student:
+        """The student as it came, self-checked."""
+        student = self.fresh_student(check=True)
+        require_same_vocabulary(self.teacher, student)
+        return student
+
+    def fresh_student(self, *, check: bool = False) -> Student:
+        """Another copy of the untrained student."""
+        if self.recipe.student is None:
+            raise InputError(NO_STUDENT)
+        return Student.load(located(self.recipe.student), device=self.recipe.device, dtype=self.recipe.dtype, check=check)
+
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """The recipe's prompts, in the teacher's tokens."""
+        return Prompts(self.recipe, self.teacher.tokenizer)
+
+    def models(self) -> dict[str, HookedModel]:
+        """Teacher and, where the recipe names one, student."""
+        return {"teacher": self.teacher} if self.recipe.student is None else {"teacher": self.teacher, "student": self.student}
+
+    def means(self, model: HookedModel) -> ReferenceMeans:
+        """A model's ablation means over the reference prompts."""
+        return reference_means(model, self.prompts.reference, per_position=self.recipe.data.per_position_means)
+
+    def outside(self, model: HookedModel) -> Replacement:
+        """What stands in for the heads outside a circuit on the test prompts."""
+        return self.means(model) if self.recipe.evaluation.ablation == "mean" else counterfactual_outputs(model, self.prompts.test)
+
+    def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
+        """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""
+        means, config = self.outside(model), self.recipe.evaluation
+        report = evaluation.evaluate_circuit(model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits)
+        full = evaluation.correct(plain_logits(model, self.prompts.test), self.prompts.test)
+        alone = evaluation.correct(evaluation.circuit_logits(model, self.prompts.test, circuit, means, scope=config.scope), self.prompts.test)
+        return report, {"full": full.to(torch.uint8), "circuit": alone.to(torch.uint8)}
