@@ -40,63 +40,91 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line: each command declares itself in a function of its own."""
     top = argparse.ArgumentParser(prog="workbench", description=__doc__.split("\n")[0] if __doc__ else None)
     top.add_argument("--version", action="version", version=f"workbench {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for declare in (
+        _declare_stages,
+        _declare_distill,
+        _declare_evaluate,
+        _declare_study,
+        _declare_report,
+        _declare_check_model,
+        _declare_pretrain,
+        _declare_check_task,
+    ):
+        declare(commands)
+    return top
+
+
+def _declare_stages(commands: Any) -> None:
     _command(commands, demo, "the whole road on the bundled models: discover, match, distil under all conditions, compare, report", recipe="demo")
     _command(commands, discover, "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by groups")
     _command(commands, match, "match the student's circuit heads to the teacher's by ablation impact (eq 3 to 5), with each pair's CKA and floor")
-    distilling = _command(commands, distill, "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)")
-    distilling.add_argument("--condition", default="circuit_ce_cka", choices=sorted(CONDITIONS), help="the arm of the table (default: %(default)s)")
-    distilling.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
-    _command(
-        commands,
-        evaluate,
-        "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar",
-    )
-    _command(
-        commands,
-        study,
-        "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps",
-        recipe="study_entity",
-    )
-    reporting = commands.add_parser(
+
+
+def _declare_distill(commands: Any) -> None:
+    made = _command(commands, distill, "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)")
+    made.add_argument("--condition", default="circuit_ce_cka", choices=sorted(CONDITIONS), help="the arm of the table (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
+
+
+def _declare_evaluate(commands: Any) -> None:
+    summary = "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar"
+    _command(commands, evaluate, summary)
+
+
+def _declare_study(commands: Any) -> None:
+    summary = "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps"
+    _command(commands, study, summary, recipe="study_entity")
+
+
+def _declare_report(commands: Any) -> None:
+    made = commands.add_parser(
         "report", help="write report.html of a run folder: heat maps, matching, loss curves, table", description="Write report.html of a run folder."
     )
-    reporting.add_argument("--out", type=Path, required=True, help="the run folder")
-    _common(reporting, report)
-    checking = commands.add_parser(
+    made.add_argument("--out", type=Path, required=True, help="the run folder")
+    _common(made, report)
+
+
+def _declare_check_model(commands: Any) -> None:
+    made = commands.add_parser(
         "check-model",
         help="whether the workbench computes with your model exactly: the self-check of loading, and patching against hooked forwards",
         description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
     )
-    checking.add_argument("model", help="a directory, hub id, adapter or GGUF file")
-    checking.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
-    checking.add_argument("--device", default="cpu", help="default: %(default)s")
-    _common(checking, check_model)
-    training = commands.add_parser(
+    made.add_argument("model", help="a directory, hub id, adapter or GGUF file")
+    made.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
+    made.add_argument("--device", default="cpu", help="default: %(default)s")
+    _common(made, check_model)
+
+
+def _declare_pretrain(commands: Any) -> None:
+    made = commands.add_parser(
         "pretrain",
         help="train the bundled teacher and students on entity tracking",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
-    training.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
-    training.add_argument(
+    made.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
+    made.add_argument(
         "--work", type=Path, default=Path("runs/pretrain"), help="where checkpoints go; a killed training goes on from there (default: %(default)s)"
     )
-    training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
-    _common(training, pretrain_models)
-    checking = commands.add_parser(
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
+    _common(made, pretrain_models)
+
+
+def _declare_check_task(commands: Any) -> None:
+    made = commands.add_parser(
         "check-task",
         help="say what is wrong with a task: leaks, long answers, shortcuts, positions, seeds",
         description="Draw a task's prompts and name every fault: leaks between splits, answers of several tokens, equal prompts, shortcuts, positions, seeds.",
     )
-    checking.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
-    checking.add_argument("--tokenizer", help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)")
-    checking.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
-    checking.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. counterfactual=order")
-    _common(checking, check_task)
-    return top
+    made.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
+    made.add_argument("--tokenizer", help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)")
+    made.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. counterfactual=order")
+    _common(made, check_task)
 
 
 def _command(commands: Any, run: Callable[[argparse.Namespace], None], summary: str, *, recipe: str | None = None) -> argparse.ArgumentParser:
