@@ -1,6 +1,7 @@
 """`workbench COMMAND`: parse -> recipe -> one call -> run folder. Each stage of the road is a command; `demo` walks all of it."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         _declare_distill,
         _declare_evaluate,
         _declare_study,
+        _declare_plan,
         _declare_report,
         _declare_check_model,
         _declare_pretrain,
@@ -78,6 +80,23 @@ def _declare_evaluate(commands: Any) -> None:
 def _declare_study(commands: Any) -> None:
     summary = "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps"
     _command(commands, study, summary, recipe="study_entity")
+
+
+def _declare_plan(commands: Any) -> None:
+    summary = "what a recipe or a study costs: parameters, operations, memory, disk and hours of every stage, from the models' configs alone"
+    made = commands.add_parser("plan", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    made.add_argument("recipe", help="a YAML file or a bundled recipe's name")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. training.steps=20 or student=PATH")
+    made.add_argument(
+        "--config", action="append", default=[], metavar="MODEL=DIRECTORY", help="where the config.json of a model is, by the recipe's name of it"
+    )
+    made.add_argument(
+        "--tokenizer", help="a directory, GGUF file or hub id to cut the prompts with (default: the teacher's, where it is a directory)"
+    )
+    made.add_argument("--flops", type=float, default=312e12, help="peak operations a second of the accelerator (default: 312e12, an A100 in 16 bits)")
+    made.add_argument("--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)")
+    made.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    _common(made, plan)
 
 
 def _declare_report(commands: Any) -> None:
@@ -158,10 +177,14 @@ def _log_to_screen() -> None:
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` settings; values are YAML."""
+    return {key: yaml.safe_load(value) for key, value in _pairs(pairs, "--set", "training.steps=20").items()}
+
+
+def _pairs(pairs: Sequence[str], option: str, example: str = "NAME=DIRECTORY") -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise InputError(f"--set {pair!r} is not KEY=VALUE; write for example --set training.steps=20")
-    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+            raise InputError(f"{option} {pair!r} is not KEY=VALUE; write for example {option} {example}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
@@ -216,6 +239,21 @@ def study(options: argparse.Namespace) -> None:
     running.begin(resume=options.resume)
     running.run()
     report(options)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """What a recipe costs, without loading a weight."""
+    from workbench.plan.road import plan_of
+
+    found = plan_of(
+        options.recipe,
+        overrides=_overrides(options.set),
+        configs=_pairs(options.config, "--config"),
+        tokenizer=options.tokenizer,
+        flops=options.flops,
+        utilisation=options.utilisation,
+    )
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
 
 
 def report(options: argparse.Namespace) -> None:
