@@ -1,6 +1,7 @@
 """`workbench COMMAND`: parse -> recipe -> one call -> run folder. Each stage of the road is a command; `demo` walks all of it."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -40,63 +41,109 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line: each command declares itself in a function of its own."""
     top = argparse.ArgumentParser(prog="workbench", description=__doc__.split("\n")[0] if __doc__ else None)
     top.add_argument("--version", action="version", version=f"workbench {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for declare in (
+        _declare_stages,
+        _declare_distill,
+        _declare_evaluate,
+        _declare_study,
+        _declare_plan,
+        _declare_report,
+        _declare_check_model,
+        _declare_pretrain,
+        _declare_check_task,
+    ):
+        declare(commands)
+    return top
+
+
+def _declare_stages(commands: Any) -> None:
     _command(commands, demo, "the whole road on the bundled models: discover, match, distil under all conditions, compare, report", recipe="demo")
     _command(commands, discover, "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by groups")
     _command(commands, match, "match the student's circuit heads to the teacher's by ablation impact (eq 3 to 5), with each pair's CKA and floor")
-    distilling = _command(commands, distill, "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)")
-    distilling.add_argument("--condition", default="circuit_ce_cka", choices=sorted(CONDITIONS), help="the arm of the table (default: %(default)s)")
-    distilling.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
-    _command(
-        commands,
-        evaluate,
-        "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar",
+
+
+def _declare_distill(commands: Any) -> None:
+    made = _command(commands, distill, "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)")
+    made.add_argument("--condition", default="circuit_ce_cka", choices=sorted(CONDITIONS), help="the arm of the table (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
+
+
+def _declare_evaluate(commands: Any) -> None:
+    summary = "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar"
+    _command(commands, evaluate, summary)
+
+
+def _declare_study(commands: Any) -> None:
+    summary = "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps"
+    _command(commands, study, summary, recipe="study_entity")
+
+
+def _declare_plan(commands: Any) -> None:
+    summary = "what a recipe or a study costs: parameters, operations, memory, disk and hours of every stage, from the models' configs alone"
+    made = commands.add_parser("plan", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    made.add_argument("recipe", help="a YAML file or a bundled recipe's name")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. training.steps=20 or student=PATH")
+    made.add_argument(
+        "--config", action="append", default=[], metavar="MODEL=DIRECTORY", help="where the config.json of a model is, by the recipe's name of it"
     )
-    _command(
-        commands,
-        study,
-        "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps",
-        recipe="study_entity",
+    made.add_argument(
+        "--tokenizer", help="a directory, GGUF file or hub id to cut the prompts with (default: the teacher's, where it is a directory)"
     )
-    reporting = commands.add_parser(
+    made.add_argument("--flops", type=float, default=312e12, help="peak operations a second of the accelerator (default: 312e12, an A100 in 16 bits)")
+    made.add_argument("--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)")
+    made.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    _common(made, plan)
+
+
+def _declare_report(commands: Any) -> None:
+    made = commands.add_parser(
         "report", help="write report.html of a run folder: heat maps, matching, loss curves, table", description="Write report.html of a run folder."
     )
-    reporting.add_argument("--out", type=Path, required=True, help="the run folder")
-    _common(reporting, report)
-    checking = commands.add_parser(
+    made.add_argument("--out", type=Path, required=True, help="the run folder")
+    _common(made, report)
+
+
+def _declare_check_model(commands: Any) -> None:
+    made = commands.add_parser(
         "check-model",
         help="whether the workbench computes with your model exactly: the self-check of loading, and patching against hooked forwards",
         description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
     )
-    checking.add_argument("model", help="a directory, hub id, adapter or GGUF file")
-    checking.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
-    checking.add_argument("--device", default="cpu", help="default: %(default)s")
-    _common(checking, check_model)
-    training = commands.add_parser(
+    made.add_argument("model", help="a directory, hub id, adapter or GGUF file")
+    made.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
+    made.add_argument("--device", default="cpu", help="default: %(default)s")
+    _common(made, check_model)
+
+
+def _declare_pretrain(commands: Any) -> None:
+    made = commands.add_parser(
         "pretrain",
         help="train the bundled teacher and students on entity tracking",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
-    training.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
-    training.add_argument(
+    made.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
+    made.add_argument(
         "--work", type=Path, default=Path("runs/pretrain"), help="where checkpoints go; a killed training goes on from there (default: %(default)s)"
     )
-    training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
-    _common(training, pretrain_models)
-    checking = commands.add_parser(
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
+    _common(made, pretrain_models)
+
+
+def _declare_check_task(commands: Any) -> None:
+    made = commands.add_parser(
         "check-task",
         help="say what is wrong with a task: leaks, long answers, shortcuts, positions, seeds",
         description="Draw a task's prompts and name every fault: leaks between splits, answers of several tokens, equal prompts, shortcuts, positions, seeds.",
     )
-    checking.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
-    checking.add_argument("--tokenizer", help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)")
-    checking.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
-    checking.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. counterfactual=order")
-    _common(checking, check_task)
-    return top
+    made.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
+    made.add_argument("--tokenizer", help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)")
+    made.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. counterfactual=order")
+    _common(made, check_task)
 
 
 def _command(commands: Any, run: Callable[[argparse.Namespace], None], summary: str, *, recipe: str | None = None) -> argparse.ArgumentParser:
@@ -130,10 +177,14 @@ def _log_to_screen() -> None:
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` settings; values are YAML."""
+    return {key: yaml.safe_load(value) for key, value in _pairs(pairs, "--set", "training.steps=20").items()}
+
+
+def _pairs(pairs: Sequence[str], option: str, example: str = "NAME=DIRECTORY") -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise InputError(f"--set {pair!r} is not KEY=VALUE; write for example --set training.steps=20")
-    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+            raise InputError(f"{option} {pair!r} is not KEY=VALUE; write for example {option} {example}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
@@ -188,6 +239,21 @@ def study(options: argparse.Namespace) -> None:
     running.begin(resume=options.resume)
     running.run()
     report(options)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """What a recipe costs, without loading a weight."""
+    from workbench.plan.road import plan_of
+
+    found = plan_of(
+        options.recipe,
+        overrides=_overrides(options.set),
+        configs=_pairs(options.config, "--config"),
+        tokenizer=options.tokenizer,
+        flops=options.flops,
+        utilisation=options.utilisation,
+    )
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
 
 
 def report(options: argparse.Namespace) -> None:

@@ -82,7 +82,7 @@ def backward_search(
             groups[stage.name] = []
             continue
         receivers = [] if stage.into is None or stage.composition is None else [Receiver(head, stage.composition) for head in groups[stage.into]]
-        there = "all" if stage.into is None else _receiver_position(stage, position_of)
+        there = "all" if stage.into is None else receiver_position(stage, position_of)
         route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
         file = None if files is None else files.get(stage.name)
         scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect, file=file)
@@ -93,7 +93,7 @@ def backward_search(
     return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 
 
-def _receiver_position(stage: Stage, position_of: Mapping[str, str]) -> str:
+def receiver_position(stage: Stage, position_of: Mapping[str, str]) -> str:
     """Queries are read where the receiving heads act; keys and values where this stage's own heads write."""
     assert stage.into is not None
     return position_of[stage.into] if stage.composition == "q" else stage.position
