@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         _declare_report,
         _declare_check_model,
         _declare_pretrain,
+        _declare_finetune,
         _declare_check_task,
     ):
         declare(commands)
@@ -131,6 +132,19 @@ def _declare_pretrain(commands: Any) -> None:
     )
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
     _common(made, pretrain_models)
+
+
+def _declare_finetune(commands: Any) -> None:
+    made = commands.add_parser(
+        "finetune",
+        help="fine-tune a model on a task (or some of its layers alone): a teacher that can do it, or a shallower student of its lineage",
+        description="Fine-tune a model on a task by cross-entropy on the answers; a killed training goes on from its last checkpoint.",
+    )
+    made.add_argument("--recipe", required=True, help="a YAML file or a bundled recipe's name, e.g. smollm2_boxes_teacher")
+    made.add_argument("--out", type=Path, required=True, help="where the model goes, as a Hugging Face directory")
+    made.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. model=PATH or steps=100")
+    _common(made, finetune_model)
 
 
 def _declare_check_task(commands: Any) -> None:
@@ -289,6 +303,16 @@ def pretrain_models(options: argparse.Namespace) -> None:
     config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
     for name, accuracy in pretrain(config, options.out, options.work).items():
         print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")
+
+
+def finetune_model(options: argparse.Namespace) -> None:
+    """A model fine-tuned on a task."""
+    from workbench.finetuning import FinetuningConfig, finetune
+    from workbench.recipe import read_yaml
+
+    config = parse_config(FinetuningConfig, read_yaml(options.recipe), overrides=_overrides(options.set))
+    made = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
+    print(f"{options.out}: accuracy {made['test_accuracy']:.3f} on held-out test scenes of {config.task} after {made['steps']} steps")
 
 
 def check_task(options: argparse.Namespace) -> None:
