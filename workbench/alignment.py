@@ -7,6 +7,7 @@ prompts times the tokens of the position.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -49,19 +50,40 @@ class AlignedPair:
 
 
 def aligned_pairs(
-    head_map: HeadMap, student_circuit: Circuit, teacher_circuit: Circuit, prompts: PromptPairs, *, positions: str = "own"
+    head_map: HeadMap,
+    student_circuit: Circuit,
+    teacher_circuit: Circuit,
+    prompts: PromptPairs,
+    *,
+    positions: str = "own",
+    broadened: Mapping[Position, Position] = MappingProxyType({}),
 ) -> tuple[AlignedPair, ...]:
     """Each match with its positions. With `own`, a teacher head outside its circuit (random control) is read where its student head acts,
-    and so is one whose own positions hold another number of tokens: rows of both sides must belong to the same prompts."""
-    return tuple(_aligned(student, teacher, student_circuit, teacher_circuit, prompts, positions) for student, teacher in head_map.pairs)
+    and so is one whose own positions hold another number of tokens: rows of both sides must belong to the same prompts.
 
-
-def _aligned(student: Head, teacher: Head, ours: Circuit, theirs: Circuit, prompts: PromptPairs, positions: str) -> AlignedPair:
+    `broadened` reads another position in place of an own one, e.g. `{"earlier_label": "labels"}`: a head that binds the queried box does the
+    same at every other box, where no label of the task says so.
+    """
     if positions != "own":
         prompts.position(positions)
-        return AlignedPair(student=student, teacher=teacher, student_positions=(positions,), teacher_positions=(positions,))
-    mine = ours.scope.get(student, ("last",))
-    other = theirs.scope.get(teacher, mine)
+        return tuple(
+            AlignedPair(student=ours, teacher=theirs, student_positions=(positions,), teacher_positions=(positions,))
+            for ours, theirs in head_map.pairs
+        )
+    ours, theirs = (_scope(circuit, broadened) for circuit in (student_circuit, teacher_circuit))
+    return tuple(_aligned(student, teacher, ours, theirs, prompts) for student, teacher in head_map.pairs)
+
+
+def _scope(circuit: Circuit, broadened: Mapping[Position, Position]) -> dict[Head, tuple[Position, ...]]:
+    """Where each head of a circuit is read."""
+    return {head: tuple(dict.fromkeys(broadened.get(name, name) for name in own)) for head, own in circuit.scope.items()}
+
+
+def _aligned(
+    student: Head, teacher: Head, ours: Mapping[Head, tuple[Position, ...]], theirs: Mapping[Head, tuple[Position, ...]], prompts: PromptPairs
+) -> AlignedPair:
+    mine = ours.get(student, ("last",))
+    other = theirs.get(teacher, mine)
     if not torch.equal(place(prompts, mine).sum(1), place(prompts, other).sum(1)):
         other = mine
     return AlignedPair(student=student, teacher=teacher, student_positions=mine, teacher_positions=other)

@@ -99,6 +99,8 @@ class AlignmentConfig:
     """What of a head: its output before W_O, what it writes to the residual stream, or its attention probabilities (for `attention_kl`)."""
     positions: str = "own"
     """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
+    broadened: dict[str, str] = Field(default_factory=dict)
+    """Own positions that are read elsewhere, e.g. `{earlier_label: labels}`: heads that act at the queried box's label are aligned at every label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

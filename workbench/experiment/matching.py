@@ -46,7 +46,8 @@ class Matching(Finding):
     def aligned(self, head_map: HeadMap) -> tuple[AlignedPair, ...]:
         """The pairs of a map with their positions."""
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
-        return aligned_pairs(head_map, *circuits, self.prompts.test, positions=self.recipe.alignment.positions)
+        alignment = self.recipe.alignment
+        return aligned_pairs(head_map, *circuits, self.prompts.test, positions=alignment.positions, broadened=alignment.broadened)
 
     def ckas(self, student: HookedModel, head_map: HeadMap, prompts: PromptPairs) -> list[PairCka]:
         """Debiased CKA of each pair on some prompts with its shuffled floor."""

@@ -2,7 +2,7 @@
 
     "The apple is in Box F, the computer is in Box Q. Box F contains the" -> " apple"
 
-Objects are distinct one-token nouns, labels are distinct capital letters, and each scene is queried at each of its boxes.
+Objects are distinct one-token nouns, labels are distinct capital letters, and each scene is queried at each of its boxes (or at some).
 The corrupt prompt is another scene (no object or label in common) whose query names a letter of neither scene: it keeps the
 form and length of the clean prompt and carries none of its information.
 
@@ -68,6 +68,8 @@ class EntityTracking:
 
     boxes: int = 7
     """Boxes in each scene; chance accuracy is one in `boxes`."""
+    queries: int | None = None
+    """Boxes of each scene that are asked for, at random; None: each of them."""
 
     name: ClassVar[str] = "entity_tracking"
     stages: ClassVar[tuple[Stage, ...]] = (
@@ -83,6 +85,10 @@ class EntityTracking:
     def __post_init__(self) -> None:
         if not 3 <= self.boxes <= 9:
             raise InputError(f"entity tracking has 3 to 9 boxes, not {self.boxes}; set `boxes` within that range.")
+        if self.queries is not None and not 1 <= self.queries <= self.boxes:
+            raise InputError(
+                f"{self.queries} of {self.boxes} boxes can't be asked for; set `queries` within 1 and {self.boxes}, or leave it out for all."
+            )
 
     @property
     def chance(self) -> float:
@@ -90,7 +96,7 @@ class EntityTracking:
         return 1 / self.boxes
 
     def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
-        """`scenes * boxes` pairs: each scene of the split queried at each of its boxes, in words that are one token for the tokenizer."""
+        """`scenes * queries` pairs: each scene of the split queried at each of its boxes (or at some), in words that are one token for the tokenizer."""
         words, labels = single_token_words(tokenizer, OBJECTS), single_token_words(tokenizer, LABELS)
         if len(words) < 2 * self.boxes or len(labels) < 2 * self.boxes + 1:
             raise InputError(
@@ -103,7 +109,8 @@ class EntityTracking:
             scene = draw_scene(draw, self.boxes, split, objects=words, labels=labels)
             if frozenset(scene) not in seen:
                 seen.add(frozenset(scene))
-                yield from (self._pair(draw, scene, index, split, words, labels) for index in range(self.boxes))
+                asked = range(self.boxes) if self.queries is None else draw.sample(range(self.boxes), self.queries)
+                yield from (self._pair(draw, scene, index, split, words, labels) for index in asked)
 
     def _pair(self, draw: random.Random, scene: Scene, index: int, split: Split, words: tuple[str, ...], labels: tuple[str, ...]) -> Pair:
         thing, label = scene[index]
