@@ -248,7 +248,7 @@ def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`{"training": {"steps": 20}}`, as `--set overrides.training.steps=20` gives it, as `{"training.steps": 20}`."""
     found: dict[str, Any] = {}
     for key, value in overrides.items():
-        found |= {f"{key}.{rest}": inner for rest, inner in _dotted(value).items()} if isinstance(value, Mapping) else {key: value}
+        found |= {f"{key}.{rest}": inner for rest, inner in _dotted(value).items()} if isinstance(value, Mapping) and value else {key: value}
     return found
 
 
