@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -311,3 +312,24 @@ def test_influence_of_a_model_with_itself(load_teacher: Callable[..., Teacher]) 
     found, floor = aligned_influence(head_map, ckas, impacts, impacts)
     assert found.value == pytest.approx(1, abs=1e-5)
     assert abs(floor) < 0.2
+
+
+def test_heads_are_aligned_at_more_places_than_they_act_at(load_teacher: Callable[..., Teacher]) -> None:
+    """Broadened, a pair's CKA is that of its rows at all labels, gathered by hand; a pair with other positions keeps them."""
+    teacher, prompts = load_teacher("llama"), entity_pairs(split="test", scenes=8)
+    binder, fetcher, stranger = Head(0, 1), Head(1, 0), Head(0, 3)
+    circuit = Circuit.of((Member(binder, "V", "earlier_label"), Member(fetcher, "A", "last")), shape=(3, 4), method="given")
+    impacts = Scores.of_heads(torch.rand(3, 4, 24, generator=seeds.generator(1, "impacts")), unit="x", baseline=0.9)
+    matched = match_heads(impacts, impacts, circuit, circuit, MatchingConfig(rule="profile"))
+    partners = {binder: stranger, fetcher: fetcher}  # a control's partner outside the circuit is read where the student's head is
+    head_map = replace(matched, matches=tuple(replace(match, teacher=partners[match.student]) for match in matched.matches))
+    pairs = aligned_pairs(head_map, circuit, circuit, prompts, broadened={"earlier_label": "labels"})
+    read = {pair.student: (pair.student_positions, pair.teacher_positions) for pair in pairs}
+    assert read == {binder: (("labels",), ("labels",)), fetcher: (("last",), ("last",))}
+    found = {cka.pair.student: cka for cka in pair_ckas(teacher, teacher, prompts, pairs)}
+    z, where = teacher.activations(prompts.clean, prompts.mask, [hooks.z(0)])[1][hooks.z(0)], prompts.position("labels")
+    expected = linear_cka(z[:, :, 1][where], z[:, :, 3][where], estimator="debiased")
+    assert found[binder].cka == pytest.approx(float(expected), abs=1e-5)
+    assert found[binder].rows == 3 * len(prompts)
+    narrow = aligned_pairs(head_map, circuit, circuit, prompts)
+    assert abs(pair_ckas(teacher, teacher, prompts, narrow)[0].cka - float(expected)) > 1e-3

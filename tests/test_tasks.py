@@ -39,6 +39,23 @@ def test_each_scene_is_queried_at_each_box_and_the_answer_is_in_it(boxes: int) -
         assert context == dataset[number - number % boxes]["clean"].rsplit(" Box ", 1)[0], "one context for each scene"
 
 
+def test_one_query_a_scene_asks_for_every_box_now_and_then() -> None:
+    dataset = task_dataset(EntityTracking(boxes=5, queries=1), TOKENIZER, split="train", scenes=200, seed=0)
+    contexts = [row["clean"].rsplit(" Box ", 1)[0] for row in dataset]
+    assert len(set(contexts)) == len(dataset) == 200
+    asked = [row["positions"]["labels"].index(row["positions"]["earlier_label"][0]) for row in dataset]
+    counts = [asked.count(box) for box in range(5)]
+    assert min(counts) > 20, "200 fair draws of 5: below 20 at one in ten thousand"
+    some = task_dataset(EntityTracking(boxes=5, queries=2), TOKENIZER, split="train", scenes=10, seed=0)
+    assert [a["clean"] == b["clean"] for a, b in zip(some.select(range(0, 20, 2)), some.select(range(1, 20, 2)), strict=True)] == [False] * 10
+
+
+@pytest.mark.parametrize("queries", [0, 6])
+def test_queries_that_a_scene_does_not_have(queries: int) -> None:
+    with pytest.raises(InputError, match="within 1 and 5"):
+        EntityTracking(boxes=5, queries=queries)
+
+
 def test_positions_name_the_right_tokens() -> None:
     for row in rows():
         label = row["clean"].split()[-3]
