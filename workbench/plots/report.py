@@ -36,6 +36,7 @@ tr.method th { font-weight: 600; }
   @page { margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2, p { break-after: avoid; }
+  p { break-inside: avoid; }
   figure, .part { overflow: visible; }
   figure, tr { break-inside: avoid; }
   figure > div { zoom: var(--printed); }

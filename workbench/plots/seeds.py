@@ -99,7 +99,7 @@ def _panels(figure: go.Figure, shown: Sequence[str]) -> None:
         figure.update_layout({"yaxis" if panel == 1 else f"yaxis{panel}": axis})
     lowest = "y" if count == 1 else f"y{count}"
     figure.update_layout(xaxis={"title": "optimizer step", "anchor": lowest, "rangemode": "tozero"})
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "entrywidth": 330})
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "entrywidth": 300})
 
 
 def seeds_chart(
