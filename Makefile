@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 notebooks figures check lint types bench models clean
+.PHONY: demo test test-tl3 notebooks figures docs check lint types bench models clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
@@ -24,6 +24,9 @@ notebooks: $(READY)  ## execute every notebook and save it with its pictures
 
 figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
+
+docs: $(READY)  ## the site with reference and notebooks -> site/index.html; a warning is an error, nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: test  ## the only gate: the same as `make test`
 
@@ -54,4 +57,4 @@ $(READY3): pyproject.toml constraints-tl3.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) runs
+	rm -rf $(VENV) $(VENV3) runs site

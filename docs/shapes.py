@@ -5,7 +5,7 @@ from typing import Any
 
 import griffe
 
-SHAPE = re.compile(r"(?:\[[*\w ,.|/+-]+\])+(?![(\w])")
+SHAPE = re.compile(r"(?<!\])(?:\[[*\w ,.|/+-]+\])+(?![(\w])")
 
 
 def with_shapes(text: str) -> str:

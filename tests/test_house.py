@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "workbench"
 ROOMS = (
-    "errors", "seeds", "storage", "refs", "scores", "statistics", "metrics", "similarity", "hooks", "sources", "export", "lens", "models", "parts", "tasks", "patching", "conformance", "readouts", "circuits",
+    "errors", "seeds", "storage", "refs", "scores", "metrics", "statistics", "similarity", "hooks", "sources", "export", "lens", "models", "parts", "tasks", "patching", "conformance", "readouts", "circuits",
     "matching", "alignment", "distillation", "pretraining", "recipe", "runs", "finetuning", "experiment", "study", "plan", "plots", "explorer", "recipes", "cli",
 )  # fmt: skip
 """Lowest first: a file imports only from rooms above its own in this list, or from its own room."""

@@ -15,6 +15,8 @@ from workbench.refs import Head
 from workbench.scores import Scores
 
 NODE, ROW, LOGITS = 26, 74, "logits"
+SYMBOLS = ("circle", "square", "diamond")
+"""Of the groups, from round to round of the theme's colours."""
 """Pixels: a head's circle, and from layer to layer."""
 WIDTH = 820
 Place = tuple[float, float]
@@ -181,7 +183,10 @@ def _nodes(figure: go.Figure, circuit: Circuit, spots: Spots, theme: Theme, *, w
             x=[spots[head][0] for head in heads], y=[spots[head][1] for head in heads], mode="markers+text", name=escaped(role),
             text=[f"{head.layer}.{head.index}" for head in heads], textfont={"size": 10, "color": theme.ink}, hoverinfo="text", hovertext=about,
             customdata=[str(head) for head in heads], cliponaxis=False,
-            marker={"size": NODE, "color": theme.background, "line": {"width": 3, "color": theme.categories[place % len(theme.categories)]}},
+            marker={
+                "size": NODE, "color": theme.background, "line": {"width": 3, "color": theme.categories[place % len(theme.categories)]},
+                "symbol": SYMBOLS[place // len(theme.categories) % len(SYMBOLS)],
+            },
         )  # fmt: skip
     if with_logits:
         x, y = spots[LOGITS]

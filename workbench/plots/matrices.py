@@ -130,7 +130,7 @@ def _floor_remarks(grids: Sequence[Grid], head_map: HeadMap | None) -> list[str]
 def drawn(named: Sequence[tuple[str, Grid]], head_map: HeadMap | None, theme: Theme, title: str, remarks: Sequence[str]) -> go.Figure:
     """Students down, teachers across, a matrix a panel; the figure without its table."""
     count, first = len(named), named[0][1]
-    cell = max(11 if count > 1 else 15, min(24, (820 if count > 1 else 640) // (count * len(first.teachers))))
+    cell = max(11 if count > 1 else 15, min(24, 640 // (count * len(first.teachers))))
     across = cell * len(first.teachers)
     inside = across * count + BETWEEN * (count - 1)
     figure = go.Figure()

@@ -1,11 +1,11 @@
 """One self-contained HTML page of results: plotly.js inside, once, and nothing fetched from anywhere."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from plotly import graph_objects as go
-from plotly import io as plotly_io
 from plotly.offline import get_plotlyjs
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
@@ -36,6 +36,7 @@ tr.method th { font-weight: 600; }
   @page { margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2, p { break-after: avoid; }
+  p { break-inside: avoid; }
   figure, .part { overflow: visible; }
   figure, tr { break-inside: avoid; }
   figure > div { zoom: var(--printed); }
@@ -58,9 +59,28 @@ class Section:
     """Put in as it is: only HTML that was made and escaped by this program, such as `results_html`."""
 
 
+DRAW = """
+const waiting = [...document.querySelectorAll("figure")];
+function drawn(figure) {
+  const {data, layout, config} = JSON.parse(figure.querySelector("script").textContent);
+  Plotly.newPlot(figure.querySelector("div"), data, layout, config);
+}
+function next() {
+  if (!waiting.length) { document.documentElement.dataset.drawn = "all"; return; }
+  drawn(waiting.shift());
+  setTimeout(next);
+}
+addEventListener("beforeprint", () => { while (waiting.length) drawn(waiting.shift()); });
+setTimeout(next);
+"""
+"""Draws the figures one after another once the page can be read, all at once before it is printed."""
+
+
 def report_html(title: str, sections: Sequence[Section]) -> str:
     """The page. Title, headings and text are escaped; figures keep their own size and scroll on a narrow screen; plotly.js only if there is a figure."""
-    library = f"<script>{get_plotlyjs()}</script>" if any(section.figure is not None for section in sections) else ""
+    figures = any(section.figure is not None for section in sections)
+    library = f"<script>{get_plotlyjs()}</script>" if figures else ""
+    drawing = f"<script>{DRAW}</script>" if figures else ""
     body = "\n".join(_section(section, place) for place, section in enumerate(sections, 1))
     return f"""<!doctype html>
 <html lang="en">
@@ -77,6 +97,7 @@ def report_html(title: str, sections: Sequence[Section]) -> str:
 <h1>{escape(title)}</h1>
 {body}
 </main>
+{drawing}
 </body>
 </html>
 """
@@ -90,15 +111,12 @@ def _section(section: Section, place: int) -> str:
 
 
 def _figure(figure: go.Figure, heading: str, place: int) -> str:
-    drawn = plotly_io.to_html(
-        figure,
-        config=CONFIG,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        full_html=False,
-        div_id=f"figure-{place}",
-        default_width="100%",
-        default_height="450px",
+    """The figure as data beside the place that it is drawn in, which has its size already."""
+    parts = json.loads(figure.to_json() or "{}")
+    data = json.dumps({"data": parts["data"], "layout": parts["layout"], "config": CONFIG}).replace("<", "\\u003c")  # cannot end the script
+    width, height = figure.layout.width or PRINTED_WIDTH, figure.layout.height or 450
+    zoom = min(1.0, PRINTED_WIDTH / width)
+    return (
+        f'<figure aria-label="{escape(heading)}" style="--printed: {zoom:.3f}"><div id="figure-{place}" style="width: {width}px; height: {height}px"></div>'
+        f'<script type="application/json">{data}</script></figure>'
     )
-    zoom = min(1.0, PRINTED_WIDTH / (figure.layout.width or PRINTED_WIDTH))
-    return f'<figure aria-label="{escape(heading)}" style="--printed: {zoom:.3f}">{drawn}</figure>'

@@ -32,12 +32,12 @@ def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
     results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
     data = recipe["data"]
     boxes = data["boxes"] if isinstance(data, dict) and data["pairs"] is None and data["task"] == "entity_tracking" else None
-    text = (
-        "Accuracy on held-out test prompts: the whole model, and its circuit alone (every other head ablated). Intervals are 95 % Wilson "
-        "intervals over prompts; p values are McNemar's exact test on the same prompts. CKA is debiased, over the matched pairs; its floor is "
-        "the same with the prompts shuffled."
-    )
     several = len({row.seed for row in results if row.condition != "teacher"}) > 1
+    over = "in the figure over seeds, in the table 95 % Wilson intervals over prompts" if several else "95 % Wilson intervals over prompts"
+    text = (
+        f"Accuracy on held-out test prompts: the whole model, and its circuit alone (every other head ablated). Intervals are {over}; p values are "
+        "McNemar's exact test on the same prompts. CKA is debiased, over the matched pairs; its floor is the same with the prompts shuffled."
+    )
     chart = (seeds_chart if several else results_chart)(results, chance=1 / boxes if boxes else None)
     yield Section(heading="Results", text=text, figure=chart, html=results_html(results))
 

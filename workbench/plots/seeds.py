@@ -12,7 +12,7 @@ from workbench.errors import InputError
 from workbench.plots.export import with_table
 from workbench.plots.table import METHOD, condition_title, in_order
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
-from workbench.plots.training import PANELS, TRAINED, run_of, running_mean
+from workbench.plots.training import PANELS, TRAINED, run_of, running_mean, style_of
 from workbench.study.rows import ConditionResult
 
 WIDTH = 820
@@ -44,13 +44,13 @@ def loss_bands(
     shown = [term for term in PANELS if any(getattr(report, term) is not None for reports in logs.values() for report in reports)]
     figure, frames, named = go.Figure(), [], set()
     order = list(dict.fromkeys([*TRAINED, *conditions]))
-    for name, runs in conditions.items():
-        colour = theme.categories[order.index(name) % len(theme.categories)]
+    for name, runs in sorted(conditions.items(), key=lambda item: order.index(item[0])):
+        style = style_of(name, logs, theme)
         for panel, term in enumerate(shown, 1):
             frame = _band(runs, term, smoothing)
             if frame is not None:
                 frames.append(frame.assign(condition=name, term=term, seeds=len(runs)))
-                _draw(figure, name, len(runs), frame, "y" if panel == 1 else f"y{panel}", colour, legend=name not in named)
+                _draw(figure, name, len(runs), frame, "y" if panel == 1 else f"y{panel}", style, legend=name not in named)
                 named.add(name)
     _panels(figure, shown)
     remark = f"Lines: means over seeds{f', smoothed over {smoothing} steps' if smoothing > 1 else ''}. Bands: 95 % intervals of the mean over seeds."
@@ -75,18 +75,18 @@ def _band(runs: Sequence[Sequence[StepReport]], term: str, smoothing: int) -> pd
     return pd.DataFrame({"step": steps, "mean": mean, "low": low, "high": high})
 
 
-def _draw(figure: go.Figure, name: str, seeds: int, frame: pd.DataFrame, axis: str, colour: str, *, legend: bool) -> None:
+def _draw(figure: go.Figure, name: str, seeds: int, frame: pd.DataFrame, axis: str, style: Mapping[str, str], *, legend: bool) -> None:
     common = {"legendgroup": name, "xaxis": "x", "yaxis": axis}
     steps = frame["step"].tolist()
     if seeds > 1:
         edge = [*frame["high"], *frame["low"][::-1]]
         figure.add_scatter(
-            x=[*steps, *steps[::-1]], y=edge, fill="toself", fillcolor=faint(colour), mode="lines", line={"width": 0}, hoverinfo="skip",
+            x=[*steps, *steps[::-1]], y=edge, fill="toself", fillcolor=faint(style["color"]), mode="lines", line={"width": 0}, hoverinfo="skip",
             showlegend=False, name=f"{name}: interval", **common,
         )  # fmt: skip
     about = f"<b>{escaped(condition_title(name))}</b>, {seeds} seed{'s' if seeds > 1 else ''}<br>step %{{x}}<br>%{{y:.4f}}<extra></extra>"
     figure.add_scatter(
-        x=steps, y=frame["mean"].tolist(), mode="lines", line={"color": colour, "width": 2.4}, hovertemplate=about, showlegend=legend,
+        x=steps, y=frame["mean"].tolist(), mode="lines", line={**style, "width": 2.4}, hovertemplate=about, showlegend=legend,
         name=f"{escaped(condition_title(name))} ({seeds} seed{'s' if seeds > 1 else ''})", **common,
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def _panels(figure: go.Figure, shown: Sequence[str]) -> None:
         figure.update_layout({"yaxis" if panel == 1 else f"yaxis{panel}": axis})
     lowest = "y" if count == 1 else f"y{count}"
     figure.update_layout(xaxis={"title": "optimizer step", "anchor": lowest, "rangemode": "tozero"})
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "entrywidth": 240})
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "entrywidth": 300})
 
 
 def seeds_chart(

@@ -12,7 +12,8 @@ from workbench.errors import InputError
 from workbench.plots.export import with_table
 from workbench.plots.report import Section, report_html
 from workbench.plots.table import METHOD, condition_title
-from workbench.plots.theme import LIGHT, Theme, escaped, titled
+from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
+from workbench.plots.training import style_of
 
 WIDTH = 820
 PARTS = {"full": "full model", "circuit": "circuit alone"}
@@ -55,6 +56,36 @@ def cell_chart(cell: Mapping[str, Any], *, theme: Theme = LIGHT) -> go.Figure:
     remarks = [f"Dots: means over {seeds} seeds; bars: 95 % t intervals over seeds (none for what is not trained). lambda {cell['weight']:g}."]
     titled(figure, cell_title(cell), remarks, theme, width=WIDTH, height=150 + 42 * len(names))
     return with_table(figure, frame)
+
+
+def convergence_chart(cell: Mapping[str, Any], *, theme: Theme = LIGHT) -> go.Figure:
+    """Accuracy on validation prompts over the training steps: a line a trained condition, the mean over seeds with its 95 % interval as a band.
+
+    Errors: `InputError` for a cell without evaluations during training.
+    """
+    curves = {name: pd.DataFrame(found["curve"]) for name, found in cell["conditions"].items() if found["curve"]}
+    if not curves:
+        raise InputError("nothing was evaluated during this training; set training.evaluate_every and data.validation_scenes.")
+    figure = go.Figure()
+    for name, curve in curves.items():
+        style = style_of(name, curves, theme)
+        low, high = (curve[edge].fillna(curve["mean"]) for edge in ("low", "high"))
+        figure.add_scatter(
+            x=[*curve["step"], *curve["step"][::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=faint(style["color"]), mode="lines",
+            line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name, name=f"{name}: interval",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=curve["step"], y=curve["mean"], mode="lines", line={**style, "width": 2.4}, name=escaped(condition_title(name)), legendgroup=name,
+            hovertemplate=f"<b>{escaped(condition_title(name))}</b><br>step %{{x}}<br>%{{y:.3f}}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title="optimizer step", rangemode="tozero")
+    figure.update_yaxes(title="accuracy on validation prompts")
+    seeds = max(int(curve["count"].max()) for curve in curves.values())
+    remarks = [
+        f"Lines: means over {seeds} seeds; bands: 95 % intervals of the mean. Validation prompts chose lambda; the table has the test prompts."
+    ]
+    titled(figure, f"{cell_title(cell)}: how fast", remarks, theme, width=WIDTH, height=440)
+    return with_table(figure, pd.concat([curve.assign(condition=name) for name, curve in curves.items()], ignore_index=True))
 
 
 def gain_chart(diagnostic: Mapping[str, Any], *, theme: Theme = LIGHT) -> go.Figure:
@@ -102,6 +133,8 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[Section]:
             f"{heads['teacher_heads_used']} of the teacher's; lambda {cell['weight']:g}, chosen on validation prompts."
         )
         yield Section(heading=cell_title(cell), text=text, figure=cell_chart(cell))
+        if any(found["curve"] for found in cell["conditions"].values()):
+            yield Section(heading=f"{cell_title(cell)}: how fast", figure=convergence_chart(cell))
     if summary["diagnostic"]["points"]:
         yield Section(
             heading="When alignment helps", text="Known before training: the pairs' CKA above its floor.", figure=gain_chart(summary["diagnostic"])

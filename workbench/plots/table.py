@@ -149,7 +149,7 @@ def _row(row: ConditionResult) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
+    return "n/a" if value is None else f"{round(value, 3) + 0.0:.3f}"  # no minus before zero
 
 
 def _interval(value: float, interval: tuple[float, float]) -> str:

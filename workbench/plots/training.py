@@ -38,7 +38,13 @@ def loss_curves(
             points = [(report.step, getattr(report, field)) for report in reports if getattr(report, field) is not None]
             if points:
                 _lines(
-                    figure, name, np.array(points, dtype=np.float64), axis, _style(name, logs, theme), smoothing, legend=run_of(name)[0] not in named
+                    figure,
+                    name,
+                    np.array(points, dtype=np.float64),
+                    axis,
+                    style_of(name, logs, theme),
+                    smoothing,
+                    legend=run_of(name)[0] not in named,
                 )
                 named.add(run_of(name)[0])
     _axes(figure, theme)
@@ -64,7 +70,7 @@ def run_of(name: str) -> tuple[str, str]:
     return (condition, f"{condition_title(condition)}, seed {seed}") if known else (name, condition_title(name))
 
 
-def _style(name: str, logs: Mapping[str, Sequence[StepReport]], theme: Theme) -> dict[str, str]:
+def style_of(name: str, logs: Mapping[str, Sequence[StepReport]], theme: Theme) -> dict[str, str]:
     """Known conditions have the same colour in every figure; other names take the next ones, then the next dash."""
     conditions = dict.fromkeys([*TRAINED, *(run_of(other)[0] for other in logs)])
     place, count = list(conditions).index(run_of(name)[0]), len(theme.categories)
