@@ -79,7 +79,11 @@ def _declare_evaluate(commands: Any) -> None:
 
 def _declare_study(commands: Any) -> None:
     summary = "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps"
-    _command(commands, study, summary, recipe="study_entity")
+    made = _command(commands, study, summary, recipe="study_entity")
+    made.add_argument(
+        "--launcher", choices=("local", "ray"), default="local", help="one training after another, or spread over Ray (default: %(default)s)"
+    )
+    made.add_argument("--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)")
 
 
 def _declare_plan(commands: Any) -> None:
@@ -237,7 +241,12 @@ def study(options: argparse.Namespace) -> None:
 
     running = Study(read_study(options.recipe, overrides=_overrides(options.set)), options.out)
     running.begin(resume=options.resume)
-    running.run()
+    if options.launcher == "ray":
+        from workbench.study.launch import run_on_ray
+
+        run_on_ray(running, workers=options.workers)
+    else:
+        running.run()
     report(options)
 
 

@@ -30,7 +30,7 @@ from workbench.models import Student
 from workbench.recipe import Condition, Recipe, parse_config, read_recipe, read_yaml, to_plain
 from workbench.refs import Head
 from workbench.runs import RunFolder, provenance
-from workbench.study.arms import run_arms
+from workbench.study.arms import run_arms, run_condition
 
 log = logging.getLogger("workbench")
 STRICT = ConfigDict(extra="forbid")
@@ -119,6 +119,38 @@ class Study:
         if storage.read_json(file)["study"] != described:
             raise InputError(f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another --out.")
 
+    def folder(self, student: str) -> RunFolder:
+        """Where a student's circuits and head map lie."""
+        return RunFolder(self.path / student)
+
+    def weight_file(self, student: str, scenes: int) -> Path:
+        """Where a cell's chosen lambda lies."""
+        return self.path / student / f"scenes-{scenes}" / "weight.json"
+
+    def prepare(self) -> None:
+        """Circuits and head maps of all students, which every trial reads."""
+        for name in self.config.students:
+            self._found(name)
+
+    def choose(self) -> None:
+        """lambda of every cell, from its trainings (which are done here where they are not yet)."""
+        for _ in self.cells():
+            pass
+
+    def run_trial(self, student: str, scenes: int, condition: str, seed: int, *, weight: float | None = None) -> None:
+        """One training: with a `weight` on trial, to be judged on validation prompts; else at the chosen one, evaluated on the test prompts.
+
+        Errors: `InputError` when circuits, head map or (without `weight`) the choice of lambda are not there yet.
+        """
+        base = self._opened(student)
+        base.folder.head_map()  # it says what is missing
+        if weight is not None:
+            self._validated_once(base, scenes, weight, seed)
+            return
+        if not self.weight_file(student, scenes).exists():
+            raise InputError(f"lambda of {student} at {scenes} scenes has not been chosen yet.")
+        run_condition(self._chosen(base, scenes), condition, seed, resume=True)
+
     def run(self) -> None:
         """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all students first."""
         for cell in self.cells():
@@ -139,7 +171,7 @@ class Study:
 
     def finished(self) -> list[Cell]:
         """The cells whose arms have all been run."""
-        folders = {name: RunFolder(self.path / name) for name in self.config.students}
+        folders = {name: self.folder(name) for name in self.config.students}
         return [
             Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
             for scenes in self.config.train_scenes
@@ -153,16 +185,21 @@ class Study:
             for name in self.config.students:
                 yield Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
 
-    def _found(self, name: str) -> Experiment:
-        """A student's experiment with circuits and head map."""
-        if name in self._experiments:
-            return self._experiments[name]
+    def _opened(self, name: str) -> Experiment:
+        """A student's experiment; the teacher is loaded once for all."""
         recipe = replace(self.recipe, student=self.config.students[name].source)
-        experiment = Experiment(recipe, RunFolder(self.path / name))
+        experiment = Experiment(recipe, self.folder(name))
         if self._teacher is None:
             self._teacher = experiment.teacher
         experiment.teacher = self._teacher
         experiment.begin(resume=True)
+        return experiment
+
+    def _found(self, name: str) -> Experiment:
+        """A student's experiment with circuits and head map."""
+        if name in self._experiments:
+            return self._experiments[name]
+        experiment = self._opened(name)
         for other in self._experiments.values():
             _share_teacher(other.folder.path, experiment.folder.path)
         log.info("student %s", name)
@@ -172,7 +209,7 @@ class Study:
 
     def _chosen(self, base: Experiment, scenes: int) -> Experiment:
         trial = f"scenes-{scenes}"
-        file = base.folder.path / trial / "weight.json"
+        file = self.weight_file(base.folder.path.name, scenes)
         if not file.exists():
             accuracies = {weight: self._validated(base, scenes, weight) for weight in self.config.weights}
             means = {weight: sum(values) / len(values) for weight, values in accuracies.items()}
@@ -183,15 +220,15 @@ class Study:
 
     def _validated(self, base: Experiment, scenes: int, weight: float) -> list[float]:
         """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test prompts."""
+        return [self._validated_once(base, scenes, weight, seed) for seed in self.config.validation_seeds]
+
+    def _validated_once(self, base: Experiment, scenes: int, weight: float, seed: int) -> float:
         experiment = base.varied(self._at(base.recipe, scenes, weight), f"scenes-{scenes}/weight-{weight:g}")
-        accuracies = []
-        for seed in self.config.validation_seeds:
-            folder = experiment.folder.condition("circuit_ce_cka", seed)
-            reports = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-            if len(reports) < experiment.recipe.training.steps:
-                experiment.distill("circuit_ce_cka", seed, resume=True)
-            accuracies.append(evaluations(read_log(folder / "log.jsonl"))[-1][1])
-        return accuracies
+        folder = experiment.folder.condition("circuit_ce_cka", seed)
+        reports = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+        if len(reports) < experiment.recipe.training.steps:
+            experiment.distill("circuit_ce_cka", seed, resume=True)
+        return evaluations(read_log(folder / "log.jsonl"))[-1][1]
 
     @staticmethod
     def _at(recipe: Recipe, scenes: int, weight: float) -> Recipe:
