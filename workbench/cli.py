@@ -63,7 +63,12 @@ def parser() -> argparse.ArgumentParser:
 def _declare_stages(commands: Any) -> None:
     _command(commands, demo, "the whole road on the bundled models: discover, match, distil under all conditions, compare, report", recipe="demo")
     _command(commands, discover, "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by groups")
-    _command(commands, match, "match the student's circuit heads to the teacher's by ablation impact (eq 3 to 5), with each pair's CKA and floor")
+    matching = _command(
+        commands, match, "match the student's circuit heads to the teacher's (eq 3 to 5), with each pair's CKA, and say if alignment will help"
+    )
+    matching.add_argument(
+        "--against", default="assets/results/study_entity", help="the study whose trainings the forecast rests on (default: %(default)s)"
+    )
 
 
 def _declare_distill(commands: Any) -> None:
@@ -211,9 +216,14 @@ def discover(options: argparse.Namespace) -> None:
 
 
 def match(options: argparse.Namespace) -> None:
-    """Circuits and the head map."""
+    """Circuits and the head map, and whether alignment is likely to help."""
+    from workbench.study.diagnostic import forecast_of
+
     _experiment(options).match()
     report(options)
+    found = forecast_of(options.out, options.against)
+    if found is not None:
+        print(found.text())
 
 
 def distill(options: argparse.Namespace) -> None:
