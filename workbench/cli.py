@@ -64,7 +64,12 @@ def parser() -> argparse.ArgumentParser:
 def _declare_stages(commands: Any) -> None:
     _command(commands, demo, "the whole road on the bundled models: discover, match, distil under all conditions, compare, report", recipe="demo")
     _command(commands, discover, "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by groups")
-    _command(commands, match, "match the student's circuit heads to the teacher's by ablation impact (eq 3 to 5), with each pair's CKA and floor")
+    matching = _command(
+        commands, match, "match the student's circuit heads to the teacher's (eq 3 to 5), with each pair's CKA, and say if alignment will help"
+    )
+    matching.add_argument(
+        "--against", default="assets/results/study_entity", help="the study whose trainings the forecast rests on (default: %(default)s)"
+    )
 
 
 def _declare_distill(commands: Any) -> None:
@@ -80,7 +85,11 @@ def _declare_evaluate(commands: Any) -> None:
 
 def _declare_study(commands: Any) -> None:
     summary = "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps"
-    _command(commands, study, summary, recipe="study_entity")
+    made = _command(commands, study, summary, recipe="study_entity")
+    made.add_argument(
+        "--launcher", choices=("local", "ray"), default="local", help="one training after another, or spread over Ray (default: %(default)s)"
+    )
+    made.add_argument("--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)")
 
 
 def _declare_plan(commands: Any) -> None:
@@ -221,9 +230,14 @@ def discover(options: argparse.Namespace) -> None:
 
 
 def match(options: argparse.Namespace) -> None:
-    """Circuits and the head map."""
+    """Circuits and the head map, and whether alignment is likely to help."""
+    from workbench.study.diagnostic import forecast_of
+
     _experiment(options).match()
     report(options)
+    found = forecast_of(options.out, options.against)
+    if found is not None:
+        print(found.text())
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -251,7 +265,12 @@ def study(options: argparse.Namespace) -> None:
 
     running = Study(read_study(options.recipe, overrides=_overrides(options.set)), options.out)
     running.begin(resume=options.resume)
-    running.run()
+    if options.launcher == "ray":
+        from workbench.study.launch import run_on_ray
+
+        run_on_ray(running, workers=options.workers)
+    else:
+        running.run()
     report(options)
 
 

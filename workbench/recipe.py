@@ -126,6 +126,8 @@ class Recipe:
     teacher: str
     student: str | None = None
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    teacher_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    """Of the teacher, which never trains; None: `dtype`."""
     device: str = "cpu"
     data: DataConfig = Field(default_factory=DataConfig)
     stages: tuple[StageConfig, ...] | None = None

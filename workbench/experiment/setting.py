@@ -41,7 +41,7 @@ class Setting:
     @functools.cached_property
     def teacher(self) -> Teacher:
         """The teacher, self-checked."""
-        return Teacher.load(located(self.recipe.teacher), device=self.recipe.device, dtype=self.recipe.dtype)
+        return Teacher.load(located(self.recipe.teacher), device=self.recipe.device, dtype=self.recipe.teacher_dtype or self.recipe.dtype)
 
     @functools.cached_property
     def student(self) -> Student:

@@ -32,13 +32,17 @@ class Road:
 
     @property
     def width(self) -> int:
-        """Bytes of a weight."""
+        """Bytes of a student's weight."""
         return WIDTHS[self.recipe.dtype]
+
+    def width_of(self, shape: ModelShape) -> int:
+        """Bytes of a model's weight."""
+        return WIDTHS[self.recipe.teacher_dtype or self.recipe.dtype] if shape is self.teacher else self.width
 
     @property
     def resident(self) -> int:
         """Bytes of both models' weights."""
-        return self.width * (self.teacher.parameters + (self.student.parameters if self.student else 0))
+        return sum(self.width_of(shape) * shape.parameters for shape in (self.teacher, self.student) if shape is not None)
 
     def circuit_heads(self, shape: ModelShape) -> int:
         """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all."""
@@ -58,7 +62,7 @@ class Road:
             if shape is not None:
                 heads = self.matched_heads if role == "student" else None
                 trained = None if heads is None else self.trained("circuit").parameters
-                size = self.width * shape.parameters
+                size = self.width_of(shape) * shape.parameters
                 yield ModelCost(
                     role=role, name=shape.name, parameters=shape.parameters, weight_bytes=size, heads=shape.layers * shape.heads,
                     trained_heads=heads, trained_parameters=trained,
@@ -83,8 +87,8 @@ class Road:
         if self.student is not None or not searched:
             swept = sweeps.ablation(shape, pairs, batch=ablating.BATCH) + forward(shape, *reference.clean.shape) + forward(shape, count, tokens)
             peak = max(
-                memory.ablation_bytes(shape, count, tokens, self.width, batch=ablating.BATCH),
-                memory.means_bytes(shape, min(ablating.BATCH, len(reference)), tokens, self.width),
+                memory.ablation_bytes(shape, count, tokens, self.width_of(shape), batch=ablating.BATCH),
+                memory.means_bytes(shape, min(ablating.BATCH, len(reference)), tokens, self.width_of(shape)),
             )
             yield self.cost(f"discover {name}: ablation", f"{shape.layers * shape.heads} heads x {count} prompts", swept, shape, pairs, peak)
         if searched:
@@ -97,7 +101,7 @@ class Road:
         pairs, positions = self.prompts.discovery, {stage.name: stage.position for stage in self.prompts.stages}
         (count, tokens), heads = pairs.clean.shape, self.recipe.discovery.heads
         shared = sweeps.clean_and_corrupt(shape, pairs, batch=path.BATCH)
-        peak = memory.patching_bytes(shape, count, tokens, self.width, batch=path.BATCH)
+        peak = memory.patching_bytes(shape, count, tokens, self.width_of(shape), batch=path.BATCH)
         for stage in self.prompts.stages:
             if stage.into is None or stage.composition is None:
                 found, target = sweeps.to_logits(shape, pairs, batch=path.BATCH), "logits"
@@ -136,8 +140,8 @@ class Road:
         """A batch's forward; with counterfactual ablation every head's output on all test prompts."""
         count, tokens = self.prompts.test.clean.shape
         batch = min(ablating.BATCH, count)
-        held = 0 if self.recipe.evaluation.ablation == "mean" else count * tokens * memory.captured_z(shape) * self.width
-        return memory.means_bytes(shape, batch, tokens, self.width) + held
+        held = 0 if self.recipe.evaluation.ablation == "mean" else count * tokens * memory.captured_z(shape) * self.width_of(shape)
+        return memory.means_bytes(shape, batch, tokens, self.width_of(shape)) + held
 
     def match(self, *, title: str = "match") -> StageCost:
         """Similarities and CKA of the pairs on the discovery prompts, impacts read again (each time with the reference means)."""
@@ -146,7 +150,7 @@ class Road:
         runs = 1 + ("similarity" in self.recipe.matching.distances)
         reference = self.prompts.reference.clean.shape
         operations = sum(runs * forward(shape, *pairs.clean.shape) + 2 * forward(shape, *reference) for shape in shapes)
-        peak = max(memory.means_bytes(shape, len(pairs), pairs.clean.shape[1], self.width) for shape in shapes)
+        peak = max(memory.means_bytes(shape, len(pairs), pairs.clean.shape[1], self.width_of(shape)) for shape in shapes)
         return self.cost(title, f"{len(pairs)} prompts, both models", operations, self.teacher, pairs, peak)
 
     def caches(self, conditions: Sequence[str], seeds: int, *, title: str = "teacher outputs") -> Iterator[StageCost]:
@@ -159,10 +163,14 @@ class Road:
             times = seeds if kind in ("random", "shuffled") else 1
             layers = min(self.teacher.layers, self.matched_heads) if kind else 0
             size = times * cache_bytes(
-                self.teacher, count, tokens, layers, width=self.width, shards=shards, activation=self.recipe.alignment.activation
+                self.teacher, count, tokens, layers, width=self.width_of(self.teacher), shards=shards, activation=self.recipe.alignment.activation
             )
             peak = memory.forward_bytes(
-                self.teacher, min(ablating.BATCH, count), tokens, self.width, captured=layers * self.teacher.heads * self.teacher.d_head
+                self.teacher,
+                min(ablating.BATCH, count),
+                tokens,
+                self.width_of(self.teacher),
+                captured=layers * self.teacher.heads * self.teacher.d_head,
             ) + (0 if shards else size // times)
             what = f"{count} prompts, {f'at most {layers} layers' if kind else 'logits'}{f', {times} times' if times > 1 else ''}"
             operations = times * forward(self.teacher, count, tokens)
@@ -218,7 +226,7 @@ class Road:
         plain = {shape.name: forward(shape, *test.clean.shape) for shape in (self.student, self.teacher)}
         each = self.outside(self.student) + (self.report_runs + 1) * plain[self.student.name] + plain[self.teacher.name]
         once = self.outside(self.teacher) + self.report_runs * plain[self.teacher.name] if teacher else 0
-        peak = max(self.evaluation_bytes(self.student), memory.means_bytes(self.teacher, len(test), test.clean.shape[1], self.width))
+        peak = max(self.evaluation_bytes(self.student), memory.means_bytes(self.teacher, len(test), test.clean.shape[1], self.width_of(self.teacher)))
         what = f"{runs} students{' and the teacher' if teacher else ''}, {len(test)} prompts"
         beyond = self.width * self.student.parameters + peak
         return self.cost(title, what, runs * each + once, self.student, test, beyond)

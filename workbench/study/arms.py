@@ -38,7 +38,7 @@ def run_arms(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume:
     for condition, seed in arms:
         if not (folder.condition(condition, seed) / "result.json").exists():
             log.info("%s, seed %d", TITLES[condition], seed)
-            _run_condition(experiment, condition, seed, resume=resume, records=processes.is_main)
+            run_condition(experiment, condition, seed, resume=resume, records=processes.is_main)
     processes.wait()
     if processes.is_main and not (folder.condition("teacher", 0) / "result.json").exists():
         _record(experiment, "teacher", 0, experiment.teacher, trained=0, steps=0)
@@ -46,7 +46,8 @@ def run_arms(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume:
         return collect(folder)
 
 
-def _run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool, records: bool) -> None:
+def run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool, records: bool = True) -> None:
+    """Train one student under a condition and, where this process `records`, evaluate it and write its row."""
     student, slices = experiment.distill(condition, seed, resume=resume)
     if records:  # under `accelerate launch` all processes train, one evaluates
         steps = len(read_log(experiment.folder.condition(condition, seed) / "log.jsonl")) if slices.count else 0

@@ -30,7 +30,7 @@ from workbench.models import Student
 from workbench.recipe import Condition, Recipe, parse_config, read_recipe, read_yaml, to_plain
 from workbench.refs import Head
 from workbench.runs import RunFolder, provenance
-from workbench.study.arms import run_arms
+from workbench.study.arms import run_arms, run_condition
 
 log = logging.getLogger("workbench")
 STRICT = ConfigDict(extra="forbid")
@@ -110,6 +110,7 @@ class Study:
         if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
             raise InputError("a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every in `overrides`.")
         self._experiments: dict[str, Experiment] = {}
+        self._open: dict[str, Experiment] = {}
 
     def begin(self, *, resume: bool) -> None:
         """Open the folder. Errors: `InputError` when it holds another study, or one and `resume` is off."""
@@ -121,6 +122,38 @@ class Study:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
         if parse_config(StudyConfig, storage.read_json(file)["study"]) != self.config:
             raise InputError(f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another --out.")
+
+    def folder(self, student: str) -> RunFolder:
+        """Where a student's circuits and head map lie."""
+        return RunFolder(self.path / student)
+
+    def weight_file(self, student: str, scenes: int) -> Path:
+        """Where a cell's chosen lambda lies."""
+        return self.path / student / f"scenes-{scenes}" / "weight.json"
+
+    def prepare(self) -> None:
+        """Circuits and head maps of all students, which every trial reads."""
+        for name in self.config.students:
+            self._found(name)
+
+    def choose(self) -> None:
+        """lambda of every cell, from its trainings (which are done here where they are not yet)."""
+        for _ in self.cells():
+            pass
+
+    def run_trial(self, student: str, scenes: int, condition: str, seed: int, *, weight: float | None = None) -> None:
+        """One training: with a `weight` on trial, to be judged on validation prompts; else at the chosen one, evaluated on the test prompts.
+
+        Errors: `InputError` when circuits, head map or (without `weight`) the choice of lambda are not there yet.
+        """
+        base = self._opened(student)
+        base.folder.head_map()  # it says what is missing
+        if weight is not None:
+            self._validated_once(base, scenes, weight, seed)
+            return
+        if not self.weight_file(student, scenes).exists():
+            raise InputError(f"lambda of {student} at {scenes} scenes has not been chosen yet.")
+        run_condition(self._chosen(base, scenes), condition, seed, resume=True)
 
     def run(self) -> None:
         """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all students first."""
@@ -142,7 +175,7 @@ class Study:
 
     def finished(self) -> list[Cell]:
         """The cells whose arms have all been run."""
-        folders = {name: RunFolder(self.path / name) for name in self.config.students}
+        folders = {name: self.folder(name) for name in self.config.students}
         return [
             Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
             for scenes in self.config.train_scenes
@@ -156,15 +189,22 @@ class Study:
             for name in self.config.students:
                 yield Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
 
+    def _opened(self, name: str) -> Experiment:
+        """A student's experiment; models that are loaded already are not loaded again."""
+        if name not in self._open:
+            student = self.config.students[name]
+            own = read_recipe(self.config.recipe, overrides=_dotted(self.config.overrides) | _dotted(student.overrides))
+            experiment = Experiment(replace(own, student=student.source), self.folder(name))
+            self._share_models(experiment)
+            experiment.begin(resume=True)
+            self._open[name] = experiment
+        return self._open[name]
+
     def _found(self, name: str) -> Experiment:
         """A student's experiment with circuits and head map."""
         if name in self._experiments:
             return self._experiments[name]
-        student = self.config.students[name]
-        own = read_recipe(self.config.recipe, overrides=_dotted(self.config.overrides) | _dotted(student.overrides))
-        experiment = Experiment(replace(own, student=student.source), RunFolder(self.path / name))
-        self._share_models(experiment)
-        experiment.begin(resume=True)
+        experiment = self._opened(name)
         for other in self._experiments.values():
             _share_found(other, experiment)
         log.info("student %s", name)
@@ -173,16 +213,15 @@ class Study:
         return experiment
 
     def _share_models(self, experiment: Experiment) -> None:
-        """Models that are loaded already are not loaded again."""
-        for other in self._experiments.values():
-            if _alike(other.recipe, experiment.recipe, "teacher", "device", "dtype"):
+        for other in self._open.values():
+            if _alike(other.recipe, experiment.recipe, "teacher", "teacher_dtype", "device", "dtype"):
                 experiment.teacher = other.teacher
                 if other.recipe.student == experiment.recipe.student:
                     experiment.student = other.student
 
     def _chosen(self, base: Experiment, scenes: int) -> Experiment:
         trial = f"scenes-{scenes}"
-        file = base.folder.path / trial / "weight.json"
+        file = self.weight_file(base.folder.path.name, scenes)
         if not file.exists() and len(self.config.weights) == 1:
             storage.write_json(file, {"weight": self.config.weights[0], "validation_accuracy": {}})
         if not file.exists():
@@ -195,15 +234,15 @@ class Study:
 
     def _validated(self, base: Experiment, scenes: int, weight: float) -> list[float]:
         """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test prompts."""
+        return [self._validated_once(base, scenes, weight, seed) for seed in self.config.validation_seeds]
+
+    def _validated_once(self, base: Experiment, scenes: int, weight: float, seed: int) -> float:
         experiment = base.varied(self._at(base.recipe, scenes, weight), f"scenes-{scenes}/weight-{weight:g}")
-        accuracies = []
-        for seed in self.config.validation_seeds:
-            folder = experiment.folder.condition("circuit_ce_cka", seed)
-            reports = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-            if len(reports) < experiment.recipe.training.steps:
-                experiment.distill("circuit_ce_cka", seed, resume=True)
-            accuracies.append(evaluations(read_log(folder / "log.jsonl"))[-1][1])
-        return accuracies
+        folder = experiment.folder.condition("circuit_ce_cka", seed)
+        reports = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+        if len(reports) < experiment.recipe.training.steps:
+            experiment.distill("circuit_ce_cka", seed, resume=True)
+        return evaluations(read_log(folder / "log.jsonl"))[-1][1]
 
     @staticmethod
     def _at(recipe: Recipe, scenes: int, weight: float) -> Recipe:
@@ -234,7 +273,7 @@ def _alike(first: Recipe, second: Recipe, *keys: str) -> bool:
 def _share_found(found: Experiment, wanting: Experiment) -> None:
     """Scores and circuits that a study has found already in the same model, by the same search, serve again."""
     first, second = found.recipe, wanting.recipe
-    searched = _alike(first, second, "teacher", "device", "dtype", "data", "stages", "discovery", "evaluation")
+    searched = _alike(first, second, "teacher", "teacher_dtype", "device", "dtype", "data", "stages", "discovery", "evaluation")
     if not searched or first.matching.metric != second.matching.metric:
         return
     for model in ("teacher", "student") if first.student == second.student else ("teacher",):

@@ -1,0 +1,130 @@
+"""The trials of a study spread over a Ray cluster, to the same files as one process writes after another.
+
+A trial is one training (and its evaluation): a function of the study's configuration, the student, the data size, the condition, the seed and
+lambda, which writes into a folder of its own. So trials need no order among each other but one: lambda is chosen before a cell's conditions run.
+The driver finds circuits and head maps first, which all trials read; what is evaluated once (the teacher, circuits anew) it does at the end. Where every
+process computes with as many threads, the numbers are the sequential study's to the bit.
+
+The study's folder (and `$WORKBENCH_CACHE`) must be on a file system that all machines see. A trial whose worker dies is begun again on another, from
+its last checkpoint; when Ray gives up, the study stops and resumes with `--resume`.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.errors import InputError
+from workbench.sources import require_package
+from workbench.study.grid import Study, opened_study
+
+log = logging.getLogger("workbench")
+RETRIES = 3
+"""How often a trial is begun again when its worker dies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One training of a study."""
+
+    student: str
+    scenes: int
+    condition: str
+    seed: int
+    weight: float | None = None
+    """lambda on trial, judged on validation prompts; None: the chosen one, evaluated on the test prompts."""
+
+
+def choices(study: Study) -> Iterator[Trial]:
+    """The trainings that lambda is chosen by, of cells where it is not chosen yet."""
+    config = study.config
+    for scenes in config.train_scenes:
+        for student in config.students:
+            if not study.weight_file(student, scenes).exists():
+                for weight in config.weights:
+                    yield from (
+                        Trial(student=student, scenes=scenes, condition="circuit_ce_cka", seed=seed, weight=weight)
+                        for seed in config.validation_seeds
+                    )
+
+
+def arms(study: Study) -> Iterator[Trial]:
+    """All conditions and seeds of all cells that have no result yet."""
+    for scenes in study.config.train_scenes:
+        for student in study.config.students:
+            folder = replace(study.folder(student), trial=f"scenes-{scenes}")
+            for condition, seed in study.arms:
+                if not (folder.condition(condition, seed) / "result.json").exists():
+                    yield Trial(student=student, scenes=scenes, condition=condition, seed=seed)
+
+
+def run_trial(path: Path, trial: Trial) -> None:
+    """Do one trial of the study in a folder, whose circuits and head maps are there."""
+    opened_study(path).run_trial(trial.student, trial.scenes, trial.condition, trial.seed, weight=trial.weight)
+
+
+def run_on_ray(study: Study, *, workers: int | None = None) -> None:
+    """`study.run()` with its trials on a Ray cluster (`$RAY_ADDRESS`), or on `workers` processes of this machine.
+
+    Errors: `InputError` without Ray, and when trials fail.
+    """
+    require_package("ray", "ray")
+    threads = torch.get_num_threads()
+    study.prepare()
+    with _Cluster(workers, threads, accelerated=study.recipe.device != "cpu") as cluster:
+        for wave in (choices, arms):
+            cluster.run(study.path, list(wave(study)))
+            study.choose()
+    study.run()
+
+
+class _Cluster:
+    """A connection to Ray for the length of a context."""
+
+    def __init__(self, workers: int | None, threads: int, *, accelerated: bool) -> None:
+        self.workers, self.threads, self.accelerated = workers, threads, accelerated
+
+    def __enter__(self) -> "_Cluster":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        kept = {name: os.environ[name] for name in ("WORKBENCH_CACHE", "HF_HUB_OFFLINE") if name in os.environ}
+        settings: dict[str, Any] = {"runtime_env": {"env_vars": {**kept, "OMP_NUM_THREADS": str(self.threads)}}, "log_to_driver": False}
+        if not os.environ.get("RAY_ADDRESS"):
+            settings |= {"include_dashboard": False, "num_cpus": None if self.workers is None else self.workers * self.threads}
+        ray.init(**settings)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def run(self, path: Path, trials: Sequence[Trial]) -> None:
+        """All of them; a failed one does not keep the others from finishing."""
+        import ray
+
+        work = ray.remote(num_cpus=self.threads, num_gpus=int(self.accelerated), max_retries=RETRIES)(_remote)
+        waiting: Any = {work.remote(str(path.resolve()), asdict(trial), self.threads): trial for trial in trials}
+        failed = []
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting))
+            trial = waiting.pop(done)
+            try:
+                ray.get(done)
+                log.info("%s, %d scenes, %s, seed %d: done, %d left", trial.student, trial.scenes, trial.condition, trial.seed, len(waiting))
+            except ray.exceptions.RayError as error:
+                failed.append(f"{trial}: {str(error).strip().splitlines()[-1]}")
+        if failed:
+            raise InputError(f"{len(failed)} of {len(trials)} trials failed, the others are kept; go on with --resume. First: {failed[0]}")
+
+
+def _remote(path: str, trial: dict[str, Any], threads: int) -> None:
+    """In a worker's process."""
+    torch.set_num_threads(threads)
+    run_trial(Path(path), Trial(**trial))
