@@ -77,9 +77,10 @@ def parser() -> argparse.ArgumentParser:
     _common(checking, check_model)
     training = commands.add_parser(
         "pretrain",
-        help="train the bundled teacher and students on entity tracking",
+        help="train the bundled teacher and students, on entity tracking or on the mixture of tasks",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
+    training.add_argument("--bundle", choices=("entity", "mixture"), default="entity", help="which three models (default: %(default)s)")
     training.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
     training.add_argument(
         "--work", type=Path, default=Path("runs/pretrain"), help="where checkpoints go; a killed training goes on from there (default: %(default)s)"
@@ -219,7 +220,13 @@ def check_model(options: argparse.Namespace) -> None:
 def pretrain_models(options: argparse.Namespace) -> None:
     """The bundled models."""
     from workbench.pretraining import BundleConfig, pretrain
+    from workbench.pretraining.mixture_bundle import MixtureConfig, pretrain_mixture
 
+    if options.bundle == "mixture":
+        mixture = parse_config(MixtureConfig, {}, overrides=_overrides(options.set))
+        for name, found in pretrain_mixture(mixture, options.out, options.work).items():
+            print(f"{name}: {', '.join(f'{task} {accuracy:.3f}' for task, accuracy in found.items())} (held-out test prompts)")
+        return
     config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
     for name, accuracy in pretrain(config, options.out, options.work).items():
         print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")
