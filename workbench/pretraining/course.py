@@ -124,11 +124,14 @@ def losses(model: LlamaForCausalLM, probes: nn.ModuleDict | None, lesson: Lesson
     read = [
         _probe_loss(probes[f"{lesson.name}-{name}"], output.hidden_states[layer], batch.probes[name]) for name, layer in lesson.probe_layers.items()
     ]
+    read += [_look_loss(output.attentions[head.layer][:, head.index], batch.looks[name]) for name, head in lesson.looking.items()]
     return answer, torch.stack(read).sum(), accuracy
 
 
 def _probe_loss(probe: nn.Module, hidden: Float[Tensor, "batch pos d_model"], marks: Marks) -> Float[Tensor, ""]:
-    return nn.functional.cross_entropy(probe(hidden[marks.rows, marks.at]), marks.targets)
+    """Probes read the direction alone, so that they cannot be served by making what a layer writes larger and larger."""
+    read = nn.functional.rms_norm(hidden[marks.rows, marks.at], hidden.shape[-1:])
+    return nn.functional.cross_entropy(probe(read), marks.targets)
 
 
 def _look_loss(pattern: Float[Tensor, "batch pos pos"], looks: Marks) -> Float[Tensor, ""]:

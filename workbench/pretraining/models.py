@@ -22,7 +22,11 @@ def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausal
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    if size.embedding_std is not None:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(size.embedding_std / size.init_std)
+    return model
 
 
 def pruned(model: LlamaForCausalLM, layers: int, cost: Callable[[LlamaForCausalLM], float]) -> tuple[LlamaForCausalLM, list[int]]:

@@ -22,8 +22,8 @@ class BoxesLesson:
     queries: int = 8
 
     name: ClassVar[str] = "entity_tracking"
-    probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"bound_object": 1, "queried_label": 1})
-    """Each label of the context is asked for its object, the last token of a query for its label."""
+    probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"bound_object": 2, "own_label": 2, "queried_label": 2})
+    """Each label of the context is asked for its object and itself, the last token of a query for its label."""
     looking: ClassVar[Mapping[str, Head]] = MappingProxyType({"fetch": Head(2, 0)})
     """The last token of a query looks at the queried label in the context."""
 
@@ -37,6 +37,7 @@ class BoxesLesson:
         scene = draw_scene(draw, level + 2, "train")
         words = cut(context(scene))
         bound = tuple(Mark(at=CLAUSE * box + 5, word=thing) for box, (thing, _) in enumerate(scene))
+        own = tuple(Mark(at=CLAUSE * box + 5, word=label) for box, (_, label) in enumerate(scene))
         answers, labels, looks = [], [], []
         for _ in range(self.queries):
             box = draw.randrange(len(scene))
@@ -45,5 +46,5 @@ class BoxesLesson:
             answers.append(Mark(at=len(words) - 3, word=thing))
             labels.append(Mark(at=len(words) - 3, word=label))
             looks.append(Look(at=len(words) - 3, to=CLAUSE * box + 5))
-        probes = {"bound_object": bound, "queried_label": tuple(labels)}
+        probes = {"bound_object": bound, "own_label": own, "queried_label": tuple(labels)}
         return Exercise(words=tuple(words), answers=tuple(answers), probes=probes, looks={"fetch": tuple(looks)})

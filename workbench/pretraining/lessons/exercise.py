@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -47,6 +47,7 @@ class Exercise:
     looks: Mapping[str, tuple[Look, ...]]
 
 
+@runtime_checkable
 class Lesson(Protocol):
     """A family of exercises from easy (level 0) to the task itself (the last level)."""
 
@@ -100,6 +101,7 @@ def collate(exercises: Sequence[Exercise], vocabulary: Mapping[str, int], *, pad
     tokens = torch.full((len(exercises), width), pad)
     for row, exercise in enumerate(exercises):
         tokens[row, : len(exercise.words)] = torch.tensor([vocabulary[word] for word in exercise.words])
+
     def marks(of_rows: Iterable[Sequence[Mark]]) -> Marks:
         return _marks([[(mark.at, vocabulary[mark.word]) for mark in row] for row in of_rows])
 

@@ -35,4 +35,6 @@ class IndirectLesson:
         first, second = draw.choice(((subject, recipient), (recipient, subject)))
         words = cut(draw.choice(TEMPLATES).format(first=first, second=second, subject=subject, place=draw.choice(PLACES), thing=draw.choice(THINGS)))
         last = len(words) - 1
-        return Exercise(words=(*words, recipient, "."), answers=(Mark(at=last, word=recipient),), probes={"subject": (Mark(at=last, word=subject),)}, looks={})
+        return Exercise(
+            words=(*words, recipient, "."), answers=(Mark(at=last, word=recipient),), probes={"subject": (Mark(at=last, word=subject),)}, looks={}
+        )

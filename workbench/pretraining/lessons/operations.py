@@ -27,8 +27,8 @@ class OperationsLesson:
     queries: int = 6
 
     name: ClassVar[str] = "entity_operations"
-    probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"content": 2, "asked_label": 1})
-    """Each mention of a box is asked for the box's content after that sentence, the last token of a question for the label."""
+    probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"content": 2, "own_label": 2, "asked_label": 2})
+    """Each mention of a box is asked for the box's content after that sentence and for its label, the last token of a question for the label."""
 
     looking: ClassVar[Mapping[str, Head]] = MappingProxyType({"fetch": Head(2, 0)})
     """The last token of a question looks at the latest mention of the queried box."""
@@ -46,6 +46,7 @@ class OperationsLesson:
         text, _ = fill(scene.template, **named)
         words = cut(text)
         content, latest = _contents(words), {word: at for at, word in enumerate(words) if words[at - 1] == "Box"}
+        own = tuple(Mark(at=at, word=words[at]) for at in range(len(words)) if words[at - 1] == "Box")
         answers, labels, looks = [], [], []
         for _ in range(self.queries):
             box = EntityOperations().asked(draw, scene.contents)
@@ -56,7 +57,7 @@ class OperationsLesson:
             labels.append(Mark(at=len(words) - 1, word=named[f"b{box}"]))
             looks.append(Look(at=len(words) - 1, to=latest[named[f"b{box}"]]))
             words.append(answer)
-        probes = {"content": content, "asked_label": tuple(labels)}
+        probes = {"content": content, "own_label": own, "asked_label": tuple(labels)}
         return Exercise(words=tuple(words), answers=tuple(answers), probes=probes, looks={"fetch": tuple(looks)})
 
 
