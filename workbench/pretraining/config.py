@@ -28,7 +28,7 @@ class CourseConfig:
     """How a model is trained on lessons."""
 
     seed: int = 1
-    tokens: Annotated[int, Field(ge=2)] = 2400
+    tokens: Annotated[int, Field(ge=2)] = 1400
     """Tokens of each lesson in a step, so that every lesson costs the same; half of them once the lesson is solved."""
     rows: Annotated[int, Field(ge=2)] = 64
     """Most exercises of a lesson in a step, however short they are."""

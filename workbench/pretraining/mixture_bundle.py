@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
-from workbench import seeds
+from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.pretraining.config import STRICT, CourseConfig, SizeConfig
 from workbench.pretraining.course import Course, losses
@@ -30,11 +30,11 @@ COMMAND = "workbench pretrain --bundle mixture"
 class MixtureConfig:
     """The three models of the mixture."""
 
-    teacher: SizeConfig = Field(default_factory=lambda: SizeConfig(layers=4))
+    teacher: SizeConfig = Field(default_factory=lambda: SizeConfig(layers=4, embedding_std=0.4))
     course: CourseConfig = Field(default_factory=CourseConfig)
     student_layers: Annotated[int, Field(ge=1)] = 3
-    ancestor: dict[str, int] = Field(default_factory=lambda: {"entity_tracking": 2, "entity_operations": 2, "theory_of_mind": 1})
-    """The student descends from the teacher at the moment when every one of these lessons had reached this level."""
+    ancestor_step: Annotated[int, Field(ge=1)] = 250
+    """The student descends from the teacher after so many steps (a multiple of `course.checkpoint_every`)."""
     student_band: tuple[float, float] = (0.35, 0.85)
     """From where to where on the way from chance (0) to everything right (1) a student's accuracy on each task has to be (calibration split)."""
     healing_rate: float = 5e-4
@@ -64,27 +64,29 @@ def _train_teacher(config: MixtureConfig, target: Path, work: Path) -> None:
     course = Course(model, mixture_tokenizer().get_vocab(), mixture_lessons(), config.course, label="mixture-teacher")
     course.resume(work / "mixture-teacher")
     for _ in _steps(course, work / "mixture-teacher"):
-        if _is_ancestor(course, config) and not (work / "mixture-ancestor").exists():
-            save_model(model, mixture_tokenizer(), work / "mixture-ancestor", {"step": course.step}, [])
+        if course.step % config.course.checkpoint_every == 0:
+            save_model(model, mixture_tokenizer(), _ancestor(work, course.step), {"levels": dict(course.levels)}, [])
         if course.finished:
             break
     _save(model, target, {"size": asdict(config.teacher), "course": asdict(config.course)}, course)
 
 
-def _is_ancestor(course: Course, config: MixtureConfig) -> bool:
-    return all(course.levels[name] >= level for name, level in config.ancestor.items())
+def _ancestor(work: Path, step: int) -> Path:
+    return work / "mixture-teacher-early" / str(step)
 
 
 def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
     """The pruned student, healed until it is in the band in each task."""
     course_config = replace(config.course, learning_rate=config.healing_rate, probe_weight=0.0)
     vocabulary, lessons = mixture_tokenizer().get_vocab(), mixture_lessons()
-    ancestor = finished(work / "mixture-ancestor", lambda: _train_teacher(config, work / "mixture-teacher-again", work))
-    model, kept = pruned(ancestor, config.student_layers, lambda model: _cost(model, lessons, vocabulary, config))
+    early = _ancestor(work, config.ancestor_step)
+    ancestor = finished(early, lambda: _train_teacher(config, work / "mixture-teacher-again", work))
+    levels: dict[str, int] = storage.read_json(early / "training.json")["levels"]
+    model, kept = pruned(ancestor, config.student_layers, lambda model: _cost(model, lessons, vocabulary, levels, seed=config.course.seed))
     course = Course(model, vocabulary, lessons, course_config, label="mixture-student")
-    course.levels |= config.ancestor
+    course.levels |= levels
     _until_in_band(course, config, work / "mixture-student")
-    made = {"ancestor": f"the teacher when it had reached the levels {config.ancestor}", "kept_layers": kept, "course": asdict(course_config)}
+    made = {"ancestor": f"the teacher after {config.ancestor_step} steps", "kept_layers": kept, "course": asdict(course_config)}
     _save(model, target, made, course)
 
 
@@ -97,10 +99,10 @@ def _train_unrelated(config: MixtureConfig, target: Path, work: Path) -> None:
     _save(model, target, {"size": asdict(size), "course": asdict(course_config)}, course)
 
 
-def _cost(model: LlamaForCausalLM, lessons: Sequence[Lesson], vocabulary: dict[str, int], config: MixtureConfig) -> float:
-    """Answer loss over the lessons, at the ancestor's levels."""
-    draw = seeds.chooser(config.course.seed, "pruning")
-    batches = [collate([lesson.exercise(draw, config.ancestor.get(lesson.name, 0)) for _ in range(32)], vocabulary) for lesson in lessons]
+def _cost(model: LlamaForCausalLM, lessons: Sequence[Lesson], vocabulary: dict[str, int], levels: dict[str, int], *, seed: int) -> float:
+    """Answer loss over the lessons at some levels."""
+    draw = seeds.chooser(seed, "pruning")
+    batches = [collate([lesson.exercise(draw, levels[lesson.name]) for _ in range(32)], vocabulary) for lesson in lessons]
     return sum(losses(model, None, lesson, batch)[0].item() for lesson, batch in zip(lessons, batches, strict=True))
 
 
@@ -119,7 +121,7 @@ def _until_in_band(course: Course, config: MixtureConfig, work: Path) -> None:
             continue
         over = {name: found[name] for name, share in on_the_way.items() if share > high}
         if over:
-            raise InputError(f"{course.label} is above its band in {over}; lower `look_every`, the learning rate or the levels of `ancestor`.")
+            raise InputError(f"{course.label} is above its band in {over}; lower `look_every`, the learning rate or `ancestor_step`.")
         return
 
 
