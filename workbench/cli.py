@@ -220,12 +220,12 @@ def check_model(options: argparse.Namespace) -> None:
 def pretrain_models(options: argparse.Namespace) -> None:
     """The bundled models."""
     from workbench.pretraining import BundleConfig, pretrain
+    from workbench.pretraining.mixture import report_table
     from workbench.pretraining.mixture_bundle import MixtureConfig, pretrain_mixture
 
     if options.bundle == "mixture":
         mixture = parse_config(MixtureConfig, {}, overrides=_overrides(options.set))
-        for name, found in pretrain_mixture(mixture, options.out, options.work).items():
-            print(f"{name}: {', '.join(f'{task} {accuracy:.3f}' for task, accuracy in found.items())} (held-out test prompts)")
+        print(report_table(pretrain_mixture(mixture, options.out, options.work)).to_string(index=False))
         return
     config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
     for name, accuracy in pretrain(config, options.out, options.work).items():

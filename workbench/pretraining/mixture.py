@@ -1,9 +1,12 @@
 """The mixture: its lessons, the tasks that they teach, their words, and how well a model does on held-out prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
+import pandas as pd
 import torch
+from datasets import Dataset
 from jaxtyping import Bool
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,7 +16,9 @@ from workbench.pretraining.lessons.exercise import Lesson
 from workbench.pretraining.lessons.indirect import IndirectLesson
 from workbench.pretraining.lessons.minds import MindsLesson
 from workbench.pretraining.lessons.operations import OperationsLesson
+from workbench.scores import wilson_interval
 from workbench.tasks.base import PromptPairs, Split, Task, encode, task_dataset
+from workbench.tasks.breakdown import accuracy_by
 from workbench.tasks.entity_operations import EntityOperations
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.tasks.ioi import IndirectObject
@@ -36,11 +41,16 @@ def mixture_tokenizer() -> PreTrainedTokenizerFast:
     return word_level_tokenizer(sorted({word for task in TASKS.values() for word in getattr(task, "words", ())}))
 
 
-def held_out(name: str, *, split: Split, prompts: int, seed: int = 0) -> PromptPairs:
-    """So many prompts of a task's split, at least; padded on the right, so that a causal model needs no mask."""
-    tokenizer, task = mixture_tokenizer(), TASKS[name]
+def held_out_rows(name: str, *, split: Split, prompts: int, seed: int = 0) -> Dataset:
+    """So many prompts of a task's split, or up to 6 more (a scene of entity tracking is asked at each of its boxes)."""
+    task = TASKS[name]
     scenes = -(-prompts // 7) if name == EntityTracking.name else prompts
-    return encode(task_dataset(task, tokenizer, split=split, scenes=scenes, seed=seed), tokenizer, padding_side="right")
+    return task_dataset(task, mixture_tokenizer(), split=split, scenes=scenes, seed=seed)
+
+
+def held_out(name: str, *, split: Split, prompts: int, seed: int = 0) -> PromptPairs:
+    """The same as tensors, padded on the right, so that a causal model needs no mask."""
+    return encode(held_out_rows(name, split=split, prompts=prompts, seed=seed), mixture_tokenizer(), padding_side="right")
 
 
 @torch.no_grad()
@@ -53,6 +63,40 @@ def answered_right(model: LlamaForCausalLM, pairs: PromptPairs) -> Bool[Tensor, 
     return torch.cat(right)
 
 
-def accuracies(model: LlamaForCausalLM, *, split: Split, prompts: int, seed: int = 0, names: Sequence[str] = tuple(TASKS)) -> dict[str, float]:
+def accuracies(model: LlamaForCausalLM, *, split: Split, prompts: int, seed: int = 0) -> dict[str, float]:
     """Accuracy on held-out prompts of each task."""
-    return {name: float(answered_right(model, held_out(name, split=split, prompts=prompts, seed=seed)).float().mean()) for name in names}
+    return {name: float(answered_right(model, held_out(name, split=split, prompts=prompts, seed=seed)).float().mean()) for name in TASKS}
+
+
+def accuracy_report(model: LlamaForCausalLM, *, prompts: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Each task on test prompts: accuracy with its 95 % Wilson interval, chance, and accuracy by each fact that the task records."""
+    found = {}
+    for name, task in TASKS.items():
+        rows = held_out_rows(name, split="test", prompts=prompts, seed=seed)
+        right = answered_right(model, encode(rows, mixture_tokenizer(), padding_side="right"))
+        facts = rows.features.get("facts", {})
+        found[name] = {
+            "prompts": len(rows),
+            "accuracy": float(right.float().mean()),
+            "interval": list(wilson_interval(int(right.sum()), len(right))),
+            "chance": task.chance,
+            "by": {fact: accuracy_by(rows, right, fact=fact).to_dict("records") for fact in facts},
+        }
+    return found
+
+
+def report_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Reports of several models as a table: one row for each task, and for operations one for each number that touches the queried box."""
+    lines = []
+    for name, task in TASKS.items():
+        lines.append([name.replace("_", " "), f"{task.chance:.2f}", *(_accuracy_text(report[name]) for report in reports.values())])
+    by = {model: {row["touching"]: row for row in report[EntityOperations.name]["by"]["touching"]} for model, report in reports.items()}
+    for count in sorted({count for rows in by.values() for count in rows}):
+        lines.append(
+            [f"  {count} operations touch the box", "", *(f"{rows[count]['accuracy']:.3f} ({rows[count]['prompts']})" for rows in by.values())]
+        )
+    return pd.DataFrame(lines, columns=["task", "chance", *reports])
+
+
+def _accuracy_text(found: Mapping[str, Any]) -> str:
+    return f"{found['accuracy']:.3f} [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]"

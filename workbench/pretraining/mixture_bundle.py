@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.pretraining.config import STRICT, CourseConfig, SizeConfig
 from workbench.pretraining.course import Course, losses
 from workbench.pretraining.lessons.exercise import Lesson, collate
-from workbench.pretraining.mixture import TASKS, accuracies, mixture_lessons, mixture_tokenizer
+from workbench.pretraining.mixture import TASKS, accuracies, accuracy_report, mixture_lessons, mixture_tokenizer
 from workbench.pretraining.models import finished, new_model, pruned, save_model
 
 COMMAND = "workbench pretrain --bundle mixture"
@@ -44,10 +44,11 @@ class MixtureConfig:
     unrelated_seed: int = 2
 
 
-def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[str, dict[str, float]]:
+def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in `folder`.
 
-    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracies on test prompts.
+    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's report on test prompts, which is
+    also written beside it (`accuracies.json`).
     """
     made = {
         "mixture-teacher": finished(folder / "mixture-teacher", lambda: _train_teacher(config, folder / "mixture-teacher", work)),
@@ -56,7 +57,10 @@ def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[st
             folder / "mixture-unrelated-student", lambda: _train_unrelated(config, folder / "mixture-unrelated-student", work)
         ),
     }
-    return {name: accuracies(model, split="test", prompts=700) for name, model in made.items()}
+    reports = {name: accuracy_report(model) for name, model in made.items()}
+    for name, report in reports.items():
+        storage.write_json(folder / name / "accuracies.json", report)
+    return reports
 
 
 def _train_teacher(config: MixtureConfig, target: Path, work: Path) -> None:
