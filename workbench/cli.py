@@ -132,9 +132,10 @@ def _declare_check_model(commands: Any) -> None:
 def _declare_pretrain(commands: Any) -> None:
     made = commands.add_parser(
         "pretrain",
-        help="train the bundled teacher and students on entity tracking",
+        help="train the bundled teacher and students, on entity tracking or on the mixture of tasks",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
+    made.add_argument("--bundle", choices=("entity", "mixture"), default="entity", help="which three models (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
     made.add_argument(
         "--work", type=Path, default=Path("runs/pretrain"), help="where checkpoints go; a killed training goes on from there (default: %(default)s)"
@@ -318,7 +319,13 @@ def check_model(options: argparse.Namespace) -> None:
 def pretrain_models(options: argparse.Namespace) -> None:
     """The bundled models."""
     from workbench.pretraining import BundleConfig, pretrain
+    from workbench.pretraining.mixture import report_table
+    from workbench.pretraining.mixture_bundle import MixtureConfig, pretrain_mixture
 
+    if options.bundle == "mixture":
+        mixture = parse_config(MixtureConfig, {}, overrides=_overrides(options.set))
+        print(report_table(pretrain_mixture(mixture, options.out, options.work)).to_string(index=False))
+        return
     config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
     for name, accuracy in pretrain(config, options.out, options.work).items():
         print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")

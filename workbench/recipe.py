@@ -104,6 +104,19 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class TransferConfig:
+    """Another task that trained models are evaluated on: what did training on the recipe's task do to it?"""
+
+    task: str
+    """A task by name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the task."""
+    scenes: Annotated[int, Field(ge=1)] = 200
+    """Test scenes (of entity tracking as many times `data.boxes` prompts)."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
     """How circuits are evaluated."""
 
@@ -116,6 +129,8 @@ class EvaluationConfig:
     """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it."""
     edges: Annotated[int, Field(ge=0)] = 0
     """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its graph; 0: not."""
+    transfer: tuple[TransferConfig, ...] = ()
+    """Other tasks that every trained model is evaluated on, full models only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -11,6 +11,7 @@ from workbench.distillation.reports import read_log
 from workbench.experiment import Experiment, mean_cka_and_floor
 from workbench.models import HookedModel
 from workbench.study.rows import TITLES, ConditionResult, collect
+from workbench.study.transfer import record_transfer
 
 log = logging.getLogger("workbench")
 
@@ -68,6 +69,7 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
         trained_parameters=trained, trained_fraction=trained / total, steps=steps, mcnemar={},
     )  # fmt: skip
     storage.write_tensors(folder / "outcomes.safetensors", outcomes)
+    record_transfer(experiment, model, folder)
     storage.write_json(folder / "ckas.json", [value.to_json() for value in ckas])
     storage.write_json(folder / "circuit_report.json", report.to_json())
     storage.write_json(folder / "result.json", result.to_json())

@@ -20,6 +20,7 @@ from workbench.experiment import CONDITIONS
 from workbench.statistics import compared, mean_interval
 from workbench.study.grid import Cell, Study, starting_similarity
 from workbench.study.rows import COMPARED_WITH, TITLES, ConditionResult, collect, in_columns
+from workbench.study.transfer import read_outcomes, transfer_table, transfer_text
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
 
@@ -51,7 +52,15 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
         "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
         "comparisons": {other: _comparisons(study, cell, other) for other in COMPARED_WITH if other in study.config.conditions},
         "circuits_anew": anew,
+        "transfer": _transfer(study, cell),
     }
+
+
+def _transfer(study: Study, cell: Cell) -> dict[str, Any]:
+    """What training did to the other tasks that the recipe names."""
+    folders = {name: [cell.experiment.folder.condition(name, seed) for seed in study.config.seeds] for name in TITLES if name != "teacher"}
+    folders["teacher"] = [cell.experiment.folder.condition("teacher", 0)]
+    return transfer_table({name: found for name, paths in folders.items() if (found := read_outcomes(paths))})
 
 
 def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +187,10 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
         "p",
         "steps",
     )
-    return "\n".join([title, in_columns([head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())])])
+    lines = [title, in_columns([head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())])]
+    if cell.get("transfer"):
+        lines += ["", "accuracy on the other tasks, and its change from the untrained student's", transfer_text(cell["transfer"])]
+    return "\n".join(lines)
 
 
 def _condition_text(name: str, found: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:

@@ -144,9 +144,9 @@ class EntityOperations:
 
     def _pair(self, draw: random.Random, split: Split, things: tuple[str, ...], labels: tuple[str, ...]) -> Pair:
         scene = history(draw, self.boxes, draw.randint(self.fewest, self.most))
-        asked = self._asked(draw, scene.contents)
-        words = _words(draw, scene, split, things, labels)
-        others = _words(draw, scene, split, *([word for word in pool if word not in words.values()] for pool in (things, labels)))
+        asked = self.asked(draw, scene.contents)
+        words = scene_words(draw, scene, split, things, labels)
+        others = scene_words(draw, scene, split, *([word for word in pool if word not in words.values()] for pool in (things, labels)))
         stranger = draw.choice([label for label in labels if label not in words.values() and label not in others.values()])
         template = f"{scene.template} {QUESTION if self.empty else COMPLETION}"
         clean, spans = fill(template, **words, query=words[f"b{asked}"])
@@ -168,7 +168,7 @@ class EntityOperations:
             facts={"operations": scene.operations, "touching": scene.touching[asked]},
         )
 
-    def _asked(self, draw: random.Random, contents: Contents) -> int:
+    def asked(self, draw: random.Random, contents: Contents) -> int:
         """The queried box: each full one, and all empty ones together, equally likely."""
         full = [box for box, thing in enumerate(contents) if thing is not None]
         if self.empty and draw.randrange(len(full) + 1) == 0:
@@ -176,7 +176,7 @@ class EntityOperations:
         return draw.choice(full)
 
 
-def _words(draw: random.Random, scene: History, split: Split, things: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
+def scene_words(draw: random.Random, scene: History, split: Split, things: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
     """A word for each thing and box, such that the scene is of the split."""
     boxes = len(scene.contents)
     while True:

@@ -90,7 +90,7 @@ class VisibilityStory:
         """The prompt in a wording, with the spans of its fields."""
         first, second = self.characters
         words = {"object_1": self.objects[0], "object_2": self.objects[1], "state_1": self.states[0], "state_2": self.states[1]}
-        seen = {"sees_1": _can(self.sees[0]), "sees_2": _can(self.sees[1])}
+        seen = {"sees_1": can(self.sees[0]), "sees_2": can(self.sees[1])}
         return fill(instruction + VISIBILITY[wording], first=first, second=second, place=place, who=self.who, asked=self.asked, **words, **seen)
 
     def positions(self, text: str, spans: Spans) -> dict[str, tuple[Span, ...]]:
@@ -170,7 +170,7 @@ class BeliefStory:
 Story = VisibilityStory | BeliefStory
 
 
-def _can(sees: bool) -> str:
+def can(sees: bool) -> str:
     return "can" if sees else "cannot"
 
 

@@ -10,9 +10,8 @@ damaged. The unrelated student has the same size and another initialisation: the
 Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
 
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,11 +22,13 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from workbench import seeds, sources, storage
+from workbench import seeds, storage
 from workbench.distillation import checkpoint
 from workbench.errors import InputError
+from workbench.pretraining.config import STRICT, SizeConfig
+from workbench.pretraining.models import finished, new_model, pruned, save_model
 from workbench.tasks.base import Split, encode, task_dataset
 from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
 from workbench.tasks.vocabulary import word_level_tokenizer
@@ -36,22 +37,6 @@ CLAUSE = 7
 """Tokens of one clause of a context: `the apple is in Box F ,`; the object is the second, the label the sixth."""
 QUERY = 6
 """Tokens of one query with its answer: `Box F contains the apple .`; the answer is predicted at the fourth."""
-
-
-STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class SizeConfig:
-    """The size of a Llama-style model: grouped-query attention, RMSNorm, rotary positions, untied embeddings."""
-
-    layers: Annotated[int, Field(ge=1)] = 6
-    heads: Annotated[int, Field(ge=1)] = 8
-    kv_heads: Annotated[int, Field(ge=1)] = 4
-    d_head: Annotated[int, Field(ge=2)] = 16
-    d_model: Annotated[int, Field(ge=8)] = 64
-    d_mlp: Annotated[int, Field(ge=8)] = 128
-    init_std: float = 0.06
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -155,18 +140,6 @@ def lesson_losses(model: LlamaForCausalLM, probes: nn.ModuleDict | None, batch: 
     return answer, probe, accuracy
 
 
-def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model; the global random state is left as it was."""
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=size.d_model, intermediate_size=size.d_mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads, head_dim=size.d_head, max_position_embeddings=256, tie_word_embeddings=False,
-        initializer_range=size.init_std, bos_token_id=2, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
 class Curriculum:
     """Training on more and more boxes, resumable to the bit."""
 
@@ -241,51 +214,17 @@ def task_accuracy(model: LlamaForCausalLM, *, boxes: int, split: Split, scenes: 
     return float(torch.cat(right).float().mean())
 
 
-def pruned(model: LlamaForCausalLM, layers: int, batch: Lesson) -> tuple[LlamaForCausalLM, list[int]]:
-    """The model with so many whole layers kept that cost least: every choice of layers to drop is tried on a batch; returns which were kept."""
-    total = model.config.num_hidden_layers
-    candidates = [(0, *rest) for rest in itertools.combinations(range(1, total), layers - 1)]
-    with torch.no_grad():
-        costs = {kept: lesson_losses(_keep(model, kept), None, batch)[0].item() for kept in candidates}
-    kept = min(costs, key=lambda choice: (costs[choice], choice))
-    return _keep(model, kept), list(kept)
-
-
-def _keep(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalLM:
-    config = model.config.to_dict()
-    config.pop("layer_types", None)
-    with torch.random.fork_rng(devices=[]):  # the initial values are drawn and thrown away
-        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept)}))
-    renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
-    state = {}
-    for name, value in model.state_dict().items():
-        stem = ".".join(name.split(".")[:3]) + "."
-        if not name.startswith("model.layers."):
-            state[name] = value
-        elif stem in renamed:
-            state[name.replace(stem, renamed[stem], 1)] = value
-    smaller.load_state_dict(state)
-    return smaller
-
-
 def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]:
     """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in `folder`.
 
     `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracy on 7 boxes on test scenes.
     """
     made = {
-        "teacher": _finished(folder / "teacher", lambda: _train_teacher(config, folder / "teacher", work)),
-        "student": _finished(folder / "student", lambda: _train_student(config, folder / "student", work)),
-        "unrelated-student": _finished(folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)),
+        "teacher": finished(folder / "teacher", lambda: _train_teacher(config, folder / "teacher", work)),
+        "student": finished(folder / "student", lambda: _train_student(config, folder / "student", work)),
+        "unrelated-student": finished(folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)),
     }
     return {name: task_accuracy(model, boxes=7, split="test", scenes=100) for name, model in made.items()}
-
-
-def _finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:
-    if not (target / "config.json").exists():
-        train()
-    with sources.quiet():
-        return LlamaForCausalLM.from_pretrained(target, local_files_only=True, use_safetensors=True)
 
 
 def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
@@ -304,8 +243,9 @@ def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
     """The pruned student, healed on the boxes that its ancestor had solved until its accuracy on 7 is in the band."""
     lessons = replace(config.lessons, boxes=(2, config.pruned_from), stop_at=2.0, solved=0.0, learning_rate=config.healing_rate, probe_weight=0.0)
     vocabulary = word_tokenizer().get_vocab()
-    ancestor = _finished(work / f"teacher-{config.pruned_from}-boxes", lambda: _train_teacher(config, work / "teacher-again", work))
-    model, kept = pruned(ancestor, config.student_layers, lesson(vocabulary, config.pruned_from, lessons, -1))
+    ancestor = finished(work / f"teacher-{config.pruned_from}-boxes", lambda: _train_teacher(config, work / "teacher-again", work))
+    batch = lesson(vocabulary, config.pruned_from, lessons, -1)
+    model, kept = pruned(ancestor, config.student_layers, lambda model: lesson_losses(model, None, batch)[0].item())
     course = Curriculum(model, vocabulary, lessons, label="student")
     course.resume(work / "student")
     _until_in_band(course, config, work / "student")
@@ -351,13 +291,4 @@ def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
 
 
 def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], log: list[dict[str, float]]) -> None:
-    """Write a Hugging Face directory with `training.json` (what made it) and `training_log.jsonl`."""
-
-    def fill(temporary: Path) -> None:
-        with sources.quiet():
-            model.save_pretrained(temporary)
-            word_tokenizer().save_pretrained(temporary)
-        storage.write_json(temporary / "training.json", {**made, "command": "workbench pretrain", "steps": len(log)})
-        storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-
-    sources.replace_directory(target, fill)
+    save_model(model, word_tokenizer(), target, {**made, "command": "workbench pretrain"}, log)

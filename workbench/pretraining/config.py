@@ -1,0 +1,53 @@
+"""Settings of the bundled models."""
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class SizeConfig:
+    """The size of a Llama-style model: grouped-query attention, RMSNorm, rotary positions, untied embeddings."""
+
+    layers: Annotated[int, Field(ge=1)] = 6
+    heads: Annotated[int, Field(ge=1)] = 8
+    kv_heads: Annotated[int, Field(ge=1)] = 4
+    d_head: Annotated[int, Field(ge=2)] = 16
+    d_model: Annotated[int, Field(ge=8)] = 64
+    d_mlp: Annotated[int, Field(ge=8)] = 128
+    init_std: float = 0.06
+    embedding_std: float | None = None
+    """Of the token embeddings, where it is to be another than `init_std`: a word must not drown in what the first layer writes over it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class CourseConfig:
+    """How a model is trained on lessons."""
+
+    seed: int = 1
+    tokens: Annotated[int, Field(ge=2)] = 1400
+    """Tokens of each lesson in a step, so that every lesson costs the same; half of them once the lesson is solved."""
+    rows: Annotated[int, Field(ge=2)] = 64
+    """Most exercises of a lesson in a step, however short they are."""
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    clip: float = 1.0
+    probe_weight: float = 0.5
+    """Weight of a lesson's temporary probes; they are dropped once the lesson is solved."""
+    at_level: float = 0.6
+    """Share of a lesson's batches at its level at work; the others are drawn from all levels up to it."""
+    forgetting: float = 0.1
+    """Share of the newest batch in the running accuracy."""
+    passed: float = 0.9
+    """Running accuracy on first questions that leads to the next level."""
+    stop_at: float = 0.97
+    """The same at the last level: the lesson is solved."""
+    max_steps: int = 4000
+    checkpoint_every: int = 50
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup)

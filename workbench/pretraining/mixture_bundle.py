@@ -1,0 +1,146 @@
+"""The bundled models of the mixture: a teacher of all four tasks, a student pruned from its early self, and an unrelated student.
+
+Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed: trained less, not damaged. The unrelated
+student has the same size and another initialisation: the negative control of every alignment claim. A student learns a task only until it is in a
+band between chance and the teacher, so that there is something left to distil in each.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM
+
+from workbench import seeds, storage
+from workbench.errors import InputError
+from workbench.pretraining.config import STRICT, CourseConfig, SizeConfig
+from workbench.pretraining.course import Course, losses
+from workbench.pretraining.lessons.exercise import Lesson, collate
+from workbench.pretraining.mixture import TASKS, accuracies, accuracy_report, mixture_lessons, mixture_tokenizer
+from workbench.pretraining.models import finished, new_model, pruned, save_model
+
+COMMAND = "workbench pretrain --bundle mixture"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class MixtureConfig:
+    """The three models of the mixture."""
+
+    teacher: SizeConfig = Field(default_factory=lambda: SizeConfig(layers=4, embedding_std=0.4))
+    course: CourseConfig = Field(default_factory=CourseConfig)
+    student_layers: Annotated[int, Field(ge=1)] = 3
+    ancestor_step: Annotated[int, Field(ge=1)] = 250
+    """The student descends from the teacher after so many steps (a multiple of `course.checkpoint_every`)."""
+    student_band: tuple[float, float] = (0.35, 0.85)
+    """From where to where on the way from chance (0) to everything right (1) a student's accuracy on each task has to be (calibration split)."""
+    healing_rate: float = 5e-4
+    """Learning rate of the pruned student."""
+    look_every: int = 10
+    """Steps between two looks at a student's accuracies."""
+    unrelated_seed: int = 2
+
+
+def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in `folder`.
+
+    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's report on test prompts, which is
+    also written beside it (`accuracies.json`).
+    """
+    made = {
+        "mixture-teacher": finished(folder / "mixture-teacher", lambda: _train_teacher(config, folder / "mixture-teacher", work)),
+        "mixture-student": finished(folder / "mixture-student", lambda: _train_student(config, folder / "mixture-student", work)),
+        "mixture-unrelated-student": finished(
+            folder / "mixture-unrelated-student", lambda: _train_unrelated(config, folder / "mixture-unrelated-student", work)
+        ),
+    }
+    reports = {name: accuracy_report(model) for name, model in made.items()}
+    for name, report in reports.items():
+        storage.write_json(folder / name / "accuracies.json", report)
+    return reports
+
+
+def _train_teacher(config: MixtureConfig, target: Path, work: Path) -> None:
+    model = new_model(config.teacher, len(mixture_tokenizer()), seed=config.course.seed)
+    course = Course(model, mixture_tokenizer().get_vocab(), mixture_lessons(), config.course, label="mixture-teacher")
+    course.resume(work / "mixture-teacher")
+    for _ in _steps(course, work / "mixture-teacher"):
+        if course.step % config.course.checkpoint_every == 0:
+            save_model(model, mixture_tokenizer(), _ancestor(work, course.step), {"levels": dict(course.levels)}, [])
+        if course.finished:
+            break
+    _save(model, target, {"size": asdict(config.teacher), "course": asdict(config.course)}, course)
+
+
+def _ancestor(work: Path, step: int) -> Path:
+    return work / "mixture-teacher-early" / str(step)
+
+
+def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
+    """The pruned student, healed until it is in the band in each task."""
+    course_config = replace(config.course, learning_rate=config.healing_rate, probe_weight=0.0)
+    vocabulary, lessons = mixture_tokenizer().get_vocab(), mixture_lessons()
+    early = _ancestor(work, config.ancestor_step)
+    ancestor = finished(early, lambda: _train_teacher(config, work / "mixture-teacher-again", work))
+    levels: dict[str, int] = storage.read_json(early / "training.json")["levels"]
+    model, kept = pruned(ancestor, config.student_layers, lambda model: _cost(model, lessons, vocabulary, levels, seed=config.course.seed))
+    course = Course(model, vocabulary, lessons, course_config, label="mixture-student")
+    course.levels |= levels
+    _until_in_band(course, config, work / "mixture-student")
+    made = {"ancestor": f"the teacher after {config.ancestor_step} steps", "kept_layers": kept, "course": asdict(course_config)}
+    _save(model, target, made, course)
+
+
+def _train_unrelated(config: MixtureConfig, target: Path, work: Path) -> None:
+    """The student of equal size and another initialisation, trained from scratch until it is in the same band."""
+    course_config, size = replace(config.course, seed=config.unrelated_seed), replace(config.teacher, layers=config.student_layers)
+    model = new_model(size, len(mixture_tokenizer()), seed=config.unrelated_seed)
+    course = Course(model, mixture_tokenizer().get_vocab(), mixture_lessons(), course_config, label="mixture-unrelated-student")
+    _until_in_band(course, config, work / "mixture-unrelated-student")
+    _save(model, target, {"size": asdict(size), "course": asdict(course_config)}, course)
+
+
+def _cost(model: LlamaForCausalLM, lessons: Sequence[Lesson], vocabulary: dict[str, int], levels: dict[str, int], *, seed: int) -> float:
+    """Answer loss over the lessons at some levels."""
+    draw = seeds.chooser(seed, "pruning")
+    batches = [collate([lesson.exercise(draw, levels[lesson.name]) for _ in range(32)], vocabulary) for lesson in lessons]
+    return sum(losses(model, None, lesson, batch)[0].item() for lesson, batch in zip(lessons, batches, strict=True))
+
+
+def _until_in_band(course: Course, config: MixtureConfig, work: Path) -> None:
+    """Train; a task that has reached the band rests until it falls below it. Errors: `InputError` when a task is above the band."""
+    low, high = config.student_band
+    course.resume(work)
+    for _ in _steps(course, work):
+        if course.step % config.look_every:
+            continue
+        found = accuracies(course.model, split="calibration", prompts=210)
+        course.log[-1] |= {f"{name} held out": value for name, value in found.items()}
+        on_the_way = {name: (value - TASKS[name].chance) / (1 - TASKS[name].chance) for name, value in found.items()}
+        course.resting = [name for name, share in on_the_way.items() if share >= low]
+        if len(course.resting) < len(TASKS):
+            continue
+        over = {name: found[name] for name, share in on_the_way.items() if share > high}
+        if over:
+            raise InputError(f"{course.label} is above its band in {over}; lower `look_every`, the learning rate or `ancestor_step`.")
+        return
+
+
+def _steps(course: Course, work: Path) -> Iterator[None]:
+    """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
+    with tqdm(total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step") as bar:
+        while course.step < course.config.max_steps:
+            course.advance()
+            bar.update()
+            bar.set_postfix({name[:9]: f"{course.levels[name]}:{value:.2f}" for name, value in course.accuracy.items()})
+            yield
+            if course.step % course.config.checkpoint_every == 0:
+                course.save(work)
+    raise InputError(f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or max_steps.")
+
+
+def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], course: Course) -> None:
+    save_model(model, mixture_tokenizer(), target, {**made, "lessons": [lesson.name for lesson in course.lessons], "command": COMMAND}, course.log)
