@@ -7,7 +7,9 @@ third of their tokens with three questions a scene, and the vocabulary is only m
 Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +20,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM
 
 from workbench import seeds, sources, storage
 from workbench.distillation import checkpoint
 from workbench.errors import InputError
 from workbench.pretraining import _keep as keep_layers  # pyright: ignore[reportPrivateUsage]
 from workbench.runs import provenance
-from workbench.tasks.base import Split, Task, task_dataset
+from workbench.tasks.base import Split, Task
 from workbench.tasks.registry import task_named
 from workbench.tasks.trees import Trees, trees_of
 
@@ -68,16 +71,17 @@ class Finetuning:
     def __init__(self, config: FinetuningConfig) -> None:
         source = sources.open_source(config.model, dtype=torch.float32)
         self.config, self.tokenizer = config, source.tokenizer
-        self.model = source.model if config.keep_layers is None else keep_layers(source.model, config.keep_layers)
+        self.model = source.model if config.keep_layers is None else _shallower(source.model, config.keep_layers)
         self.task: Task = task_named(config.task, config.options)
         self.leaves = _trained(self.model, config.trains)
         self.optimizer = torch.optim.AdamW(self.leaves.values(), lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
         self.log: Log = []
+        self.identity = _identity(config, self.model)
 
     def scenes(self, split: Split, count: int, *labels: str | int) -> Trees:
         """Scenes of a split as trees; which ones is a function of the seed and the labels."""
-        drawn = task_dataset(self.task, self.tokenizer, split=split, scenes=count, seed=seeds.derive(self.config.seed, *labels), multi_token=True)
-        return trees_of(drawn, self.tokenizer, pairs=len(drawn) // count)
+        drawn = list(self.task.pairs(self.tokenizer, split=split, scenes=count, seed=seeds.derive(self.config.seed, *labels)))
+        return trees_of(drawn, self.tokenizer, each=len(drawn) // count)
 
     def logits(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
         """Logits at the tokens that predict the answers'."""
@@ -126,23 +130,18 @@ class Finetuning:
     def save(self, folder: Path) -> None:
         """Write an exact checkpoint, after the log that goes with it."""
         storage.write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
-        checkpoint.save(
-            folder / "checkpoint.safetensors", step=len(self.log), leaves=self.leaves, optimizer=self.optimizer, identity=self._identity()
-        )
+        checkpoint.save(folder / "checkpoint.safetensors", step=len(self.log), leaves=self.leaves, optimizer=self.optimizer, identity=self.identity)
 
     def resume(self, folder: Path) -> None:
         """Go on from the last checkpoint, if there is one. Errors: `InputError` for one of another configuration."""
         file = folder / "checkpoint.safetensors"
         if not file.exists():
             return
-        step, values = checkpoint.load(file, leaves=self.leaves, optimizer=self.optimizer, identity=self._identity())
+        step, values = checkpoint.load(file, leaves=self.leaves, optimizer=self.optimizer, identity=self.identity)
         self.log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][:step]
         with torch.no_grad():
             for key, leaf in self.leaves.items():
                 leaf.copy_(values[key])
-
-    def _identity(self) -> str:
-        return json.dumps(asdict(self.config), sort_keys=True)
 
     def export(self, target: Path) -> None:
         """Write a Hugging Face directory with `training.json` (what made it, and its test accuracy) and `training_log.jsonl`."""
@@ -182,6 +181,25 @@ def _run(training: Finetuning, work: Path) -> None:
             bar.set_postfix(loss=f"{training.log[-1]['loss']:.3f}")
             if len(training.log) % training.config.checkpoint_every == 0 or training.finished:
                 training.save(work)
+
+
+def _shallower(model: Any, kept: Sequence[int]) -> Any:
+    """The model with these layers alone."""
+    if not isinstance(model, LlamaForCausalLM):
+        raise InputError(
+            f"`keep_layers` is for Llama models, and this is a {type(model).__name__}; leave it out, or give a model without those layers."
+        )
+    if not kept or max(kept) >= model.config.num_hidden_layers:
+        raise InputError(f"`keep_layers` is {list(kept)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}.")
+    return keep_layers(model, kept).eval()
+
+
+def _identity(config: FinetuningConfig, model: Any) -> str:
+    """The configuration and the weights that training begins with: a checkpoint of another start refuses to be resumed."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for _, value in sorted(model.state_dict().items()):
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from workbench.tasks.pairs import Pair
 
 Ids = Sequence[int]
 PADDING = -1
@@ -64,11 +65,15 @@ class Trees:
             )  # fmt: skip
 
 
-def trees_of(dataset: Dataset, tokenizer: Any, *, pairs: int) -> Trees:
-    """The clean prompts of a checked dataset with their answers; each `pairs` consecutive ones are one tree."""
-    prompts, answers = ([list(ids) for ids in tokenizer(dataset[name][:], add_special_tokens=False)["input_ids"]] for name in ("clean", "answer"))
-    groups = [slice(start, start + pairs) for start in range(0, len(prompts), pairs)]
+def trees_of(pairs: Sequence[Pair], tokenizer: Any, *, each: int) -> Trees:
+    """The clean prompts of some pairs with their answers; each `each` consecutive ones are one tree."""
+    prompts, answers = (_ids(tokenizer, [getattr(pair, name) for pair in pairs]) for name in ("clean", "answer"))
+    groups = [slice(start, start + each) for start in range(0, len(prompts), each)]
     return joined([tree(prompts[group], answers[group]) for group in groups])
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
