@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import hooks
 from workbench.errors import InputError
@@ -32,7 +31,7 @@ from workbench.patching.chunks import MEMORY, in_chunks
 from workbench.patching.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.hooked import HookedPatcher
 from workbench.patching.passage import Passage, Place, Route, alike, by_first_receiver, place_of, rows_of
-from workbench.patching.progress import PartialFile, Progress, identity, kept
+from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
 from workbench.patching.replay import replay_of
 from workbench.patching.window import Spots
 from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
@@ -349,7 +348,7 @@ def _swept(patchers: Sequence[PathPatcher], route: Route, metric: Metric, unit: 
     top = max((place_of(receiver) for receiver in route.receivers), default=(model.n_layers, 0))
     senders = [head for head in model.heads if (head.layer, 0) < top]
     variants = [frozenset([head]) for head in senders]
-    with tqdm(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
+    with progress_bar(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path") as bar:
         progress, start, parts = Progress.of((len(senders),), len(clean), file=partial), 0, []
         for patcher in patchers:
             part, start = progress.examples(start, start + len(patcher.pairs)), start + len(patcher.pairs)
