@@ -14,6 +14,7 @@ from workbench import __version__, storage
 from workbench.distillation.processes import launched
 from workbench.errors import InputError
 from workbench.experiment import CONDITIONS, Experiment
+from workbench.explorer import command as explorer
 from workbench.recipe import Recipe, parse_config, read_recipe
 from workbench.runs import RunFolder
 
@@ -75,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     checking.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
     checking.add_argument("--device", default="cpu", help="default: %(default)s")
     _common(checking, check_model)
+    exploring = commands.add_parser(
+        "explore",
+        help="the interactive explorer as a page on this machine: heat maps, one head's attention and paths, circuits picked by hand",
+        description="Serve the explorer on loopback: heat maps, one head's attention and paths, circuits picked by hand and evaluated at once.",
+    )
+    explorer.add_arguments(exploring)
+    _common(exploring, explore)
     training = commands.add_parser(
         "pretrain",
         help="train the bundled teacher and students on entity tracking",
@@ -214,6 +222,11 @@ def check_model(options: argparse.Namespace) -> None:
     found = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
     print(found.text())
     conformance.require_conformance(found)
+
+
+def explore(options: argparse.Namespace) -> None:
+    """The explorer's page."""
+    explorer.explore(options, _overrides(options.set))
 
 
 def pretrain_models(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from workbench.models import HookedModel
 from workbench.refs import Head
 from workbench.scores import Scores
 
-PATIENCE = 0.3
+PATIENCE = 0.15
 """Seconds that a command waits for what it asks for, before it is answered with what there is."""
 UNDOS = 200
 """How many changes of circuits can be undone."""

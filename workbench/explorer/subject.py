@@ -96,12 +96,15 @@ class Subject:
     def _predicted(self, pairs: PromptPairs) -> dict[str, Any]:
         logits = plain_logits(self.model, pairs)
         likely = logits[0].softmax(-1)
-        best = likely.topk(min(TOP, len(likely)))
+        best, kinds = likely.topk(min(TOP, len(likely))), {int(pairs.answers[0]): "answer", int(pairs.distractors[0]): "distractor"}
         rank = int((likely > likely[pairs.answers[0]]).sum()) + 1
         return {
             "tokens": token_texts(self.model, pairs.clean[0]),
             "ids": pairs.clean[0].tolist(),
-            "top": list(zip(token_texts(self.model, best.indices), best.values.tolist(), strict=True)),
+            "top": [
+                [text, value, kinds.get(token, "other")]
+                for text, value, token in zip(token_texts(self.model, best.indices), best.values.tolist(), best.indices.tolist(), strict=True)
+            ],
             "metrics": {name: float(metric(logits, pairs.answers, pairs.distractors)[0]) for name, metric in METRICS.items() if name != "accuracy"},
             "answer": {"probability": float(likely[pairs.answers[0]]), "rank": rank},
             "distractor": {"probability": float(likely[pairs.distractors[0]])},
