@@ -110,6 +110,11 @@ def _head(state: State, subject: Subject) -> Iterator[str]:
         yield f"{kind}_impact = {profile}[unit].at(head)"
     yield "into = [Receiver(head, part) for part in 'qkv']"
     yield 'reads = path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=into)'
+    yield 'strongest = reads.top(8, by="magnitude")'
+    yield "through = {"
+    yield '    part: path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=[Receiver(head, part)], senders=strongest)'
+    yield "    for part in 'qkv'"
+    yield "}"
     yield "feeds = exact_edges(model, prompts, metric=metric, unit=unit, senders=[head], freeze_mlps=False)"
 
 

@@ -4,33 +4,32 @@ A part's key holds all that its value depends on, so whatever has been seen befo
 """
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 from workbench.explorer import view
 from workbench.explorer.material import key_of
 from workbench.explorer.state import Side, State
-from workbench.explorer.subject import COMPOSITIONS, LISTED, Subject, nearest_heads
+from workbench.explorer.subject import LISTED, Subject, nearest_heads
 from workbench.explorer.words import METHODS
 from workbench.explorer.work import Outcome, Part
 from workbench.matching import HeadMap
-from workbench.refs import Composition, Head
+from workbench.refs import Head
 from workbench.scores import Scores
 
 Subjects = Mapping[Side, Subject]
 Key = tuple[Hashable, ...]
 Known = Callable[[Key], Outcome | None]
-INPUTS: Mapping[str, tuple[Composition, ...]] = {"qkv": COMPOSITIONS, **{each: (each,) for each in COMPOSITIONS}}
-LISTED_READS = 8
-"""How many neighbours of a head are listed."""
+LISTED_READS, LISTED_SHARES = 8, 14
+"""How many neighbours of a head, and how many direct shares, are listed."""
 
 
 def parts(state: State, subjects: Subjects) -> list[Part]:
     """Everything in view, the model in view first."""
     focus, others = subjects[state.side], [subject for side, subject in subjects.items() if side != state.side]
     found: list[Part] = [prediction_part(state, focus), map_part(state, focus)]
-    if state.head is not None:
-        found += [*look_parts(state, focus, state.head)]
-    found += [*circuit_parts(state, focus)]
+    found += [] if state.head is None else look_parts(state, focus, state.head)
+    found += [attribution_part(state, focus), *circuit_parts(state, focus)]
     for subject in others:
         found += [prediction_part(state, subject), map_part(state, subject)]
         found += [*circuit_parts(state, subject)]
@@ -38,7 +37,7 @@ def parts(state: State, subjects: Subjects) -> list[Part]:
         found += [random_part(state, focus)]
     if state.head is not None:
         found += [*partner_parts(state, subjects)]
-        found += [*path_parts(state, focus, state.head).values()]
+        found += [*path_parts(state, focus, state.head)]
     return found
 
 
@@ -56,7 +55,7 @@ def map_part(state: State, subject: Subject) -> Part:
 
 
 def look_parts(state: State, subject: Subject, head: Head) -> list[Part]:
-    """What is quickly seen of a head: attention, direct attribution, ablation impacts."""
+    """What is quickly seen of a head: attention, ablation impacts."""
     side, pair, over = subject.side, state.pair, key_of(state.pair)
     impacts = ("impacts", side, over, head, state.metric, state.position)
     return [
@@ -65,7 +64,6 @@ def look_parts(state: State, subject: Subject, head: Head) -> list[Part]:
             label=f"{head}: attention",
             run=lambda: view.of_attention(subject.attention(pair, head, weighted=state.weighted)),
         ),
-        Part(key=("attribution", side, over), label=f"{side}: direct logit attribution", run=lambda: subject.attribution(pair)),
         Part(
             key=impacts,
             label=f"{head}: ablation",
@@ -74,23 +72,29 @@ def look_parts(state: State, subject: Subject, head: Head) -> list[Part]:
     ]
 
 
-def path_parts(state: State, subject: Subject, head: Head) -> dict[str, Part]:
+def attribution_part(state: State, subject: Subject) -> Part:
+    """What every head and MLP writes to the logit difference."""
+    pair = state.pair
+    return Part(
+        key=("attribution", subject.side, key_of(pair)), label=f"{subject.side}: direct logit attribution", run=lambda: subject.attribution(pair)
+    )
+
+
+def path_parts(state: State, subject: Subject, head: Head) -> tuple[Part, Part, Part]:
     """Who a head reads from (through q, k and v together, and through each) and who it feeds."""
     side, pair, over, metric = subject.side, state.pair, key_of(state.pair), state.metric
-
-    def reads(inputs: tuple[Composition, ...]) -> Part:
-        return Part(
-            key=("reads", side, over, head, metric, inputs),
-            label=f"{head}: who it reads from ({''.join(inputs)})",
-            run=lambda: view.of_reads(subject.reads(pair, head, metric=metric, inputs=inputs), LISTED_READS),
-        )
-
+    reads = Part(key=("reads", side, over, head, metric), label=f"{head}: who it reads from", run=lambda: subject.reads(pair, head, metric=metric))
+    singly = Part(
+        key=("reads singly", side, over, head, metric),
+        label=f"{head}: through q, k, v",
+        run=lambda: subject.reads_singly(pair, head, metric=metric, count=LISTED_READS),
+    )
     feeds = Part(
         key=("feeds", side, over, head, metric),
         label=f"{head}: who it feeds",
         run=lambda: view.of_feeds(subject.feeds(pair, head, metric=metric), LISTED_READS),
     )
-    return {"qkv": reads(INPUTS["qkv"]), "feeds": feeds, **{name: reads(INPUTS[name]) for name in COMPOSITIONS}}
+    return reads, singly, feeds
 
 
 def circuit_parts(state: State, subject: Subject) -> list[Part]:
@@ -125,7 +129,7 @@ def partner_parts(state: State, subjects: Subjects) -> list[Part]:
     students = [side for side in subjects if side != "teacher" and state.side in ("teacher", side)]
     teacher = subjects["teacher"]
     return [
-        Part(key=("similarity", side), label=f"{side}: similarity of heads", run=lambda side=side: subjects[side].similarity(teacher))
+        Part(key=("similarity", side), label=f"{side}: similarity of heads", run=partial(subjects[side].similarity, teacher))
         for side in students
     ]
 
@@ -136,6 +140,7 @@ def shown(state: State, subjects: Subjects, known: Known, head_map: HeadMap | No
         "prompts": {side: _said(known, prediction_part(state, subject)) for side, subject in subjects.items()},
         "maps": _maps(state, subjects, known),
         "circuits": {side: _circuit(state, subject, known) for side, subject in subjects.items()},
+        "attribution": _said(known, attribution_part(state, subjects[state.side]), lambda found: view.of_attribution(found, LISTED_SHARES)),
         "head": None if state.head is None else _head(state, subjects, state.head, known, head_map),
     }
 
@@ -150,7 +155,7 @@ def _said(known: Known, part: Part, read: Callable[[Any], Any] = lambda value: v
 
 def _maps(state: State, subjects: Subjects, known: Known) -> dict[str, Any]:
     order = METHODS[state.method].order
-    panels = {side: _said(known, map_part(state, subject), lambda scores: view.of_map(scores, order)) for side, subject in subjects.items()}
+    panels = {side: _said(known, map_part(state, subject), partial(view.of_map, order=order)) for side, subject in subjects.items()}
     measured = [panel for panel in panels.values() if panel and "error" not in panel]
     return {"panels": panels, "largest": view.common_scale(measured), "order": order}
 
@@ -163,8 +168,10 @@ def _circuit(state: State, subject: Subject, known: Known) -> dict[str, Any]:
 
 def _head(state: State, subjects: Subjects, head: Head, known: Known, head_map: HeadMap | None) -> dict[str, Any]:
     subject = subjects[state.side]
-    attention, attribution, impacts = look_parts(state, subject, head)
-    paths = {name: _said(known, part) for name, part in path_parts(state, subject, head).items()}
+    attention, impacts = look_parts(state, subject, head)
+    reads, singly, feeds = path_parts(state, subject, head)
+    each = known(singly.key)
+    each_input = {} if each is None or each.error is not None else each.value
     scores = known(map_part(state, subject).key)
     return {
         "head": head,
@@ -172,10 +179,10 @@ def _head(state: State, subjects: Subjects, head: Head, known: Known, head_map: 
         "score": None if scores is None or scores.error is not None else float(scores.value.mean()[head.layer, head.index]),
         "member": head in state.circuits[state.side].heads,
         "attention": _said(known, attention),
-        "attribution": _said(known, attribution, lambda found: view.of_attribution(found, head)),
+        "share": _said(known, attribution_part(state, subject), lambda found: view.of_share(found, head)),
         "impacts": _said(known, impacts),
-        "reads": {name: paths[name] for name in INPUTS},
-        "feeds": paths["feeds"],
+        "reads": _said(known, reads, lambda together: view.of_reads(together, each_input, LISTED_READS)),
+        "feeds": _said(known, feeds),
         "partners": _partners(state, subjects, head, known, head_map),
     }
 

@@ -146,10 +146,18 @@ class Subject:
             for kind in kinds
         }
 
-    def reads(self, pair: Pair, head: Head, *, metric: str, inputs: Sequence[Composition]) -> Scores:
-        """Path effect of every head below on some inputs of this head together: [layer head example]."""
+    def reads(self, pair: Pair, head: Head, *, metric: str) -> Scores:
+        """Path effect of every head below on this head's q, k and v together: [layer head example]."""
+        return self.once(("reads", key_of(pair), head, metric), lambda: self._reads(pair, head, metric, COMPOSITIONS, None))
+
+    def reads_singly(self, pair: Pair, head: Head, *, metric: str, count: int) -> dict[Composition, Scores]:
+        """The same through each input alone, of the heads whose effect through all together is largest."""
+        senders = strongest(self.reads(pair, head, metric=metric), count)
+        return {each: self._reads(pair, head, metric, (each,), senders) for each in COMPOSITIONS}
+
+    def _reads(self, pair: Pair, head: Head, metric: str, inputs: Sequence[Composition], senders: Sequence[Head] | None) -> Scores:
         into = [Receiver(head, each) for each in inputs]
-        return path_patch(self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), position="all", receivers=into)
+        return path_patch(self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), position="all", receivers=into, senders=senders)
 
     def feeds(self, pair: Pair, head: Head, *, metric: str) -> Scores:
         """Path effect of this head on the logits and on the q, k, v of every head above: [sender receiver example]."""

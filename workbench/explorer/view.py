@@ -51,25 +51,27 @@ def of_attention(patterns: AttentionPatterns) -> dict[str, Any]:
     return {"tokens": patterns.tokens, "weights": [[round(value, 4) for value in row[: n + 1]] for n, row in enumerate(rows)], "unit": patterns.unit}
 
 
-def of_attribution(found: LogitAttribution, head: Head) -> dict[str, Any]:
-    """The head's share of the logit difference, its rank among the heads, the largest shares, and the sum that they are shares of."""
-    shares, ranked = found.heads.mean(), strongest(found.heads, found.heads.values[..., 0].numel())
+def of_attribution(found: LogitAttribution, count: int) -> dict[str, Any]:
+    """The largest direct shares of the logit difference, [part, share], and the sum of all."""
     frame = found.to_frame()
-    parts = [[part, value] for part, value in zip(frame["part"].tolist(), frame["mean"].tolist(), strict=True)]
-    return {
-        "share": float(shares[head.layer, head.index]),
-        "rank": ranked.index(head) + 1,
-        "heads": len(ranked),
-        "total": float(found.total.mean()),
-        "parts": parts[:12],
-        "unit": found.heads.unit,
-    }
+    parts = [list(each) for each in zip(frame["part"].tolist(), frame["mean"].tolist(), strict=True)]
+    return {"parts": parts[:count], "count": len(parts), "total": float(found.total.mean()), "unit": found.heads.unit}
 
 
-def of_reads(scores: Scores, count: int) -> list[list[Any]]:
-    """The heads below with the largest path effect, [head, effect]; none where no head is below, or none has an effect."""
-    found = [(head, float(scores.mean()[head.layer, head.index])) for head in strongest(scores, count)]
-    return [[str(head), value] for head, value in found if value]
+def of_share(found: LogitAttribution, head: Head) -> dict[str, Any]:
+    """A head's direct share of the logit difference, its rank by size among the heads, and the sum that it is a share of."""
+    ranked = strongest(found.heads, found.heads.values[..., 0].numel())
+    return {"share": float(found.heads.at(head).mean()), "rank": ranked.index(head) + 1, "heads": len(ranked), "total": float(found.total.mean())}
+
+
+def of_reads(together: Scores, singly: Mapping[str, Scores], count: int) -> list[dict[str, Any]]:
+    """The heads below with the largest path effect through q, k and v together, with that through each, as far as it is known."""
+    found = [(head, float(together.at(head).mean())) for head in strongest(together, count)]
+    return [
+        {"head": str(head), "together": value, **{name: float(scores.at(head).mean()) for name, scores in singly.items()}}
+        for head, value in found
+        if value
+    ]
 
 
 def of_feeds(scores: Scores, count: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ const fill = (node, ...children) => node.replaceChildren(...children.flat(3).fil
 function shown(value, { sign = false } = {}) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  const text = size === 0 ? "0" : size >= 100 ? value.toFixed(0) : size >= 10 ? value.toFixed(1) : size >= 0.1 ? value.toFixed(2) : size >= 0.001 ? value.toFixed(4) : value.toExponential(1);
+  const text = size === 0 ? "0" : size >= 100 ? value.toFixed(0) : size >= 10 ? value.toFixed(1) : size >= 1 ? value.toFixed(2) : size >= 0.001 ? value.toFixed(3) : value.toExponential(1);
   return (sign && value > 0 ? `+${text}` : text).replace("-", "−");
 }
 
@@ -173,6 +173,7 @@ class Page {
     const members = Object.fromEntries(Object.entries(view.circuits).map(([side, each]) => [side, each.heads]));
     this.section("maps", [view.maps, view.selected, members], () => this.drawMaps(view));
     this.section("head", [view.head, view.settings.weighted, view.settings.metric, view.settings.position], () => this.drawHead(view));
+    this.section("shares", [view.attribution, view.selected], () => this.drawShares(view));
     this.section("circuits", [view.circuits, view.settings, view.undo, view.selected.side], () => this.drawCircuits(view));
     this.section("code", view.code, () => (this.at.code.textContent = view.code));
     this.section("status", [view.pending, view.stopped], () => this.drawStatus(view));
@@ -195,7 +196,7 @@ class Page {
     at.waiting = h("p.waiting", { hidden: true }, "Waiting for the kernel: it is busy with something else.");
     at.code = h("pre.code", { tabindex: "0", "aria-label": "Python lines" });
     at.codePanel = h("div.card.codepanel", { hidden: true }, h("div.row", {}, h("h3", {}, "Python that reproduces this view"), button("Copy", () => this.copy(), { "data-do": "copy" })), at.code);
-    for (const name of ["pair", "prompts", "settings", "maps", "head", "circuits"]) at[name] = h("div");
+    for (const name of ["pair", "prompts", "settings", "maps", "head", "circuits", "shares"]) at[name] = h("div");
     at.tip = h("div.tip", { role: "tooltip", hidden: true });
     const names = setup.models.map((each) => h("span.model", {}, h("b", {}, SIDES[each.side]), ` ${shortName(each.name)} · ${each.layers} × ${each.heads} heads`));
     fill(
@@ -208,7 +209,7 @@ class Page {
       h(
         "div.columns",
         {},
-        h("div.left", {}, h("div.card", {}, h("h3", {}, "Heads"), at.settings, at.maps), h("div.card", {}, h("h3", {}, "Circuits"), at.circuits)),
+        h("div.left", {}, h("div.card", {}, h("h3", {}, "Heads"), at.settings, at.maps), h("div.card", {}, h("h3", {}, "Circuits"), at.circuits), h("div.card", {}, at.shares)),
         h("div.card.headcard", {}, at.head),
       ),
       at.tip,
@@ -440,10 +441,10 @@ class Page {
     const key = `${head.side} ${head.head} ${view.pair.clean}`;
     if (this.headKey !== key) this.query = null;
     if (this.headKey !== key || !this.at.headTop?.isConnected) {
-      for (const name of ["headTop", "facts", "attention", "reads", "feeds", "shares"]) this.at[name] = h("div");
+      for (const name of ["headTop", "facts", "attention", "reads", "feeds"]) this.at[name] = h("div");
       this.at.attention.className = "attention";
-      fill(this.at.head, this.at.headTop, this.at.facts, this.at.attention, h("div.neighbours", {}, this.at.reads, this.at.feeds), this.at.shares);
-      for (const name of ["headTop", "facts", "attention", "reads", "feeds", "shares"]) delete this.drawn[name];
+      fill(this.at.head, this.at.headTop, this.at.facts, this.at.attention, h("div.neighbours", {}, this.at.reads, this.at.feeds));
+      for (const name of ["headTop", "facts", "attention", "reads", "feeds"]) delete this.drawn[name];
       this.matrix = null;
     }
     this.headKey = key;
@@ -451,7 +452,7 @@ class Page {
       const toggle = h("button.primary", { type: "button", "data-do": "toggle", "aria-pressed": String(head.member), onclick: () => this.ask({ do: "toggle", side: head.side, head: head.head }) }, head.member ? "Drop from the circuit" : "Add to the circuit");
       fill(this.at.headTop, h("div.row", {}, h("h3", { "data-in-view": head.head }, `${head.head} of the ${SIDES[head.side]}`), h("span.grow"), toggle));
     });
-    this.section("facts", [key, head.impacts, head.attribution, head.partners, settings.metric, settings.position], () => fill(this.at.facts, this.facts(head, view)));
+    this.section("facts", [key, head.impacts, head.share, head.partners, settings.metric, settings.position], () => fill(this.at.facts, this.facts(head, view)));
     this.section("attention", [key, head.attention, settings.weighted], () => {
       this.matrix = null;
       fill(this.at.attention, this.attention(head, view));
@@ -459,14 +460,13 @@ class Page {
     });
     this.section("reads", [key, head.reads], () => fill(this.at.reads, this.reads(head)));
     this.section("feeds", [key, head.feeds], () => fill(this.at.feeds, this.feeds(head)));
-    this.section("shares", [key, head.attribution], () => fill(this.at.shares, this.attribution(head)));
   }
 
   facts(head, view) {
     const metric = view.settings.metric.replaceAll("_", " ");
     const impacts = head.impacts && !head.impacts.error ? Object.entries(head.impacts) : [];
     const rows = impacts.map(([kind, value]) => h("li", {}, h("span", {}, `${kind} ablation`), h("b", { "data-impact": kind }, shown(value, { sign: true }))));
-    const share = head.attribution;
+    const { share } = head;
     const partners = head.partners.map((each) => {
       const found = each.nearest?.error ? h("span.error", {}, each.nearest.error) : each.nearest ? each.nearest.map(([name, value]) => [this.headButton(each.side, name), ` ${value.toFixed(2)} `]) : "…";
       const mapped = each.mapped.length ? [" · matched: ", each.mapped.map((name) => this.headButton(each.side, name))] : null;
@@ -580,18 +580,12 @@ class Page {
   }
 
   reads(head) {
-    const { qkv } = head.reads;
+    const { reads } = head;
     const title = h("h4", {}, "Reads from", h("small", {}, " path effect through its q, k, v"));
-    if (!qkv || qkv.error) return h("div", {}, title, h("p.muted", {}, qkv?.error ?? "…"));
-    if (!qkv.length) return h("div", {}, title, h("p.muted", {}, Number(head.head.slice(1).split("H")[0]) ? "No head below has an effect through it." : "It is in the first layer: no head is below it."));
-    const most = Math.max(...qkv.map(([, value]) => Math.abs(value)));
-    const part = (name, letter) => {
-      const found = head.reads[letter];
-      if (!found || found.error) return "…";
-      const value = found.find(([each]) => each === name)?.[1];
-      return value === undefined ? "·" : shown(value, { sign: true });
-    };
-    const rows = qkv.map(([name, value]) => h("tr", {}, h("td", {}, this.headButton(head.side, name)), h("td.signed", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true })), ["q", "k", "v"].map((letter) => h("td.small", {}, part(name, letter)))));
+    if (!reads || reads.error) return h("div", {}, title, h("p.muted", {}, reads?.error ?? "…"));
+    if (!reads.length) return h("div", {}, title, h("p.muted", {}, /^L0H/.test(head.head) ? "It is in the first layer: no head is below it." : "No head below has an effect through it."));
+    const most = Math.max(...reads.map((each) => Math.abs(each.together)));
+    const rows = reads.map((each) => h("tr", {}, h("td", {}, this.headButton(head.side, each.head)), h("td.signed", {}, this.signed(each.together, most)), h("td.number", {}, shown(each.together, { sign: true })), ["q", "k", "v"].map((letter) => h("td.small", {}, letter in each ? shown(each[letter], { sign: true }) : "…"))));
     return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["head", "", "together", "q", "k", "v"].map((each) => h("th", {}, each)))), h("tbody", {}, rows)));
   }
 
@@ -618,12 +612,12 @@ class Page {
     return h(value < 0 ? "span.signedbar.hurts" : "span.signedbar.helps", { css: { "--w": `${(50 * Math.abs(value)) / most}%` } });
   }
 
-  attribution(head) {
-    const found = head.attribution;
-    if (!found || found.error) return null;
-    const most = Math.max(...found.parts.map(([, value]) => Math.abs(value))) || 1;
-    const rows = found.parts.map(([name, value]) => h(name === head.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(head.side, name) : h("span.part", {}, name)), h("td.signed", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
-    return h("details.dla", { open: this.dla ?? true, ontoggle: (event) => (this.dla = event.target.open) }, h("summary", {}, "Largest direct shares of the logit difference"), h("table", {}, h("tbody", {}, rows)), h("small", {}, "Positive pushes towards the answer. With the final norm's scale frozen, all parts sum to the logit difference."));
+  drawShares({ attribution, selected }) {
+    const title = h("h3", {}, `Direct logit attribution of the ${SIDES[selected.side]}`);
+    if (!attribution || attribution.error) return fill(this.at.shares, title, h("p.muted", {}, attribution?.error ?? "…"));
+    const most = Math.max(...attribution.parts.map(([, value]) => Math.abs(value))) || 1;
+    const rows = attribution.parts.map(([name, value]) => h(name === selected.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(selected.side, name) : h("span.part", {}, name)), h("td.signed.wide", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
+    fill(this.at.shares, title, h("p.explain", {}, `The ${rows.length} largest of ${attribution.count} parts (heads, MLPs, embedding, biases); all sum to the logit difference, ${shown(attribution.total, { sign: true })}. Positive pushes towards the answer; the final norm's scale is frozen at this prompt's.`), h("table", {}, h("tbody", {}, rows)));
   }
 
   // ---- circuits
