@@ -15,6 +15,7 @@ from workbench import __version__, storage
 from workbench.distillation.processes import launched
 from workbench.errors import InputError
 from workbench.experiment import CONDITIONS, Experiment
+from workbench.explorer import command as explorer
 from workbench.recipe import Recipe, parse_config, read_recipe
 from workbench.runs import RunFolder
 
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         _declare_plan,
         _declare_report,
         _declare_check_model,
+        _declare_explore,
         _declare_pretrain,
         _declare_finetune,
         _declare_check_task,
@@ -127,6 +129,16 @@ def _declare_check_model(commands: Any) -> None:
     made.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
     made.add_argument("--device", default="cpu", help="default: %(default)s")
     _common(made, check_model)
+
+
+def _declare_explore(commands: Any) -> None:
+    made = commands.add_parser(
+        "explore",
+        help="the interactive explorer as a page on this machine: heat maps, one head's attention and paths, circuits picked by hand",
+        description="Serve the explorer on loopback: heat maps, one head's attention and paths, circuits picked by hand and evaluated at once.",
+    )
+    explorer.add_arguments(made)
+    _common(made, explore)
 
 
 def _declare_pretrain(commands: Any) -> None:
@@ -314,6 +326,11 @@ def check_model(options: argparse.Namespace) -> None:
     found = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
     print(found.text())
     conformance.require_conformance(found)
+
+
+def explore(options: argparse.Namespace) -> None:
+    """The explorer's page."""
+    explorer.explore(options, _overrides(options.set))
 
 
 def pretrain_models(options: argparse.Namespace) -> None:

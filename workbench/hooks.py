@@ -2,13 +2,16 @@
 
 The only file that spells hook names. Names follow TransformerLens: a name is built from what it means and never parsed. An unknown name
 raises at once and names the nearest known ones; a hook that never fired raises when its context ends; hooks are removed in any case.
+One thread at a time holds a model's hooks (`alone`), so that a sweep in the background never edits the forwards of another thread.
 Order: an edit sees what earlier edits of the same forward left; a capture sees the edited value, if it was opened after the edit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -107,6 +110,14 @@ def checked(model: Hooked, names: Sequence[str]) -> list[str]:
     return list(names)
 
 
+_LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+
+
+def alone(model: Hooked) -> Any:
+    """The lock of a model (re-entrant): whoever holds it is the only thread that runs the model through the workbench."""
+    return _LOCKS.setdefault(model, RLock())
+
+
 @contextmanager
 def capture(model: Hooked, names: Sequence[str], *, detach: bool = True) -> Iterator[dict[str, Tensor]]:
     """Record activations by hook name during the forwards inside the context (the last forward wins).
@@ -115,7 +126,7 @@ def capture(model: Hooked, names: Sequence[str], *, detach: bool = True) -> Iter
     """
     wanted = checked(model, names)
     found: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(name, partial(_record, found, name, detach)) for name in wanted]):
+    with alone(model), model.hooks(fwd_hooks=[(name, partial(_record, found, name, detach)) for name in wanted]):
         yield found
     _refuse_silent([name for name in wanted if name not in found])
 
@@ -136,7 +147,7 @@ def capture_and_stop(model: Hooked, names: Sequence[str]) -> Iterator[dict[str, 
             raise _AllRecorded
 
     try:
-        with model.hooks(fwd_hooks=[(name, partial(record, name)) for name in wanted]):
+        with alone(model), model.hooks(fwd_hooks=[(name, partial(record, name)) for name in wanted]):
             yield found
     except _AllRecorded:
         pass
@@ -148,7 +159,7 @@ def edit(model: Hooked, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Replace activations by hook name during the forwards inside the context."""
     checked(model, list(edits))
     fired: set[str] = set()
-    with model.hooks(fwd_hooks=[(name, partial(_replace, fired, name, change)) for name, change in edits.items()]):
+    with alone(model), model.hooks(fwd_hooks=[(name, partial(_replace, fired, name, change)) for name, change in edits.items()]):
         yield
     _refuse_silent([name for name in edits if name not in fired])
 

@@ -127,7 +127,8 @@ class HookedModel:
 
     def final_logits(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         """Logits at the last real token of each prompt. `mask` is True on real tokens (left or right padding)."""
-        logits = self.model(tokens, attention_mask=mask.long())  # also when all are real: 3.9 would guess the padding from the tokens
+        with hooks.alone(self.model):
+            logits = self.model(tokens, attention_mask=mask.long())  # also when all are real: 3.9 would guess the padding from the tokens
         return logits[torch.arange(len(tokens), device=logits.device), last_position(mask)]
 
     def activations(

@@ -76,6 +76,16 @@ def correct(logits: Float[Tensor, "batch d_vocab"], pairs: PromptPairs) -> Bool[
     return metrics.accuracy(logits, pairs.answers, pairs.distractors).bool()
 
 
+Ends = tuple[Float[Tensor, "batch d_vocab"], Float[Tensor, "batch d_vocab"]]
+"""Final logits of the whole model and of the empty circuit."""
+
+
+def circuit_ends(model: HookedModel, pairs: PromptPairs, shape: tuple[int, int], means: Replacement) -> Ends:
+    """The two runs that the evaluations of all circuits of one model on these prompts have in common."""
+    nothing = Circuit.of([], shape=shape, method="empty")
+    return plain_logits(model, pairs), circuit_logits(model, pairs, nothing, means)
+
+
 def evaluate_circuit(
     model: HookedModel,
     pairs: PromptPairs,
@@ -85,21 +95,26 @@ def evaluate_circuit(
     scope: EvaluationScope = "positions",
     random_circuits: int = 5,
     seed: int = 0,
+    ends: Ends | None = None,
 ) -> CircuitReport:
-    """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test prompts. Errors: `InputError` when they overlap the reference."""
+    """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test prompts.
+
+    `ends`: from `circuit_ends`, where many circuits are evaluated. Errors: `InputError` when prompts overlap the reference.
+    """
     draws = [random_circuit(circuit, seed=seed, draw=draw) for draw in range(random_circuits)]
+    full, empty = circuit_ends(model, pairs, circuit.shape, means) if ends is None else ends
     runs = {
-        "full": [plain_logits(model, pairs)],
+        "full": [full],
         "circuit": [circuit_logits(model, pairs, circuit, means, scope=scope)],
         "random": [circuit_logits(model, pairs, draw, means, scope=scope) for draw in draws],
-        "empty": [circuit_logits(model, pairs, circuit.where(lambda member: False), means, scope=scope)],
+        "empty": [empty],
     }
     right = {name: [correct(logits, pairs) for logits in found] for name, found in runs.items()}
-    full, alone = right["full"][0], right["circuit"][0]
+    whole, alone = right["full"][0], right["circuit"][0]
     randoms = [float(each.float().mean()) for each in right["random"]] or [float("nan")]
     differences = {name: _mean_difference(found, pairs) for name, found in runs.items()}
     gap = differences["full"] - differences["empty"]
-    full_accuracy, alone_accuracy = float(full.float().mean()), float(alone.float().mean())
+    full_accuracy, alone_accuracy = float(whole.float().mean()), float(alone.float().mean())
     return CircuitReport(
         heads=len(circuit.heads),
         total_heads=circuit.shape[0] * circuit.shape[1],
@@ -107,7 +122,7 @@ def evaluate_circuit(
         scope=scope,
         ablation=kind_of(means),
         full_accuracy=full_accuracy,
-        full_interval=wilson_interval(int(full.sum()), len(pairs)),
+        full_interval=wilson_interval(int(whole.sum()), len(pairs)),
         circuit_accuracy=alone_accuracy,
         circuit_interval=wilson_interval(int(alone.sum()), len(pairs)),
         random_circuit_accuracy=sum(randoms) / len(randoms),

@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.metrics import Metric
 from workbench.models import HookedModel
 from workbench.patching.chunks import MEMORY
-from workbench.patching.progress import PartialFile, Progress, identity, kept_together
+from workbench.patching.progress import PartialFile, Progress, identity, kept_together, progress_bar
 from workbench.patching.replay import Replay, replay_of
 from workbench.patching.sites import replaced
 from workbench.refs import Head, Position
@@ -238,7 +238,7 @@ def ablation_profiles(
     def sweep(partial: PartialFile | None) -> dict[str, Scores]:
         progress = Progress.of((model.n_layers,), len(pairs), extra=(model.n_heads, len(metrics)), file=partial)
         whole: list[Tensor] = []
-        with tqdm(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run", leave=False) as bar:
+        with progress_bar(total=len(asked) * len(pairs), desc=f"ablating heads of {model.name}", unit="run") as bar:
             for start in range(0, len(pairs), batch):
                 part = pairs.rows(slice(start, start + batch))
                 whole.append(

@@ -18,7 +18,7 @@ from workbench.errors import InputError, nearest
 from workbench.metrics import Metric
 from workbench.models import HookedModel
 from workbench.patching.chunks import MEMORY
-from workbench.patching.progress import PartialFile, Progress, identity, kept
+from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
 from workbench.patching.replay import Replay, replay_of
 from workbench.patching.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
 from workbench.refs import Position
@@ -66,7 +66,7 @@ def activation_patch(
 
     def sweep(partial: PartialFile | None) -> Scores:
         progress, found = Progress.of((model.n_layers,), len(pairs), extra=(heads_of(place, model), len(names)), file=partial), []
-        with tqdm(total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer", leave=False) as bar:
+        with progress_bar(total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer") as bar:
             for number, part in enumerate(parts):
                 mine = progress.examples(number * batch, number * batch + len(part))
                 found.append(_sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar, mine))

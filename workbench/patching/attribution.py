@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import hooks
 from workbench.errors import InputError
@@ -30,7 +29,7 @@ from workbench.parts import DecoderParts, decoder_parts
 from workbench.patching.frozen import Variant
 from workbench.patching.passage import Route
 from workbench.patching.path import PathPatcher
-from workbench.patching.progress import PartialFile, Progress, identity, kept
+from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
 from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender
 from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
@@ -92,7 +91,7 @@ def attribute_edges(model: HookedModel, pairs: PromptPairs, *, metric: Metric, u
     edges = Edges.of(model)
     there = edges.connected(parallel=model.has_parallel_blocks)
     found = []
-    for part in tqdm(list(pairs.batches(batch)), desc=f"attributing edges of {model.name}", unit="batch", leave=False):
+    for part in progress_bar(list(pairs.batches(batch)), desc=f"attributing edges of {model.name}", unit="batch"):
         change = _sent(model, part)
         gradients = sum(_gradients(model, parts, part, metric, step / steps) for step in range(steps)) / steps
         found.append(torch.einsum("sbpd,rbpd->srb", change, gradients).cpu() * there[..., None])
@@ -234,7 +233,7 @@ def _on_receivers(
     """(receiver, effect of each sender on it) on one batch of prompts."""
     model, pairs = patcher.model, patcher.pairs
     clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
-    for name, found in tqdm(progress.items(), desc=f"patching edges of {model.name}", unit="input", leave=False):
+    for name, found in progress_bar(progress.items(), desc=f"patching edges of {model.name}", unit="input"):
         if name == "logits":
             yield "logits", patcher.effects(variants, route, metric, progress=found) - clean
             continue

@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import hooks
 from workbench.errors import InputError
@@ -32,7 +31,7 @@ from workbench.patching.chunks import MEMORY, in_chunks
 from workbench.patching.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.hooked import HookedPatcher
 from workbench.patching.passage import Passage, Place, Route, alike, by_first_receiver, place_of, rows_of
-from workbench.patching.progress import PartialFile, Progress, identity, kept
+from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
 from workbench.patching.replay import replay_of
 from workbench.patching.window import Spots
 from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
@@ -303,6 +302,7 @@ def path_patch(
     position: Position = "last",
     receivers: Sequence[PathEnd] = (),
     receiver_position: Position = "all",
+    senders: Sequence[Head] | None = None,
     effect: Effect = "difference",
     freeze_mlps: bool = False,
     batch: int = BATCH,
@@ -313,14 +313,14 @@ def path_patch(
     """Path effect of every head on its own, from `position`, on the receivers (the logits when there are none).
 
     Returns [layer head example], patched minus clean (`effect="relative"`: divided by clean). A head at or above every receiver has no
-    path to it and is NaN. `file`: where the scores are kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it.
+    path to it and is NaN, as are heads that are not among `senders` (None: all). `file`: where the scores are kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it.
     Errors: `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch), and when `file` is another sweep's.
     Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
     """
     _refuse_unknown(model, receivers)
     patchers = prepared(model, pairs, batch=batch, memory=memory, engine=engine)
     route = Route(position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps)
-    return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect, file=file)
+    return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect, senders=senders, file=file)
 
 
 def prepared(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memory: int = MEMORY, engine: Engine | None = None) -> list[PathPatcher]:
@@ -329,17 +329,29 @@ def prepared(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memo
 
 
 def sweep_heads(
-    patchers: Sequence[PathPatcher], route: Route, *, metric: Metric, unit: str, effect: Effect = "difference", file: Path | None = None
+    patchers: Sequence[PathPatcher],
+    route: Route,
+    *,
+    metric: Metric,
+    unit: str,
+    effect: Effect = "difference",
+    senders: Sequence[Head] | None = None,
+    file: Path | None = None,
 ) -> Scores:
     """`path_patch` over a route on prompts that are prepared already."""
-    return kept(file, lambda: _identity(patchers, route, unit, effect), lambda partial: _swept(patchers, route, metric, unit, effect, partial))
+    model = patchers[0].model
+    chosen = model.heads if senders is None else sorted({model.checked(head) for head in senders})
+
+    def identify() -> str:
+        some = () if senders is None else (chosen,)
+        return identity(model, [patcher.pairs for patcher in patchers], route, unit, effect, *some)
+
+    return kept(file, identify, lambda partial: _swept(patchers, route, metric, unit, effect, chosen, partial))
 
 
-def _identity(patchers: Sequence[PathPatcher], route: Route, unit: str, effect: Effect) -> str:
-    return identity(patchers[0].model, [patcher.pairs for patcher in patchers], route, unit, effect)
-
-
-def _swept(patchers: Sequence[PathPatcher], route: Route, metric: Metric, unit: str, effect: Effect, partial: PartialFile | None) -> Scores:
+def _swept(
+    patchers: Sequence[PathPatcher], route: Route, metric: Metric, unit: str, effect: Effect, chosen: Sequence[Head], partial: PartialFile | None
+) -> Scores:
     model = patchers[0].model
     clean, corrupt = _ends(patchers, metric)
     if bool((clean == corrupt).all()):
@@ -347,9 +359,9 @@ def _swept(patchers: Sequence[PathPatcher], route: Route, metric: Metric, unit: 
             "clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the corrupt prompts differ in what the answer depends on."
         )
     top = max((place_of(receiver) for receiver in route.receivers), default=(model.n_layers, 0))
-    senders = [head for head in model.heads if (head.layer, 0) < top]
+    senders = [head for head in chosen if (head.layer, 0) < top]
     variants = [frozenset([head]) for head in senders]
-    with tqdm(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path", leave=False) as bar:
+    with progress_bar(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path") as bar:
         progress, start, parts = Progress.of((len(senders),), len(clean), file=partial), 0, []
         for patcher in patchers:
             part, start = progress.examples(start, start + len(patcher.pairs)), start + len(patcher.pairs)

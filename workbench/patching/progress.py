@@ -6,12 +6,16 @@ a chunk of which anything is missing is computed again whole: batched arithmetic
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.errors import InputError
@@ -56,11 +60,34 @@ def kept_together(
     return found
 
 
+Tell = Callable[[float], object]
+"""Is told what share of a sweep is found (0 to 1)."""
+_WATCHER: ContextVar[Tell | None] = ContextVar("watcher of sweeps", default=None)
+
+
+@contextmanager
+def watched(tell: Tell) -> Iterator[None]:
+    """Inside, and in this thread alone, `tell` hears of every chunk that a sweep has found; what it raises ends the sweep between two chunks."""
+    token = _WATCHER.set(tell)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+def progress_bar(*items: Any, **settings: Any) -> "tqdm[Any]":
+    """A bar of a sweep, which goes when it is done; a watched sweep draws none."""
+    return tqdm(*items, leave=False, disable=_WATCHER.get() is not None, **settings)
+
+
 class Progress:
     """Values [*entry *extra example] and which of them are found [*entry example]; a value that is not found is whatever it was begun with."""
 
-    def __init__(self, values: Tensor, found: Bool[Tensor, "*entry example"], keep: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, values: Tensor, found: Bool[Tensor, "*entry example"], keep: Callable[[], object] | None = None, *, whole: "Progress | None" = None
+    ) -> None:
         self.values, self.found, self._keep = values, found, keep
+        self._whole = whole or self
 
     @classmethod
     def of(cls, entries: tuple[int, ...], examples: int, *, extra: tuple[int, ...] = (), file: "PartialFile | None" = None) -> "Progress":
@@ -73,17 +100,19 @@ class Progress:
 
     def examples(self, start: int, stop: int) -> "Progress":
         """The part of some examples; it shares the values and the file."""
-        return Progress(self.values[..., start:stop], self.found[..., start:stop], self._keep)
+        return Progress(self.values[..., start:stop], self.found[..., start:stop], self._keep, whole=self._whole)
 
     def has(self, *places: Places) -> bool:
         """Whether all entries at these places of each axis are found."""
         return bool(self.found[_block(places)].all())
 
     def mark(self, *places: Places) -> None:
-        """Say that the entries at these places of each axis are found now; the file is written when that is due."""
+        """Say that the entries at these places of each axis are found now; the file is written when that is due, and a watcher is told."""
         self.found[_block(places)] = True
         if self._keep is not None:
             self._keep()
+        if (tell := _WATCHER.get()) is not None:
+            tell(float(self._whole.found.float().mean()))
 
 
 def _block(places: Sequence[Places]) -> tuple[Tensor, ...]:

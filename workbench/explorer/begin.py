@@ -1,0 +1,123 @@
+"""`explore(...)`: models and prompts -> a session, kept under a name, and the widget that shows it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError
+from workbench.explorer.material import Given, Material, key_of, material_of_pairs, material_of_task
+from workbench.explorer.session import Session
+from workbench.explorer.state import Side
+from workbench.matching import HeadMap
+from workbench.models import HookedModel, Teacher
+from workbench.tasks.base import Task
+
+if TYPE_CHECKING:
+    from workbench.explorer.widget import Explorer
+
+TASKS = ("entity_tracking", "ioi")
+"""Tried in this order where neither a task nor pairs are given."""
+PROMPTS = 24
+"""How many pairs are drawn of a task."""
+_SESSIONS: dict[str, tuple[str, Session]] = {}
+"""Name -> identity of what the session is about, and the session."""
+
+
+def explore(
+    teacher: HookedModel | str | Path,
+    student: HookedModel | str | Path | None = None,
+    *,
+    after: HookedModel | str | Path | None = None,
+    task: Task | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    pairs: Given | None = None,
+    reference: Given | None = None,
+    prompts: int = PROMPTS,
+    seed: int = 0,
+    head_map: HeadMap | None = None,
+    circuits: Mapping[Side, Circuit] | None = None,
+    folder: str | Path = ".",
+    name: str = "explorer",
+    theme: Literal["auto", "light", "dark"] = "auto",
+) -> "Explorer":
+    """The explorer as a Jupyter widget: a model, or a teacher beside its student (`after`: the student after distillation).
+
+    The prompts come from a `task` (by name with `options`, or as an object) or are your own `pairs` (a file, a dataset, or `Pair`s), with `reference` pairs for
+    mean ablation. `head_map`: the matches to show as partners. `circuits`: what to begin with. Saved circuits go to `folder`.
+    The state is kept under `name`: running the cell again goes on where it was, as long as models and prompts are the same. While the explorer
+    computes in the background, other calls of the workbench on the same models wait for it. Errors: `InputError` for what can't be explored.
+    """
+    try:
+        from workbench.explorer.widget import Explorer
+    except ImportError:
+        raise InputError('the explorer in Jupyter needs anywidget: pip install ".[explorer]"; without Jupyter use `workbench explore`.') from None
+    session = session_of(
+        teacher, student, after=after, task=task, options=options, pairs=pairs, reference=reference, prompts=prompts, seed=seed,
+        head_map=head_map, circuits=circuits, folder=folder, name=name,
+    )  # fmt: skip
+    return Explorer(session, theme=theme)
+
+
+def session_of(
+    teacher: HookedModel | str | Path,
+    student: HookedModel | str | Path | None = None,
+    *,
+    after: HookedModel | str | Path | None = None,
+    task: Task | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    pairs: Given | None = None,
+    reference: Given | None = None,
+    prompts: int = PROMPTS,
+    seed: int = 0,
+    head_map: HeadMap | None = None,
+    circuits: Mapping[Side, Circuit] | None = None,
+    folder: str | Path = ".",
+    name: str | None = None,
+) -> Session:
+    """The session behind `explore`, without a widget; with a `name` the one that is kept under it, where it is about the same things."""
+    given: dict[Side, HookedModel | str | Path | None] = {"teacher": teacher, "student": student, "after": after}
+    models: dict[Side, HookedModel] = {side: _model(model) for side, model in given.items() if model is not None}
+    if pairs is not None and task is not None:
+        raise InputError("give either a task or pairs of your own, not both.")
+    material = _of_task(task, options or {}, models["teacher"], prompts, seed) if pairs is None else material_of_pairs(pairs, reference)
+    if name is None:
+        return Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
+    identity = _identity(models, material)
+    kept = _SESSIONS.get(name)
+    if kept is not None and kept[0] == identity:
+        kept[1].head_map, kept[1].folder = head_map, Path(folder)
+        return kept[1]
+    forget(name)
+    session = Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
+    _SESSIONS[name] = (identity, session)
+    return session
+
+
+def forget(name: str = "explorer") -> None:
+    """Let go of a kept session: its models, its results and its thread."""
+    kept = _SESSIONS.pop(name, None)
+    if kept is not None:
+        kept[1].close()
+
+
+def _model(model: HookedModel | str | Path) -> HookedModel:
+    return model if isinstance(model, HookedModel) else Teacher.load(model)
+
+
+def _of_task(task: Task | str | None, options: Mapping[str, Any], teacher: HookedModel, prompts: int, seed: int) -> Material:
+    if task is not None:
+        return material_of_task(task, options, teacher.tokenizer, prompts=prompts, seed=seed)
+    last: InputError | None = None
+    for name in TASKS:
+        try:
+            return material_of_task(name, options, teacher.tokenizer, prompts=prompts, seed=seed)
+        except InputError as refused:
+            last = refused
+    raise InputError(f"{teacher.name} can't read the prompts of {' or '.join(TASKS)} ({last}); give `pairs` of your own, or a `task`.")
+
+
+def _identity(models: Mapping[Side, HookedModel], material: Material) -> str:
+    """What a session is about: the models' weights and all prompts."""
+    drawn = [material.shown, material.evaluated, *([material.reference] if material.reference else [])]
+    return repr([(side, model.fingerprint()) for side, model in models.items()] + [[key_of(pair) for pair in each.pairs] for each in drawn])

@@ -1,0 +1,63 @@
+"""`workbench explore`: the models and prompts of the command line -> a session on a loopback page."""
+
+import argparse
+import logging
+import webbrowser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench import storage
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError
+from workbench.experiment import located
+from workbench.explorer.begin import PROMPTS, session_of
+from workbench.explorer.server import ExplorerServer
+
+log = logging.getLogger("workbench")
+BUNDLED = ("assets/models/teacher", "assets/models/student")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `workbench explore`."""
+    command.add_argument("teacher", nargs="?", help="a directory, hub id, adapter or GGUF file (default: the bundled teacher beside its student)")
+    command.add_argument("--student", help="a second model beside it")
+    command.add_argument("--after", help="a third one: the student after distillation")
+    command.add_argument("--task", help="prompts of a task, e.g. ioi (default: entity_tracking, or ioi where the model lacks its words)")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. boxes=3")
+    command.add_argument("--pairs", help="your own pairs instead: a JSONL, CSV or Parquet file")
+    command.add_argument("--reference", help="pairs for the means of mean ablation, with --pairs")
+    command.add_argument("--prompts", type=int, default=PROMPTS, help="how many pairs are drawn of a task (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
+    command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
+    command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
+    command.add_argument("--port", type=int, default=0, help="default: a free one")
+    command.add_argument("--open", action="store_true", help="open the page in a browser")
+
+
+def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> ExplorerServer:
+    """The server, not yet serving. Errors: `InputError` for what can't be explored."""
+    if options.teacher is None and (options.student or options.after):
+        raise InputError("a student needs its teacher: workbench explore TEACHER --student STUDENT.")
+    teacher, student = (options.teacher, options.student) if options.teacher else map(located, BUNDLED)
+    circuits = {"teacher": Circuit.from_json(storage.read_json(Path(options.circuit)))} if options.circuit else None
+    session = session_of(
+        teacher, student, after=options.after, task=options.task, options=settings, pairs=options.pairs, reference=options.reference,
+        prompts=options.prompts, seed=options.seed, circuits=circuits, folder=options.folder,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    return ExplorerServer(session, port=options.port)
+
+
+def explore(options: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Serve the page until interrupted."""
+    server = server_of(options, settings)
+    log.info("the explorer is at %s\n(this machine only; end with ctrl-c)", server.url)
+    if options.open:
+        webbrowser.open(server.url)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        log.info("ended")
+    finally:
+        server.server_close()
+        server.session.close()

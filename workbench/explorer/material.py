@@ -1,0 +1,156 @@
+"""The prompts of a session, as text: pairs to pick from, pairs to evaluate circuits on, and reference prompts of the mean ablation.
+
+From a task they are drawn of different splits (calibration to look at, test to evaluate, train for the means); a
+user's own pairs serve to look at and to evaluate, and their means need `reference` pairs of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from workbench.errors import InputError
+from workbench.models import HookedModel
+from workbench.tasks.base import PromptPairs, Task, encode, single_token, to_dataset
+from workbench.tasks.pairs import Pair, Split, numbered_pairs
+from workbench.tasks.registry import task_named, task_names
+
+Given = str | Path | Dataset | Sequence[Pair]
+"""Pairs as a file (JSONL, CSV, Parquet), a dataset, a hub id, or `Pair`s."""
+Key = tuple[str, str, str, str]
+"""What makes a pair this pair and no other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Pairs, and the Python expression that gives them again (over `tokenizer`, and over `pairs` or `reference` where they were given in memory)."""
+
+    pairs: tuple[Pair, ...]
+    python: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """All prompts of a session."""
+
+    title: str
+    shown: Drawn
+    evaluated: Drawn
+    reference: Drawn | None
+    """None: mean ablation is not to be had."""
+    chance: float | None
+
+    def describe(self) -> dict[str, Any]:
+        """What is needed of it on the page."""
+        return {
+            "title": self.title,
+            "chance": self.chance,
+            "evaluated": len(self.evaluated.pairs),
+            "reference": len(self.reference.pairs) if self.reference else 0,
+            "pairs": [text_of(pair) for pair in self.shown.pairs],
+        }
+
+
+def text_of(pair: Pair) -> dict[str, str]:
+    """The four texts of a pair."""
+    return {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer, "distractor": pair.distractor}
+
+
+def key_of(pair: Pair) -> Key:
+    """A pair's key in a cache."""
+    return (pair.clean, pair.corrupt, pair.answer, pair.distractor)
+
+
+def material_of_task(task: Task | str, options: Mapping[str, Any], tokenizer: Any, *, prompts: int, seed: int) -> Material:
+    """Prompts drawn from a task, by its name or as an object: as many to look at as to evaluate, twice as many for the means."""
+    name = task if isinstance(task, str) else type(task).name
+    made = task_named(task, options) if isinstance(task, str) else task
+    known = isinstance(task, str) or name in task_names()
+    spelled = f"task_named({name!r}, {_options(made)!r})" if known else "task"
+
+    def drawn(split: Split, count: int) -> Drawn:
+        pairs = made.pairs(tokenizer, split=split, scenes=count, seed=seed)  # a scene gives at least one pair
+        python = f"list(islice({spelled}.pairs(tokenizer, split={split!r}, scenes={count}, seed={seed}), {count}))"
+        return Drawn(pairs=tuple(islice(pairs, count)), python=python)
+
+    return Material(
+        title=name.replace("_", " "),
+        shown=drawn("calibration", prompts),
+        evaluated=drawn("test", prompts),
+        reference=drawn("train", 2 * prompts),
+        chance=made.chance,
+    )
+
+
+def _options(task: Task) -> dict[str, Any]:
+    """The settings of a task that differ from its defaults."""
+    return {field.name: getattr(task, field.name) for field in fields(task) if getattr(task, field.name) != field.default}  # pyright: ignore[reportArgumentType]
+
+
+def material_of_pairs(pairs: Given, reference: Given | None) -> Material:
+    """A user's own pairs."""
+    shown, title = _given(pairs, "pairs"), Path(str(pairs)).name if isinstance(pairs, str | Path) else "own pairs"
+    return Material(title=title, shown=shown, evaluated=shown, reference=None if reference is None else _given(reference, "reference"), chance=None)
+
+
+def _given(source: Given, name: str) -> Drawn:
+    if isinstance(source, str | Path | Dataset):
+        found = tuple(pair for _, pair in numbered_pairs(source))
+        python = f"[pair for _, pair in numbered_pairs({name if isinstance(source, Dataset) else repr(str(source))})]"
+    else:
+        found, python = tuple(source), f"list({name})"
+    if not found or not all(isinstance(pair, Pair) for pair in found):
+        raise InputError(f"`{name}` holds no pairs; give a JSONL file, a dataset, or `Pair(clean=..., corrupt=..., answer=..., distractor=...)`s.")
+    return Drawn(pairs=found, python=python)
+
+
+def encoded(pairs: Sequence[Pair], model: HookedModel) -> PromptPairs:
+    """Pairs as tensors for a model. Errors: `InputError` for unequal lengths, unknown words, and answers of several tokens."""
+    for pair in pairs:
+        refuse_unknown_words(pair, model.tokenizer)
+    return encode(to_dataset(enumerate(pairs), model.tokenizer, source="the pairs"), model.tokenizer).to(model.device)
+
+
+def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:
+    """A word-level tokenizer turns what it does not know into one token for all; refuse such prompts and name the words."""
+    for name in ("clean", "corrupt"):
+        text = getattr(pair, name)
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if not found["input_ids"]:
+            raise InputError(f"the {name} prompt is empty; write a prompt that ends where the answer should follow.")
+        unknown = tokenizer.unk_token_id
+        words = [
+            text[start:end].strip()
+            for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            if unknown is not None and token == unknown
+        ]
+        if words:
+            raise InputError(
+                f"this model's tokenizer does not know {', '.join(map(repr, dict.fromkeys(words)))} in the {name} prompt; use other words."
+            )
+
+
+def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:
+    """A pair as it was typed: an answer without its leading space gets one where the prompt does not end in a space.
+
+    Errors: `InputError` for a missing text, prompts of unequal length, unknown words, answers that are not one token.
+    """
+    for name in ("clean", "corrupt", "answer", "distractor"):
+        if not isinstance(text.get(name), str) or not text[name].strip():
+            raise InputError(f"the {name.replace('clean', 'clean prompt').replace('corrupt', 'corrupt prompt')} is empty; fill it in.")
+    answer, distractor = (_spaced(text[name], text["clean"], tokenizer) for name in ("answer", "distractor"))
+    pair = Pair(clean=text["clean"], corrupt=text["corrupt"], answer=answer, distractor=distractor, positions={})
+    refuse_unknown_words(pair, tokenizer)
+    try:
+        to_dataset([(0, pair)], tokenizer, source="the typed pair")
+    except InputError as error:
+        raise InputError(str(error).removeprefix("row 0: ")) from None
+    return pair
+
+
+def _spaced(word: str, prompt: str, tokenizer: Any) -> str:
+    spaced = f" {word.strip()}"
+    return spaced if not prompt[-1].isspace() and not word[0].isspace() and single_token(tokenizer, spaced) is not None else word

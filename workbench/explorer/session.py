@@ -1,0 +1,250 @@
+"""A session: the state, and what it takes to show it. A command comes in, a JSON view goes out; the page and the transports know nothing else.
+
+Commands are objects with a key `do`: `hello` (the view with all choices), `poll`, `pick` (index), `type` (clean, corrupt, answer, distractor), `set`
+(method, metric, position, average, outside, weighted: any of them), `select` (side, head), `toggle` (side, head), `clear` (side), `compare`, `undo`, `stop`, `resume`,
+`save` (name). Bad input changes nothing and is answered in the view's `error`. What takes longer than `patience` goes on in the background; `pending` names
+it, and `poll` asks again.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from workbench import storage
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError, nearest
+from workbench.explorer import listing, needs
+from workbench.explorer.material import Material, text_of, typed_pair
+from workbench.explorer.state import Side, State, empty_circuit
+from workbench.explorer.subject import Subject
+from workbench.explorer.view import plain
+from workbench.explorer.words import METRIC_TITLES, OUTSIDE_TITLES, choices, colours
+from workbench.explorer.work import Worker
+from workbench.matching import HeadMap
+from workbench.models import HookedModel
+from workbench.refs import Head
+from workbench.scores import Scores
+
+PATIENCE = 0.15
+"""Seconds that a command waits for what it asks for, before it is answered with what there is."""
+UNDOS = 200
+"""How many changes of circuits can be undone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What can be undone: the circuits as they were, and what was done to them."""
+
+    circuits: Mapping[Side, Circuit]
+    done: str
+
+
+class Session:
+    """Up to three models on one set of prompts."""
+
+    def __init__(
+        self,
+        models: Mapping[Side, HookedModel],
+        material: Material,
+        *,
+        head_map: HeadMap | None = None,
+        circuits: Mapping[Side, Circuit] | None = None,
+        folder: Path = Path(),
+        patience: float = PATIENCE,
+    ) -> None:
+        """`folder`: where circuits are saved. Errors: `InputError` for a circuit of another shape, and for prompts that a model can't read."""
+        self.material, self.head_map, self.folder, self.patience = material, head_map, folder, patience
+        self.subjects: dict[Side, Subject] = {side: Subject(side, model, material) for side, model in models.items()}
+        begun: dict[Side, Circuit] = {side: empty_circuit(subject.shape) for side, subject in self.subjects.items()}
+        for side, circuit in (circuits or {}).items():
+            self._refuse_unfit(side, circuit)
+            begun[side] = circuit
+        first = material.shown.pairs[0]
+        for subject in self.subjects.values():
+            subject.pair(first)
+        self.state = State(pair=first, picked=0, side="teacher", head=None, circuits=begun)
+        self._past: list[Change] = []
+        self._worker, self._lock = Worker(), threading.RLock()
+
+    def _refuse_unfit(self, side: Side, circuit: Circuit) -> None:
+        if side not in self.subjects:
+            raise InputError(f"there is a circuit for the {side}, but no such model; {nearest(side, self.subjects)}")
+        if circuit.shape != self.subjects[side].shape:
+            raise InputError(
+                f"the {side}'s circuit is of a model of shape {circuit.shape}, the model has {self.subjects[side].shape}; give its own circuit."
+            )
+
+    def handle(self, command: Mapping[str, Any], *, patience: float | None = None) -> dict[str, Any]:
+        """Carry out a command and return the view. Never raises on bad input: the view's `error` says what was wrong and what to do."""
+        error, notice = None, None
+        with self._lock:
+            try:
+                notice = self._act(command)
+            except InputError as refused:
+                error = str(refused)
+            parts = needs.parts(self.state, self.subjects)
+            self._worker.want(parts)
+        self._worker.wait(self.patience if patience is None else patience)
+        with self._lock:
+            view = self.view()
+        extra = {"setup": plain(self.setup())} if command.get("do") == "hello" else {}
+        return {**view, "error": error, "notice": notice, **extra}
+
+    def _act(self, command: Mapping[str, Any]) -> str | None:
+        actions: Mapping[str, Callable[[Mapping[str, Any]], str | None]] = {
+            "hello": lambda _: None,
+            "poll": lambda _: None,
+            "pick": self._pick,
+            "type": self._type,
+            "set": self._set,
+            "select": self._select,
+            "toggle": self._toggle,
+            "clear": self._clear,
+            "compare": lambda _: self._become(replace(self.state, compared=True)),
+            "undo": lambda _: self._undo(),
+            "stop": lambda _: self._worker.stop(),
+            "resume": lambda _: self._worker.resume(),
+            "save": self._save,
+        }
+        name = str(command.get("do"))
+        if name not in actions:
+            raise InputError(f"no command {name!r}; {nearest(name, actions)}")
+        return actions[name](command)
+
+    def _become(self, state: State) -> None:
+        self.state = state
+
+    def _pick(self, command: Mapping[str, Any]) -> None:
+        index, pairs = command.get("index"), self.material.shown.pairs
+        if not isinstance(index, int) or not 0 <= index < len(pairs):
+            raise InputError(f"there is no pair {index!r}; pick one from 0 to {len(pairs) - 1}.")
+        position = self.state.position if self.state.position in {"all", "last", *pairs[index].positions} else "all"
+        self._become(replace(self.state, pair=pairs[index], picked=index, position=position))
+
+    def _type(self, command: Mapping[str, Any]) -> None:
+        pair = typed_pair(command, self.subjects["teacher"].model.tokenizer)
+        for subject in self.subjects.values():
+            subject.pair(pair)
+        known = [text_of(each) for each in self.material.shown.pairs]
+        if text_of(pair) in known:
+            self._pick({"index": known.index(text_of(pair))})
+            return
+        position = self.state.position if self.state.position in ("all", "last") else "all"
+        self._become(replace(self.state, pair=pair, picked=None, position=position, average=False))
+
+    def _set(self, command: Mapping[str, Any]) -> None:
+        known: dict[str, list[Any]] = {
+            "method": [each["value"] for each in self._choices()["methods"]],
+            "metric": list(METRIC_TITLES),
+            "position": self.positions(),
+            "outside": list(OUTSIDE_TITLES),
+            "average": [True, False],
+            "weighted": [True, False],
+        }
+        changes = {name: value for name, value in command.items() if name != "do"}
+        for name, value in changes.items():
+            if name not in known:
+                raise InputError(f"no setting {name!r}; {nearest(name, known)}")
+            if value not in known[name]:
+                raise InputError(f"{name} can't be {value!r}; {nearest(str(value), map(str, known[name]))}")
+        self._become(replace(self.state, **changes))
+
+    def _choices(self) -> dict[str, Any]:
+        return choices(with_mean=self.material.reference is not None)
+
+    def positions(self) -> list[str]:
+        """The named positions of the pair in view."""
+        return ["all", *dict.fromkeys(["last", *self.state.pair.positions])]
+
+    def _place(self, command: Mapping[str, Any]) -> tuple[Side, Head]:
+        side = self._side(command)
+        return side, self.subjects[side].model.checked(Head.parse(str(command.get("head"))))
+
+    def _side(self, command: Mapping[str, Any]) -> Side:
+        for side in self.subjects:
+            if side == command.get("side"):
+                return side
+        raise InputError(f"there is no model {command.get('side')!r} here; {nearest(str(command.get('side')), self.subjects)}")
+
+    def _select(self, command: Mapping[str, Any]) -> None:
+        side, head = self._place(command)
+        self._become(replace(self.state, side=side, head=head))
+
+    def _toggle(self, command: Mapping[str, Any]) -> str:
+        side, head = self._place(command)
+        after, done = self.state.toggled(side, head)
+        return self._changed(after, done)
+
+    def _clear(self, command: Mapping[str, Any]) -> str:
+        side = self._side(command)
+        return self._changed(self.state.with_circuit(side, empty_circuit(self.subjects[side].shape)), f"emptied the {side}'s circuit")
+
+    def _changed(self, after: State, done: str) -> str:
+        self._past = [*self._past, Change(circuits=self.state.circuits, done=done)][-UNDOS:]
+        self._become(after)
+        return done
+
+    def _undo(self) -> str:
+        if not self._past:
+            raise InputError("there is nothing to undo.")
+        last = self._past.pop()
+        self._become(replace(self.state, circuits=last.circuits, compared=False))
+        return f"undone: {last.done}"
+
+    def _save(self, command: Mapping[str, Any]) -> str:
+        """Only a plain file name in the session's folder, and never over anything but a circuit."""
+        side, name = self._side({"side": command.get("side", self.state.side)}), str(command.get("name") or "")
+        if not name or Path(name).name != name or name.startswith(".") or "\\" in name:
+            raise InputError(f"{name!r} is no plain file name; write for example circuit.json (it goes to {self.folder.resolve()}).")
+        path = self.folder / (name if name.endswith(".json") else f"{name}.json")
+        if path.exists():
+            try:
+                Circuit.from_json(storage.read_json(path))
+            except (InputError, AttributeError, TypeError):
+                raise InputError(f"{path.name} is there already and holds no circuit; choose another name.") from None
+        storage.write_json(path, self.state.circuits[side].to_json())
+        return f"saved the {side}'s circuit to {path.resolve()}"
+
+    def setup(self) -> dict[str, Any]:
+        """What does not change in a session: models, prompts, choices, colours."""
+        models = [
+            {"side": side, "name": subject.model.name, "layers": subject.shape[0], "heads": subject.shape[1], "kv_heads": subject.model.n_kv_heads}
+            for side, subject in self.subjects.items()
+        ]
+        return {"models": models, "material": self.material.describe(), **self._choices(), "colours": colours()}
+
+    def view(self) -> dict[str, Any]:
+        """Everything on the page, of what is known now."""
+        shown = needs.shown(self.state, self.subjects, self._worker.outcome, self.head_map)
+        state = self.state
+        return plain(
+            {
+                **shown,
+                "pair": {**text_of(state.pair), "picked": state.picked},
+                "settings": {
+                    "method": state.method, "metric": state.metric, "position": state.position, "acts": state.acts, "average": state.average,
+                    "outside": state.outside, "weighted": state.weighted, "positions": self.positions(), "compared": state.compared,
+                },
+                "selected": {"side": state.side, "head": state.head},
+                "undo": self._past[-1].done if self._past else None,
+                "code": listing.python_lines(state, self.subjects[state.side]),
+                "pending": self._worker.pending(),
+                "stopped": self._worker.stopped(),
+            }
+        )  # fmt: skip
+
+    def settle(self, seconds: float = 600.0) -> dict[str, Any]:
+        """Wait until everything in view is there, and return the view (for scripts and tests; the page polls)."""
+        return self.handle({"do": "poll"}, patience=seconds)
+
+    def scores(self, side: Side = "teacher") -> Scores | None:
+        """The heat map in view as `Scores`; None while it is being computed."""
+        part = needs.map_part(self.state, self.subjects[side])
+        outcome = self._worker.outcome(part.key)
+        return outcome.value if outcome else None
+
+    def close(self) -> None:
+        """Stop computing."""
+        self._worker.close()

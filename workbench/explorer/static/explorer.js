@@ -1,0 +1,696 @@
+// The explorer's page: draws the session's JSON view and sends commands. No dependency, nothing from the network.
+// In Jupyter `model` is anywidget's (messages over the comm); on the command-line page it is page.js's (the same messages over fetch).
+
+const SIDES = { teacher: "teacher", student: "student", after: "student, after distillation" };
+
+// ---------------------------------------------------------------- small tools
+
+/** An element: h("button.primary", {onclick, "aria-label": ...}, ...children). */
+function h(kind, attributes = {}, ...children) {
+  const [tag, ...classes] = kind.split(".");
+  const node = document.createElement(tag || "div");
+  if (classes.length) node.className = classes.join(" ");
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "css") Object.entries(value).forEach(([key, each]) => node.style.setProperty(key, each));
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+const fill = (node, ...children) => node.replaceChildren(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
+
+/** A number for people: sign where it has one to tell, three digits. */
+function shown(value, { sign = false } = {}) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  const text = size === 0 ? "0" : size >= 100 ? value.toFixed(0) : size >= 10 ? value.toFixed(1) : size >= 1 ? value.toFixed(2) : size >= 0.001 ? value.toFixed(3) : value.toExponential(1);
+  return (sign && value > 0 ? `+${text}` : text).replace("-", "−");
+}
+
+const percent = (value) => (value === null || value === undefined ? "–" : `${Math.round(100 * value)} %`.replace("-", "−"));
+const rgb = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
+
+/** The colour at a place (0 to 1) of evenly spaced colours. */
+function mixed(colours, place) {
+  const at = Math.max(0, Math.min(1, place)) * (colours.length - 1);
+  const low = Math.min(Math.floor(at), colours.length - 2);
+  const [a, b] = [rgb(colours[low]), rgb(colours[low + 1])];
+  return `rgb(${a.map((value, i) => Math.round(value + (b[i] - value) * (at - low))).join(",")})`;
+}
+
+/** Tokens as text: spaces and line ends made visible where a token is nothing else. */
+const visible = (token) => (token.trim() ? token : token.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "∅");
+
+// ---------------------------------------------------------------- talking to the session
+
+/** Sends commands one after another, applies the newest view, and polls while something is being computed. */
+class Wire {
+  constructor(model, { apply, waiting, polling }) {
+    Object.assign(this, { model, apply, waiting, polling, sent: 0, applied: 0, open: new Set(), timer: null, slow: null });
+    this.listener = (message) => this.heard(message);
+    model.on("msg:custom", this.listener);
+  }
+
+  ask(command) {
+    clearTimeout(this.timer);
+    this.timer = null;
+    const id = ++this.sent;
+    this.open.add(id);
+    this.slow ??= setTimeout(() => this.waiting(true), 2500);
+    this.model.send({ id, command });
+  }
+
+  heard(message) {
+    if (!this.open.delete(message?.id)) return;
+    if (!this.open.size) {
+      clearTimeout(this.slow);
+      this.slow = null;
+      this.waiting(false);
+    }
+    if (message.failure) return this.apply({ failure: message.failure });
+    if (message.id < this.applied) return;
+    this.applied = message.id;
+    this.apply(message.view);
+    if (message.view.pending?.length && !this.open.size) this.timer = setTimeout(() => (this.polling(), this.ask({ do: "poll" })), 40);
+  }
+
+  close() {
+    clearTimeout(this.timer);
+    clearTimeout(this.slow);
+    this.model.off("msg:custom", this.listener);
+  }
+}
+
+// ---------------------------------------------------------------- the page
+
+class Page {
+  constructor(model, el) {
+    this.model = model;
+    this.drawn = {}; // what each section was last drawn from
+    this.before = {}; // side -> the circuit's numbers before its last change
+    this.grids = {};
+    this.query = null;
+    this.choice = model.get("theme") || "auto";
+    this.root = h("section.wbx", { "aria-label": "Workbench explorer", "data-lm-suppress-shortcuts": "true", "data-ready": "false" });
+    el.replaceChildren(this.root);
+    this.root.addEventListener("keydown", (event) => this.key(event));
+    this.watchTheme();
+    this.wire = new Wire(model, { apply: (view) => this.update(view), waiting: (busy) => this.waiting(busy), polling: () => (this.polled = true) });
+    this.wire.ask({ do: "hello" });
+  }
+
+  ask(command) {
+    this.polled = false;
+    this.wire.ask(command);
+  }
+
+  close() {
+    this.wire.close();
+    this.media?.removeEventListener("change", this.themed);
+    this.observer?.disconnect();
+    this.resized?.disconnect();
+  }
+
+  // ---- theme: of the system, of JupyterLab or VS Code, or as chosen
+  watchTheme() {
+    this.themed = () => this.view && this.retheme();
+    this.media = window.matchMedia("(prefers-color-scheme: dark)");
+    this.media.addEventListener("change", this.themed);
+    this.observer = new MutationObserver(this.themed);
+    this.observer.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind", "class"] });
+  }
+
+  get dark() {
+    if (this.choice !== "auto") return this.choice === "dark";
+    const { jpThemeLight, vscodeThemeKind } = document.body.dataset;
+    if (jpThemeLight !== undefined) return jpThemeLight === "false";
+    if (vscodeThemeKind !== undefined) return vscodeThemeKind.includes("dark");
+    return this.media.matches;
+  }
+
+  retheme() {
+    const now = this.dark ? "dark" : "light";
+    if (this.themeNow === now) return;
+    this.themeNow = now;
+    const colours = (this.colours = this.setup.colours[now]);
+    for (const name of ["background", "ink", "muted", "grid", "missing", "helps", "hurts", "font", "mono"]) this.root.style.setProperty(`--${name}`, colours[name]);
+    this.root.style.setProperty("--accent", colours.categories[0]);
+    this.root.style.setProperty("color-scheme", now);
+    this.root.dataset.theme = now;
+    document.querySelector("body.wbx-page")?.style.setProperty("background", colours.background);
+    this.drawn = {};
+    if (this.view) this.draw(this.view);
+  }
+
+  // ---- from view to page
+  update(view) {
+    if (view.failure) return this.tell(view.failure, "error");
+    if (view.setup) this.begin(view.setup);
+    this.view = view;
+    if (!this.themeNow) this.retheme();
+    this.draw(view);
+    if (view.error) this.tell(view.error, "error");
+    else if (view.notice) this.tell(view.notice, "notice");
+    else if (this.said && !this.polled) this.tell("", "");
+    this.root.dataset.ready = String(!view.pending.length);
+  }
+
+  /** Draw a section again only when what it shows has changed, so that focus and pointer stay where they are. */
+  section(name, data, draw) {
+    const key = JSON.stringify(data);
+    if (this.drawn[name] === key) return;
+    this.drawn[name] = key;
+    draw();
+  }
+
+  draw(view) {
+    this.section("pair", view.pair, () => this.drawPair(view));
+    this.section("prompts", [view.prompts, view.settings.metric], () => this.drawPrompts(view));
+    this.section("settings", [view.settings, view.stopped], () => this.drawSettings(view));
+    const members = Object.fromEntries(Object.entries(view.circuits).map(([side, each]) => [side, each.heads]));
+    this.section("maps", [view.maps, view.selected, members], () => this.drawMaps(view));
+    this.section("head", [view.head, view.settings.weighted, view.settings.metric, view.settings.position], () => this.drawHead(view));
+    this.section("shares", [view.attribution, view.selected], () => this.drawShares(view));
+    this.section("circuits", [view.circuits, view.settings, view.undo, view.selected.side], () => this.drawCircuits(view));
+    this.section("code", view.code, () => (this.at.code.textContent = view.code));
+    this.section("status", [view.pending, view.stopped], () => this.drawStatus(view));
+    this.at.undo.disabled = !view.undo;
+    this.at.undo.title = view.undo ? `Undo: ${view.undo}` : "Nothing to undo";
+  }
+
+  /** The frame, once. */
+  begin(setup) {
+    this.setup = setup;
+    this.drawn = {};
+    this.grids = {};
+    const at = (this.at = {});
+    const button = (text, onclick, more = {}) => h("button", { type: "button", onclick, ...more }, text);
+    at.undo = button("Undo", () => this.ask({ do: "undo" }), { "data-do": "undo" });
+    at.codeButton = button("Code", () => this.toggleCode(), { "data-do": "code", "aria-expanded": "false" });
+    at.theme = button("◐", () => this.turnTheme(), { title: "Light or dark", "aria-label": "Light or dark" });
+    at.message = h("p.message", { role: "alert" });
+    at.status = h("div.status", { role: "status", "aria-live": "polite" });
+    at.waiting = h("p.waiting", { hidden: true }, "Waiting for the kernel: it is busy with something else.");
+    at.code = h("pre.code", { tabindex: "0", "aria-label": "Python lines" });
+    at.codePanel = h("div.card.codepanel", { hidden: true }, h("div.row", {}, h("h3", {}, "Python that reproduces this view"), button("Copy", () => this.copy(), { "data-do": "copy" })), at.code);
+    for (const name of ["pair", "prompts", "settings", "maps", "head", "circuits", "shares"]) at[name] = h("div");
+    at.tip = h("div.tip", { role: "tooltip", hidden: true });
+    const names = setup.models.map((each) => h("span.model", {}, h("b", {}, SIDES[each.side]), ` ${shortName(each.name)} · ${each.layers} × ${each.heads} heads`));
+    fill(
+      this.root,
+      h("header", {}, h("h2", {}, "Explorer"), h("span.task", {}, setup.material.title), names, h("span.grow"), at.undo, at.codeButton, at.theme),
+      h("div.line", {}, at.status, at.message),
+      at.waiting,
+      at.codePanel,
+      h("div.card", {}, at.pair, at.prompts),
+      h(
+        "div.columns",
+        {},
+        h("div.left", {}, h("div.card", {}, h("h3", {}, "Heads"), at.settings, at.maps), h("div.card", {}, h("h3", {}, "Circuits"), at.circuits), h("div.card", {}, at.shares)),
+        h("div.card.headcard", {}, at.head),
+      ),
+      at.tip,
+    );
+    this.resized ??= new ResizeObserver(() => this.matrix && this.drawMatrix());
+    this.resized.disconnect();
+    this.resized.observe(this.root);
+  }
+
+  tell(text, kind) {
+    this.said = kind;
+    this.at ? fill(this.at.message, text) : fill(this.root, h("p.message.error", { role: "alert" }, text));
+    if (this.at) this.at.message.className = `message ${kind}`;
+  }
+
+  waiting(busy) {
+    if (this.at) this.at.waiting.hidden = !busy;
+  }
+
+  turnTheme() {
+    this.choice = this.dark ? "light" : "dark";
+    this.retheme();
+  }
+
+  toggleCode() {
+    this.at.codePanel.hidden = !this.at.codePanel.hidden;
+    this.at.codeButton.setAttribute("aria-expanded", String(!this.at.codePanel.hidden));
+  }
+
+  async copy() {
+    try {
+      await navigator.clipboard.writeText(this.at.code.textContent);
+      this.tell("The Python lines are on the clipboard.", "notice");
+    } catch {
+      const range = document.createRange();
+      range.selectNodeContents(this.at.code);
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+      this.tell("The Python lines are selected: copy them with the keyboard.", "notice");
+    }
+  }
+
+  // ---- the pair
+  drawPair({ pair }) {
+    const { pairs, title } = this.setup.material;
+    const pick = h("select", { "aria-label": "Pair", "data-do": "pick", onchange: (event) => this.ask({ do: "pick", index: Number(event.target.value) }) });
+    if (pair.picked === null) pick.append(h("option", { value: "", selected: true, disabled: true }, "your own pair"));
+    pairs.forEach((each, index) => pick.append(h("option", { value: index, selected: index === pair.picked }, `${index + 1}. … ${each.clean.slice(-38)} →${each.answer}`)));
+    const step = (by) => () => this.ask({ do: "pick", index: ((pair.picked ?? 0) + by + pairs.length) % pairs.length });
+    const fields = { clean: this.field("textarea", "clean", "Clean prompt", pair), corrupt: this.field("textarea", "corrupt", "Corrupt prompt, as many tokens", pair), answer: this.field("input", "answer", "Answer", pair), distractor: this.field("input", "distractor", "Wrong answer", pair) };
+    const use = () => this.ask({ do: "type", ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.lastChild.value])) });
+    const form = h("form.typing", { onsubmit: (event) => (event.preventDefault(), use()) }, Object.values(fields), h("button.primary", { type: "submit", "data-do": "type" }, "Use this pair"));
+    const details = h("details", { open: this.typing, ontoggle: (event) => (this.typing = event.target.open) }, h("summary", {}, "Type a pair"), form);
+    fill(
+      this.at.pair,
+      h("div.row", {}, h("h3", {}, "Prompt"), pick, h("button", { type: "button", "aria-label": "Previous pair", onclick: step(-1) }, "‹"), h("button", { type: "button", "aria-label": "Next pair", onclick: step(1) }, "›"), h("span.muted", {}, `${pairs.length} pairs of ${title}`)),
+      details,
+    );
+  }
+
+  field(kind, name, label, pair) {
+    const input = h(kind, { name, spellcheck: "false", autocomplete: "off", ...(kind === "textarea" ? { rows: 2 } : {}) });
+    input.value = pair[name];
+    return h(`label.${name}`, {}, label, input);
+  }
+
+  drawPrompts({ prompts, settings }) {
+    const first = Object.values(prompts).find((each) => each && !each.error);
+    const lines = first && [this.tokenLine("clean", first.clean, first.corrupt), this.tokenLine("corrupt", first.corrupt, first.clean)];
+    const metric = this.setup.metrics.find((each) => each.value === settings.metric).title;
+    const cards = Object.entries(prompts).map(([side, each]) => this.predictions(side, each, settings.metric, metric));
+    fill(this.at.prompts, h("div.tokens", {}, lines || h("p.muted", {}, "…")), h("div.predictions", {}, cards));
+  }
+
+  tokenLine(name, mine, other) {
+    const tokens = mine.tokens.map((token, index) => h(mine.ids[index] === other.ids[index] ? "span.token" : "span.token.differs", { title: `token ${index}, id ${mine.ids[index]}` }, visible(token)));
+    return h("div.tokenline", {}, h("span.label", {}, name), h("div.text", {}, tokens));
+  }
+
+  predictions(side, found, metric, title) {
+    if (!found) return h("div.prediction", {}, h("h4", {}, SIDES[side]), h("p.muted", {}, "…"));
+    if (found.error) return h("div.prediction", {}, h("h4", {}, SIDES[side]), h("p.error", {}, found.error));
+    const side_ = (name) => {
+      const each = found[name];
+      const rows = each.top.map(([token, p, kind]) => {
+        const mark = { answer: "answer", distractor: "wrong answer", other: "" }[kind];
+        return h(`li.${kind}`, { title: `${token}: ${(100 * p).toFixed(2)} %${mark && `, the ${mark}`}` }, h("span.bar", { css: { "--w": `${100 * p}%` } }), h("code", {}, visible(token)), mark ? h("span.mark", {}, kind === "answer" ? "✓" : "✗") : null, h("span.number", {}, percent(p)));
+      });
+      return h("div", {}, h("h5", {}, `${name}: `, h("b.metric", { "data-metric": `${side}-${name}` }, shown(each.metrics[metric], { sign: metric !== "probability" }))), h("ol", {}, rows));
+    };
+    return h("div.prediction", {}, h("h4", {}, SIDES[side], h("span.muted", {}, ` ${title}; the answer is rank ${found.clean.answer.rank} of the clean prompt`)), h("div.two", {}, side_("clean"), side_("corrupt")));
+  }
+
+  // ---- the heat maps
+  drawSettings({ settings, stopped }) {
+    const select = (name, label, options, disabled = false) =>
+      h("label", {}, label, h("select", { "data-set": name, disabled, onchange: (event) => this.ask({ do: "set", [name]: event.target.value }) }, options.map((each) => h("option", { value: each.value, selected: each.value === settings[name] }, each.title))));
+    const over = h("label", {}, "over", h("select", { "data-set": "average", onchange: (event) => this.ask({ do: "set", average: event.target.value === "all" }) }, h("option", { value: "one", selected: !settings.average }, "this pair"), h("option", { value: "all", selected: settings.average }, `all ${this.setup.material.pairs.length} pairs (mean)`)));
+    const positions = settings.positions.map((value) => ({ value, title: value === "all" ? "all tokens" : value.replaceAll("_", " ") }));
+    const method = this.setup.methods.find((each) => each.value === settings.method);
+    fill(
+      this.at.settings,
+      h("div.row.controls", {}, select("method", "method", this.setup.methods), select("metric", "metric", this.setup.metrics), settings.method === "path" ? select("acts", "at", [{ value: "last", title: "last token" }], true) : select("position", "at", positions), over),
+      h("p.explain", {}, method.does, " ", h("span", {}, method.sign)),
+    );
+  }
+
+  drawMaps(view) {
+    const { panels, largest } = view.maps;
+    const ready = Object.values(panels).find((each) => each && !each.error);
+    if (!this.grids.frame) {
+      const widest = this.setup.models.reduce((sum, each) => sum + each.heads, 0);
+      const tallest = Math.max(...this.setup.models.map((each) => each.layers));
+      this.cell = [Math.max(13, Math.min(36, Math.floor(500 / widest))), Math.max(13, Math.min(28, Math.floor(460 / tallest)))];
+      this.grids.frame = h("div.maps");
+      this.grids.legend = h("div.legend");
+      this.setup.models.forEach((each) => this.grids.frame.append((this.grids[each.side] = this.grid(each)).node));
+      fill(this.at.maps, this.grids.frame, this.grids.legend);
+    }
+    this.setup.models.forEach((each) => this.paint(each, view, panels[each.side], largest));
+    const ticks = [-largest, -largest / 2, 0, largest / 2, largest].map((value) => h("span", {}, shown(value, { sign: true })));
+    const bar = h("div.scale", { css: { background: `linear-gradient(to right, ${this.colours.diverging.join(",")})` } });
+    fill(this.grids.legend, ready ? [h("div", {}, bar, h("div.ticks", {}, ticks)), h("span.muted", {}, `${ready.examples > 1 ? "mean " : ""}${ready.unit}`, h("br"), "framed: in the circuit · ring: in view · layers upward, heads across")] : null);
+  }
+
+  /** One model's cells, made once: a grid that arrow keys walk through. */
+  grid({ side, layers, heads }) {
+    const cells = {};
+    const node = h("div.map", { role: "grid", "aria-label": `Heads of the ${side}`, "data-map": side, "aria-rowcount": layers, "aria-colcount": heads });
+    const [width, height] = this.cell;
+    for (let layer = layers - 1; layer >= 0; layer--) {
+      const row = h("div.maprow", { role: "row" }, h("span.axis.layer", { role: "rowheader", "aria-label": `layer ${layer}` }, layers > 16 && layer % 2 ? "" : String(layer)));
+      for (let index = 0; index < heads; index++) {
+        const name = `L${layer}H${index}`;
+        const cell = h("button.cell", { type: "button", role: "gridcell", tabindex: layer === layers - 1 && index === 0 ? "0" : "-1", "data-head": name, css: { width: `${width}px`, height: `${height}px` } });
+        cell.addEventListener("click", () => this.ask({ do: "select", side, head: name }));
+        cell.addEventListener("keydown", (event) => this.walk(event, side, layer, index));
+        cell.addEventListener("pointerenter", () => this.tip(cell, cell.dataset.tip));
+        cell.addEventListener("focus", () => (this.rove(side, name), cell.matches(":focus-visible") && this.tip(cell, cell.dataset.tip)));
+        for (const gone of ["pointerleave", "blur"]) cell.addEventListener(gone, () => this.tip(null));
+        cells[name] = cell;
+        row.append(cell);
+      }
+      node.append(row);
+    }
+    const below = Array.from({ length: heads }, (_, index) => h("span.axis", { css: { width: `${width}px` } }, heads > 16 && index % 2 ? "" : String(index)));
+    node.append(h("div.maprow", { "aria-hidden": "true" }, h("span.axis.layer"), below));
+    const title = h("h4", {}, SIDES[side]);
+    const note = h("p.error", { hidden: true });
+    return { node: h("div.panel", {}, title, node, note), cells, note, grid: node };
+  }
+
+  paint({ side, layers, heads }, view, panel, largest) {
+    const { cells, note, grid } = this.grids[side];
+    const members = Object.fromEntries(view.circuits[side].heads.map((each) => [each.head, each.role]));
+    note.hidden = !panel?.error;
+    note.textContent = panel?.error ?? "";
+    grid.classList.toggle("waiting-map", !panel);
+    grid.setAttribute("aria-busy", String(!panel));
+    for (let layer = 0; layer < layers; layer++)
+      for (let index = 0; index < heads; index++) {
+        const name = `L${layer}H${index}`;
+        const cell = cells[name];
+        const value = panel?.values?.[layer][index] ?? null;
+        const strong = value !== null && Math.abs(value) > this.colours.strong * largest;
+        cell.style.setProperty("background", value === null ? "var(--grid)" : mixed(this.colours.diverging, 0.5 + value / largest / 2));
+        cell.style.setProperty("color", strong ? this.colours.strong_ink : this.colours.ink);
+        cell.classList.toggle("member", name in members);
+        cell.textContent = name in members && this.cell[0] > 20 ? initials(members[name]) : panel && value === null ? "×" : "";
+        const chosen = view.selected.head === name && view.selected.side === side;
+        cell.setAttribute("aria-selected", String(chosen));
+        const lines = [`${name} of the ${side}`];
+        if (value === null) lines.push(panel ? "not measured" : "being computed");
+        else {
+          lines.push(`${shown(value, { sign: true })}, rank ${panel.ranks[layer][index]} of ${panel.measured}`);
+          if (panel.low) lines.push(`95 % interval ${shown(panel.low[layer][index], { sign: true })} to ${shown(panel.high[layer][index], { sign: true })}`);
+        }
+        if (name in members) lines.push(`in the circuit (${members[name]})`);
+        cell.dataset.tip = lines.join("\n");
+        cell.setAttribute("aria-label", lines.join(", "));
+      }
+  }
+
+  rove(side, name) {
+    Object.entries(this.grids[side].cells).forEach(([each, cell]) => cell.setAttribute("tabindex", each === name ? "0" : "-1"));
+  }
+
+  walk(event, side, layer, index) {
+    const { layers, heads } = this.setup.models.find((each) => each.side === side);
+    const steps = { ArrowUp: [layer + 1, index], ArrowDown: [layer - 1, index], ArrowLeft: [layer, index - 1], ArrowRight: [layer, index + 1], Home: [layer, 0], End: [layer, heads - 1], PageUp: [layers - 1, index], PageDown: [0, index] };
+    const name = `L${layer}H${index}`;
+    if (event.key === "c" && !event.ctrlKey && !event.metaKey) this.ask({ do: "toggle", side, head: name });
+    else if (event.key in steps) this.grids[side].cells[`L${steps[event.key][0]}H${steps[event.key][1]}`]?.focus();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  key(event) {
+    if (event.target.matches("input, textarea, select, pre")) return;
+    if (event.key === "z" && (event.ctrlKey || event.metaKey) && this.view?.undo) this.ask({ do: "undo" });
+    else if (event.key === "Escape") this.tip(null);
+    else return;
+    event.preventDefault();
+  }
+
+  tip(cell, text) {
+    const { tip } = this.at;
+    tip.hidden = !cell;
+    if (!cell) return;
+    tip.textContent = text;
+    const [box, frame] = [cell.getBoundingClientRect(), this.root.getBoundingClientRect()];
+    tip.style.setProperty("left", `${Math.max(4, Math.min(box.left - frame.left + box.width / 2, frame.width - 230))}px`);
+    tip.style.setProperty("top", `${box.bottom - frame.top + 6}px`);
+  }
+
+  // ---- one head
+  headButton(side, name, more = "") {
+    return h("button.head", { type: "button", title: `Look at ${name} of the ${side}`, onclick: () => this.ask({ do: "select", side, head: name }) }, name, more);
+  }
+
+  drawHead(view) {
+    const { head, settings } = view;
+    if (!head) {
+      this.matrix = null;
+      fill(this.at.head, h("h3", {}, "Head"), h("p.empty", {}, "Click a head in a map, or walk there with the arrow keys and press Enter: where it looks, what it writes, whom it reads from and feeds. ", h("kbd", {}, "c"), " adds it to the circuit, ", h("kbd", {}, "ctrl z"), " takes that back."));
+      return;
+    }
+    const key = `${head.side} ${head.head} ${view.pair.clean}`;
+    if (this.headKey !== key) this.query = null;
+    if (this.headKey !== key || !this.at.headTop?.isConnected) {
+      for (const name of ["headTop", "facts", "attention", "reads", "feeds"]) this.at[name] = h("div");
+      this.at.attention.className = "attention";
+      fill(this.at.head, this.at.headTop, this.at.facts, this.at.attention, h("div.neighbours", {}, this.at.reads, this.at.feeds));
+      for (const name of ["headTop", "facts", "attention", "reads", "feeds"]) delete this.drawn[name];
+      this.matrix = null;
+    }
+    this.headKey = key;
+    this.section("headTop", [key, head.member], () => {
+      const toggle = h("button.primary", { type: "button", "data-do": "toggle", "aria-pressed": String(head.member), onclick: () => this.ask({ do: "toggle", side: head.side, head: head.head }) }, head.member ? "Drop from the circuit" : "Add to the circuit");
+      fill(this.at.headTop, h("div.row", {}, h("h3", { "data-in-view": head.head }, `${head.head} of the ${SIDES[head.side]}`), h("span.grow"), toggle));
+    });
+    this.section("facts", [key, head.impacts, head.share, head.partners, settings.metric, settings.position], () => fill(this.at.facts, this.facts(head, view)));
+    this.section("attention", [key, head.attention, settings.weighted], () => {
+      this.matrix = null;
+      fill(this.at.attention, this.attention(head, view));
+      if (this.matrix) this.drawMatrix();
+    });
+    this.section("reads", [key, head.reads], () => fill(this.at.reads, this.reads(head)));
+    this.section("feeds", [key, head.feeds], () => fill(this.at.feeds, this.feeds(head)));
+  }
+
+  facts(head, view) {
+    const metric = view.settings.metric.replaceAll("_", " ");
+    const impacts = head.impacts && !head.impacts.error ? Object.entries(head.impacts) : [];
+    const rows = impacts.map(([kind, value]) => h("li", {}, h("span", {}, `${kind} ablation`), h("b", { "data-impact": kind }, shown(value, { sign: true }))));
+    const { share } = head;
+    const partners = head.partners.map((each) => {
+      const found = each.nearest?.error ? h("span.error", {}, each.nearest.error) : each.nearest ? each.nearest.map(([name, value]) => [this.headButton(each.side, name), ` ${value.toFixed(2)} `]) : "…";
+      const mapped = each.mapped.length ? [" · matched: ", each.mapped.map((name) => this.headButton(each.side, name))] : null;
+      return h("li", {}, h("span", {}, `most alike in the ${each.side}`, h("small", {}, " CKA")), h("span.partners", {}, found, mapped));
+    });
+    return h(
+      "div.facts",
+      {},
+      h("div", {}, h("h4", {}, `Fall of the ${metric} when ablated`), h("ul", {}, impacts.length ? rows : h("li.muted", {}, head.impacts?.error ?? "…")), h("small", {}, `at ${view.settings.position === "all" ? "all tokens" : view.settings.position.replaceAll("_", " ")}; positive: the head helps`)),
+      h(
+        "div",
+        {},
+        h("h4", {}, "Direct share of the logit difference"),
+        h("ul", {}, share && !share.error ? [h("li", {}, h("span", {}, `${head.head} writes`), h("b", { "data-share": "" }, shown(share.share, { sign: true }))), h("li", {}, h("span", {}, "of all parts together"), h("span", {}, shown(share.total, { sign: true }))), h("li", {}, h("span", {}, "rank by size"), h("span", {}, `${share.rank} of ${share.heads} heads`))] : h("li.muted", {}, share?.error ?? "…")),
+        partners.length ? [h("h4", {}, "Partner"), h("ul", {}, partners)] : null,
+      ),
+    );
+  }
+
+  attention(head, view) {
+    const found = head.attention;
+    const weighted = h("label.check", {}, h("input", { type: "checkbox", checked: view.settings.weighted, "data-set": "weighted", onchange: (event) => this.ask({ do: "set", weighted: event.target.checked }) }), "weighted by the value's norm");
+    const title = h("div.row", {}, h("h4", {}, "Attention"), h("span.grow"), weighted);
+    if (!found || found.error) return [title, h("p.muted", {}, found?.error ?? "…")];
+    const strip = h("div.text", { role: "listbox", "aria-label": "Attention from the chosen token, on the prompt", "data-strip": "" });
+    const caption = h("p.caption", { "aria-live": "polite" });
+    const buttons = found.tokens.map((token, index) => {
+      const node = h("button.token", { type: "button", role: "option", tabindex: "-1" }, visible(token));
+      node.addEventListener("click", () => this.look(index, true));
+      node.addEventListener("keydown", (event) => {
+        const to = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: found.tokens.length - 1 }[event.key];
+        if (to === undefined || !buttons[to]) return;
+        this.look(to, true);
+        buttons[to].focus();
+        event.preventDefault();
+      });
+      node.addEventListener("pointerenter", () => this.tip(node, `from ${quoted(found.tokens, this.query)}\nto ${quoted(found.tokens, index)}: ${index > this.query ? "later, not seen" : shown(found.weights[this.query][index])}`));
+      node.addEventListener("pointerleave", () => this.tip(null));
+      return node;
+    });
+    strip.append(...buttons);
+    const canvas = h("canvas.matrix", { role: "img", "aria-label": "Attention of every token (down) on every token before it (across)" });
+    this.matrix = { found, buttons, caption, canvas, largest: Math.max(...found.weights.flat()) || 1 };
+    canvas.addEventListener("pointermove", (event) => this.overMatrix(event));
+    canvas.addEventListener("pointerleave", () => this.tip(null));
+    canvas.addEventListener("click", (event) => this.look(this.spot(event)[0], true));
+    this.query ??= found.tokens.length - 1;
+    this.query = Math.min(this.query, found.tokens.length - 1);
+    this.look(this.query, false);
+    return [title, caption, strip, h("div.matrixrow", {}, canvas, h("small", {}, `${found.unit}; each row a token that looks, each column one that is looked at; darkest ${shown(this.matrix.largest)}. Click a row or a token to see where it looks.`))];
+  }
+
+  /** Shade the prompt by where one token looks. */
+  look(query, redraw) {
+    const { found, buttons, caption } = this.matrix;
+    this.query = query;
+    const row = found.weights[query];
+    const most = Math.max(...row) || 1;
+    buttons.forEach((node, index) => {
+      const share = index > query ? 0 : row[index] / most;
+      node.style.setProperty("background", mixed(this.colours.wash, share));
+      node.style.setProperty("color", share > this.colours.strong ? this.colours.strong_ink : index > query ? this.colours.muted : this.colours.ink);
+      node.classList.toggle("query", index === query);
+      node.setAttribute("aria-selected", String(index === query));
+      node.setAttribute("tabindex", index === query ? "0" : "-1");
+      node.dataset.weight = index > query ? "" : row[index];
+    });
+    const best = row.map((value, index) => [value, index]).sort((a, b) => b[0] - a[0]).slice(0, 3).filter(([value]) => value > 0.01 * most);
+    fill(caption, `${quoted(found.tokens, query)} looks at `, best.map(([value, index], place) => [place ? ", " : "", h("b", {}, quoted(found.tokens, index)), ` ${shown(value)}`]));
+    if (redraw) this.drawMatrix();
+  }
+
+  drawMatrix() {
+    const { found, canvas, largest } = this.matrix;
+    const n = found.tokens.length;
+    const room = Math.min(this.at.head.clientWidth || 320, 320);
+    const cell = (this.matrix.cell = Math.max(2, Math.min(16, Math.floor(room / n))));
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = canvas.height = Math.round(n * cell * ratio);
+    canvas.style.setProperty("width", `${n * cell}px`);
+    canvas.style.setProperty("height", `${n * cell}px`);
+    const context = canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    context.fillStyle = this.colours.background;
+    context.fillRect(0, 0, n * cell, n * cell);
+    found.weights.forEach((row, query) =>
+      row.forEach((value, at) => {
+        context.fillStyle = mixed(this.colours.wash, value / largest);
+        context.fillRect(at * cell, query * cell, cell - (cell > 5 ? 1 : 0), cell - (cell > 5 ? 1 : 0));
+      }),
+    );
+    context.strokeStyle = this.colours.helps;
+    context.lineWidth = 1.5;
+    context.strokeRect(0.75, this.query * cell + 0.25, (this.query + 1) * cell - 1.5, Math.max(2, cell - 1));
+  }
+
+  spot(event) {
+    const { canvas, cell, found } = this.matrix;
+    const box = canvas.getBoundingClientRect();
+    return [event.clientY - box.top, event.clientX - box.left].map((place) => Math.max(0, Math.min(found.tokens.length - 1, Math.floor(place / cell))));
+  }
+
+  overMatrix(event) {
+    const [query, at] = this.spot(event);
+    const { found, canvas } = this.matrix;
+    if (at > query) return this.tip(null);
+    this.tip(canvas, `from ${quoted(found.tokens, query)}\nto ${quoted(found.tokens, at)}: ${shown(found.weights[query][at])}`);
+    const frame = this.root.getBoundingClientRect();
+    this.at.tip.style.setProperty("left", `${Math.min(event.clientX - frame.left + 12, frame.width - 230)}px`);
+    this.at.tip.style.setProperty("top", `${event.clientY - frame.top + 14}px`);
+  }
+
+  reads(head) {
+    const { reads } = head;
+    const title = h("h4", {}, "Reads from", h("small", {}, " path effect through its q, k, v"));
+    if (!reads || reads.error) return h("div", {}, title, h("p.muted", {}, reads?.error ?? "…"));
+    if (!reads.length) return h("div", {}, title, h("p.muted", {}, /^L0H/.test(head.head) ? "It is in the first layer: no head is below it." : "No head below has an effect through it."));
+    const most = Math.max(...reads.map((each) => Math.abs(each.together)));
+    const rows = reads.map((each) => h("tr", {}, h("td", {}, this.headButton(head.side, each.head)), h("td.signed", {}, this.signed(each.together, most)), h("td.number", {}, shown(each.together, { sign: true })), ["q", "k", "v"].map((letter) => h("td.small", {}, letter in each ? shown(each[letter], { sign: true }) : "…"))));
+    return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["head", "", "together", "q", "k", "v"].map((each) => h("th", {}, each)))), h("tbody", {}, rows)));
+  }
+
+  feeds(head) {
+    const { feeds } = head;
+    const title = h("h4", {}, "Feeds", h("small", {}, " path effect on the inputs above"));
+    if (!feeds || feeds.error) return h("div", {}, title, h("p.muted", {}, feeds?.error ?? "…"));
+    const all = [["logits", feeds.logits], ...feeds.heads];
+    const most = Math.max(...all.map(([, value]) => Math.abs(value ?? 0))) || 1;
+    const rows = all.map(([name, value]) => h("tr", {}, h("td", {}, name === "logits" ? "logits" : this.receiver(head.side, name)), h("td.signed", {}, this.signed(value ?? 0, most)), h("td.number", {}, shown(value, { sign: true }))));
+    return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["into", "", "effect"].map((each) => h("th", {}, each)))), h("tbody", {}, rows)));
+  }
+
+  /** `L5H4.k` is the whole key-value group's where several heads share it. */
+  receiver(side, name) {
+    const [head, letter] = name.split(".");
+    const { heads, kv_heads } = this.setup.models.find((each) => each.side === side);
+    const group = letter === "q" ? 1 : heads / kv_heads;
+    const last = Number(head.split("H")[1]) + group - 1;
+    return [`${letter} of `, this.headButton(side, head), group > 1 ? h("small", {}, `–H${last}`) : null];
+  }
+
+  signed(value, most) {
+    return h(value < 0 ? "span.signedbar.hurts" : "span.signedbar.helps", { css: { "--w": `${(50 * Math.abs(value)) / most}%` } });
+  }
+
+  drawShares({ attribution, selected }) {
+    const title = h("h3", {}, `Direct logit attribution of the ${SIDES[selected.side]}`);
+    if (!attribution || attribution.error) return fill(this.at.shares, title, h("p.muted", {}, attribution?.error ?? "…"));
+    const most = Math.max(...attribution.parts.map(([, value]) => Math.abs(value))) || 1;
+    const rows = attribution.parts.map(([name, value]) => h(name === selected.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(selected.side, name) : h("span.part", {}, name)), h("td.signed.wide", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
+    fill(this.at.shares, title, h("p.explain", {}, `The ${rows.length} largest of ${attribution.count} parts (heads, MLPs, embedding, biases); all sum to the logit difference, ${shown(attribution.total, { sign: true })}. Positive pushes towards the answer; the final norm's scale is frozen at this prompt's.`), h("table", {}, h("tbody", {}, rows)));
+  }
+
+  // ---- circuits
+  drawCircuits(view) {
+    const { settings, selected } = view;
+    this.at.blocks ??= h("div");
+    this.section("outside", [settings.outside, selected.side], () => {
+      const outside = h("label", {}, "heads outside take ", h("select", { "data-set": "outside", onchange: (event) => this.ask({ do: "set", outside: event.target.value }) }, this.setup.outsides.map((each) => h("option", { value: each.value, selected: each.value === settings.outside }, each.title))));
+      const file = h("input", { type: "text", name: "file", value: this.file ?? "circuit.json", "aria-label": "File name", oninput: (event) => (this.file = event.target.value) });
+      const save = h("form.row", { onsubmit: (event) => (event.preventDefault(), this.ask({ do: "save", side: this.view.selected.side, name: file.value })) }, file, h("button", { type: "submit", "data-do": "save" }, `Save the ${selected.side}'s circuit`));
+      const compare = h("button", { type: "button", "data-do": "compare", onclick: () => this.ask({ do: "compare" }) }, "Against random circuits");
+      fill(this.at.circuits, h("div.row.controls", {}, outside), this.at.blocks, h("div.row.tail", {}, save, h("span.grow"), compare));
+    });
+    fill(this.at.blocks, Object.entries(view.circuits).map(([side, circuit]) => this.circuit(side, circuit, view)));
+  }
+
+  circuit(side, circuit, view) {
+    const [layers, heads] = circuit.shape;
+    const chips = circuit.heads.map((each) => h("span.chip", { title: each.role }, this.headButton(side, each.head), h("button", { type: "button", "aria-label": `Drop ${each.head}`, onclick: () => this.ask({ do: "toggle", side, head: each.head }) }, "×")));
+    const clear = circuit.heads.length ? h("button.quiet", { type: "button", onclick: () => this.ask({ do: "clear", side }) }, "empty it") : null;
+    const report = circuit.on_prompts;
+    const title = h("h4", {}, `${SIDES[side]}: ${circuit.heads.length} of ${layers * heads} heads `, h("small", {}, circuit.method), " ", clear);
+    return h("div.circuit", { "data-circuit": side }, title, h("div.chips", {}, chips.length ? chips : h("span.muted", {}, "no head yet: everything is ablated")), this.meters(side, circuit, report, view));
+  }
+
+  meters(side, circuit, report, view) {
+    if (!report) return h("p.muted", {}, "evaluating …");
+    if (report.error) return h("p.error", {}, report.error);
+    const now = { faithfulness: report.faithfulness, accuracy: report.circuit_accuracy, recovered: report.logit_difference_recovered };
+    const key = JSON.stringify([circuit.heads, view.settings.outside]);
+    const kept = (this.before[side] ??= { key, now, then: null });
+    if (kept.key !== key) this.before[side] = { key, now, then: kept.now };
+    const then = this.before[side].then ?? {};
+    const { random } = circuit;
+    const versus = random && !random.error ? { accuracy: random.random_circuit_accuracy, difference: random.logit_differences.random } : null;
+    const full = report.logit_differences;
+    const lines = [
+      this.meter("faithfulness", "accuracy alone / accuracy of the model", now.faithfulness, then.faithfulness, now.faithfulness, shown(now.faithfulness), versus && report.full_accuracy ? versus.accuracy / report.full_accuracy : null),
+      this.meter("accuracy alone", `of ${report.prompts} test prompts; the model ${percent(report.full_accuracy)}; 95 % interval ${percent(report.circuit_interval[0])} to ${percent(report.circuit_interval[1])}`, now.accuracy, then.accuracy, now.accuracy, percent(now.accuracy), versus?.accuracy ?? null),
+      this.meter("logit difference recovered", `alone ${shown(full.circuit)}, the model ${shown(full.full)}, nothing ${shown(full.empty)}`, now.recovered, then.recovered, now.recovered, percent(now.recovered), versus ? (versus.difference - full.empty) / (full.full - full.empty) : null),
+    ];
+    const pair = circuit.on_pair;
+    const one = pair && !pair.error ? `On this pair: logit difference ${shown(pair.logit_differences.circuit)} alone, ${shown(pair.logit_differences.full)} the model, ${shown(pair.logit_differences.empty)} nothing.` : (pair?.error ?? "");
+    const other = view.settings.compared && side === view.selected.side && !random ? "random circuits …" : random?.error ? random.error : versus ? `Mark: ${random.random_circuits} random circuits of ${random.heads} heads, mean (accuracy ${percent(random.random_circuit_range[0])} to ${percent(random.random_circuit_range[1])}).` : "";
+    return h("div.meters", {}, lines, h("small", { "data-pair": "" }, one, other && h("br"), other));
+  }
+
+  meter(name, title, value, before, share, text, mark) {
+    const moved = before !== undefined && before !== null && value !== null && Math.abs(value - before) > 1e-4 ? value - before : 0;
+    const delta = moved ? h("span", { class: moved > 0 ? "delta up" : "delta down" }, `${moved > 0 ? "▲" : "▼"} ${shown(Math.abs(moved))}`) : null;
+    return h("div.meter", { title }, h("span.name", {}, name), h("span.track", {}, h("span.value", { css: { "--w": `${Math.max(0, Math.min(1, share ?? 0)) * 100}%` } }), mark === null ? null : h("span.mark", { css: { left: `${Math.max(0, Math.min(1, mark)) * 100}%` } })), h("b", { "data-meter": name }, text), delta);
+  }
+
+  // ---- what goes on
+  drawStatus({ pending, stopped }) {
+    const [now] = pending;
+    if (now) {
+      const more = pending.length > 1 ? ` and ${pending.length - 1} more` : "";
+      const stop = h("button", { type: "button", "data-do": "stop", onclick: () => this.ask({ do: "stop" }) }, "Stop");
+      fill(this.at.status, h("progress", { max: 1, value: now.share, "aria-label": now.label }), h("span", {}, `${now.label}${now.share ? ` ${percent(now.share)}` : ""}${more}`), stop);
+    } else if (stopped.length) {
+      fill(this.at.status, h("span", {}, `stopped: ${stopped.join(", ")}`), h("button", { type: "button", "data-do": "resume", onclick: () => this.ask({ do: "resume" }) }, "Go on"));
+    } else fill(this.at.status);
+  }
+}
+
+const initials = (role) => role.split("+").map((part) => part[0]).join("").slice(0, 2);
+const quoted = (tokens, index) => `“${visible(tokens[index])}” (${index})`;
+const shortName = (name) => name.split("/").slice(-2).join("/");
+
+function render({ model, el }) {
+  const page = new Page(model, el);
+  return () => page.close();
+}
+
+export default { render };

@@ -1,0 +1,195 @@
+"""One model of a session: every number that the explorer shows of it, each by the one function of the workbench that computes it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from workbench.alignment import all_head_similarity
+from workbench.circuits.circuit import Circuit
+from workbench.circuits.evaluation import CircuitReport, Ends, circuit_ends, evaluate_circuit
+from workbench.errors import InputError
+from workbench.explorer.material import Key, Material, encoded, key_of
+from workbench.explorer.state import Method, Outside, Side, State
+from workbench.metrics import METRICS
+from workbench.models import HookedModel, require_same_vocabulary
+from workbench.patching.ablation import Replacement, ablation_profiles, counterfactual_outputs, plain_logits, reference_means
+from workbench.patching.activation import activation_patch
+from workbench.patching.attribution import exact_edges
+from workbench.patching.path import path_patch
+from workbench.readouts.attribution import LogitAttribution, direct_logit_attribution
+from workbench.readouts.patterns import AttentionPatterns, attention_patterns
+from workbench.readouts.text import token_texts
+from workbench.refs import Composition, Head, Position, Receiver
+from workbench.scores import Scores
+from workbench.tasks.base import PromptPairs
+from workbench.tasks.pairs import Pair
+
+TOP = 6
+"""How many predictions are shown."""
+COMPOSITIONS: tuple[Composition, ...] = ("q", "k", "v")
+EVALUATED, LISTED = ("evaluated",), ("listed",)
+"""Keys of the two sets of prompts that are not the pair in view."""
+
+
+def unit_of(metric: str) -> str:
+    """A metric's name in words."""
+    return metric.replace("_", " ")
+
+
+class Subject:
+    """A model, and what is kept of it between requests (encoded prompts, replacements, the two ends of circuit evaluation)."""
+
+    def __init__(self, side: Side, model: HookedModel, material: Material) -> None:
+        if model.tokenizer is None:
+            raise InputError(f"the {side} has no tokenizer, so its prompts can't be shown; load it with one.")
+        model.require_eval()
+        self.side: Side = side
+        self.model, self.material = model, material
+        self.shape = (model.n_layers, model.n_heads)
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any], *, room: int = 8) -> Any:
+        """A value that several parts share; of each kind the latest few are kept, for they hold activations."""
+        if key not in self._kept:
+            alike = [known for known in self._kept if known[0] == key[0]]
+            for known in alike[: len(alike) - room + 1]:
+                del self._kept[known]
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def pair(self, pair: Pair) -> PromptPairs:
+        """The pair in view as tensors."""
+        return self.once(("pair", key_of(pair)), lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model), room=64)
+
+    def listed(self) -> PromptPairs:
+        """All pairs of the list."""
+        return self.once(("listed",), lambda: encoded(self.material.shown.pairs, self.model))
+
+    def evaluated(self) -> PromptPairs:
+        """The prompts that circuits are evaluated on."""
+        return self.once(("evaluated",), lambda: encoded(self.material.evaluated.pairs, self.model))
+
+    def reference(self) -> PromptPairs:
+        """The prompts of the mean. Errors: `InputError` when there are none."""
+        if self.material.reference is None:
+            raise InputError("mean ablation needs reference prompts: pass `reference=` (pairs of another draw), or choose zero or counterfactual.")
+        reference = self.material.reference
+        return self.once(("reference",), lambda: encoded(reference.pairs, self.model))
+
+    def replacement(self, kind: Outside, pairs: PromptPairs, key: Key | tuple[str, ...]) -> Replacement:
+        """What stands in for an ablated head on these prompts. Means are by position where the reference prompts are as long, else over all tokens."""
+        if kind == "zero":
+            return "zero"
+        if kind == "mean":
+            alike = self.reference().clean.shape[1] == pairs.clean.shape[1]
+            return self.once(("mean", alike), lambda: reference_means(self.model, self.reference(), per_position=alike))
+        return self.once(("counterfactual", key), lambda: counterfactual_outputs(self.model, pairs))
+
+    def predictions(self, pair: Pair) -> dict[str, Any]:
+        """Tokens, likeliest next tokens, and every metric, of the clean and the corrupt prompt."""
+        pairs = self.pair(pair)
+        found = {name: self._predicted(each) for name, each in (("clean", pairs), ("corrupt", pairs.swapped()))}
+        return {**found, "answer": pair.answer, "distractor": pair.distractor}
+
+    def _predicted(self, pairs: PromptPairs) -> dict[str, Any]:
+        logits = plain_logits(self.model, pairs)
+        likely = logits[0].softmax(-1)
+        best, kinds = likely.topk(min(TOP, len(likely))), {int(pairs.answers[0]): "answer", int(pairs.distractors[0]): "distractor"}
+        rank = int((likely > likely[pairs.answers[0]]).sum()) + 1
+        return {
+            "tokens": token_texts(self.model, pairs.clean[0]),
+            "ids": pairs.clean[0].tolist(),
+            "top": [
+                [text, value, kinds.get(token, "other")]
+                for text, value, token in zip(token_texts(self.model, best.indices), best.values.tolist(), best.indices.tolist(), strict=True)
+            ],
+            "metrics": {name: float(metric(logits, pairs.answers, pairs.distractors)[0]) for name, metric in METRICS.items() if name != "accuracy"},
+            "answer": {"probability": float(likely[pairs.answers[0]]), "rank": rank},
+            "distractor": {"probability": float(likely[pairs.distractors[0]])},
+        }
+
+    def heat_map(self, state: State) -> Scores:
+        """[layer head example] by the chosen method, on the pair in view or on all listed pairs."""
+        pairs, key = (self.listed(), LISTED) if state.average else (self.pair(state.pair), key_of(state.pair))
+        return self.swept(state.method, pairs, key, metric=state.metric, position=state.acts)
+
+    def swept(self, method: Method, pairs: PromptPairs, key: Key | tuple[str, ...], *, metric: str, position: Position) -> Scores:
+        """The sweep of a method over all heads."""
+        measured = METRICS[metric]
+        if method == "path":
+            return path_patch(self.model, pairs, metric=measured, unit=unit_of(metric), position=position)
+        if method == "activation":
+            return activation_patch(self.model, pairs, "z", metric=measured, unit=unit_of(metric), positions=(position,))
+        stand_in = self.replacement(method, pairs, key)
+        return ablation_profiles(self.model, pairs, stand_in, metrics={metric: measured}, position=position)[metric]
+
+    def attention(self, pair: Pair, head: Head, *, weighted: bool) -> AttentionPatterns:
+        """Where the head looks on the clean prompt."""
+        return attention_patterns(self.model, self.pair(pair).clean[0], [head], value_weighted=weighted)
+
+    def attribution(self, pair: Pair) -> LogitAttribution:
+        """What every head and MLP writes straight to the logit difference."""
+        return direct_logit_attribution(self.model, self.pair(pair))
+
+    def impacts(self, pair: Pair, head: Head, *, metric: str, position: Position) -> dict[str, float | None]:
+        """Fall of the metric when the head alone is ablated, by each kind of ablation that can be had."""
+        pairs = self.pair(pair)
+        kinds: tuple[Outside, ...] = ("zero", "counterfactual", "mean") if self.material.reference else ("zero", "counterfactual")
+        return {
+            kind: float(
+                ablation_profiles(
+                    self.model, pairs, self.replacement(kind, pairs, key_of(pair)), metrics={metric: METRICS[metric]}, heads=[head], position=position
+                )[metric].at(head)[0]
+            )
+            for kind in kinds
+        }
+
+    def reads(self, pair: Pair, head: Head, *, metric: str) -> Scores:
+        """Path effect of every head below on this head's q, k and v together: [layer head example]."""
+        return self.once(("reads", key_of(pair), head, metric), lambda: self._reads(pair, head, metric, COMPOSITIONS, None))
+
+    def reads_singly(self, pair: Pair, head: Head, *, metric: str, count: int) -> dict[Composition, Scores]:
+        """The same through each input alone, of the heads whose effect through all together is largest."""
+        senders = strongest(self.reads(pair, head, metric=metric), count)
+        return {each: self._reads(pair, head, metric, (each,), senders) for each in COMPOSITIONS}
+
+    def _reads(self, pair: Pair, head: Head, metric: str, inputs: Sequence[Composition], senders: Sequence[Head] | None) -> Scores:
+        into = [Receiver(head, each) for each in inputs]
+        return path_patch(self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), position="all", receivers=into, senders=senders)
+
+    def feeds(self, pair: Pair, head: Head, *, metric: str) -> Scores:
+        """Path effect of this head on the logits and on the q, k, v of every head above: [sender receiver example]."""
+        return exact_edges(self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), senders=[head], freeze_mlps=False)
+
+    def similarity(self, teacher: "Subject") -> Scores:
+        """CKA of every head's output at the last token of the evaluated prompts with every head of the teacher: [student teacher]."""
+        require_same_vocabulary(teacher.model, self.model)
+        return all_head_similarity(self.model, teacher.model, self.evaluated())
+
+    def report(self, circuit: Circuit, outside: Outside, *, random_circuits: int = 0) -> CircuitReport:
+        """The circuit alone on the evaluated prompts."""
+        return self._report(circuit, outside, self.evaluated(), EVALUATED, random_circuits)
+
+    def report_on(self, pair: Pair, circuit: Circuit, outside: Outside) -> CircuitReport:
+        """The circuit alone on the pair in view."""
+        return self._report(circuit, outside, self.pair(pair), key_of(pair), 0)
+
+    def _report(self, circuit: Circuit, outside: Outside, pairs: PromptPairs, key: Key | tuple[str, ...], random_circuits: int) -> CircuitReport:
+        means = self.replacement(outside, pairs, key)
+        ends: Ends = self.once(("ends", outside, key), lambda: circuit_ends(self.model, pairs, self.shape, means))
+        return evaluate_circuit(self.model, pairs, circuit, means, random_circuits=random_circuits, ends=ends)
+
+
+def strongest(scores: Scores, count: int) -> list[Head]:
+    """The heads of the largest |mean|."""
+    return scores.top(count, by="magnitude")
+
+
+def nearest_heads(similarity: Scores, head: Head, *, of: Side, count: int = 3) -> list[tuple[str, float]]:
+    """The heads of the other model that are most alike this one, with their similarity."""
+    scores = similarity.select(**{"teacher" if of == "teacher" else "student": str(head)})
+    names, values = next(iter(scores.labels.values())), scores.values.nan_to_num(-torch.inf)
+    best = values.topk(min(count, len(values)))
+    return [(names[place], value) for place, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

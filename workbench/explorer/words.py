@@ -1,0 +1,77 @@
+"""What the page says of each choice: titles, what was done, and which sign means what."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from workbench.explorer.state import Method, Outside
+from workbench.metrics import METRICS
+from workbench.plots.panels import Order
+from workbench.plots.theme import DARK, LIGHT, Theme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodWords:
+    """A method of the heat map in words."""
+
+    title: str
+    does: str
+    sign: str
+    order: Order
+
+
+_HELPS = "Positive (orange): the metric falls without the head, so the head helps. Negative (blue): it works against the answer."
+_NEEDED = "Negative (blue): the metric falls when the head says what it says on the corrupt prompt, so the task needs it. Positive (orange): it works against the answer."
+METHODS: Mapping[Method, MethodWords] = {
+    "path": MethodWords(
+        title="path patching to the logits", sign=_NEEDED, order="lowest",
+        does="The head takes its output on the corrupt prompt at the last token; all other heads stay as on the clean prompt, MLPs follow. The direct effect.",
+    ),
+    "activation": MethodWords(
+        title="activation patching (z)", sign=_NEEDED, order="lowest",
+        does="The head takes its output on the corrupt prompt; everything after it follows. The total effect.",
+    ),
+    "counterfactual": MethodWords(
+        title="ablation: counterfactual", sign=_HELPS, order="highest",
+        does="The head takes its output on the corrupt prompt; shown is the fall of the metric.",
+    ),
+    "mean": MethodWords(
+        title="ablation: mean", sign=_HELPS, order="highest",
+        does="The head takes its mean output over reference prompts (by position where they are as long); shown is the fall of the metric.",
+    ),
+    "zero": MethodWords(
+        title="ablation: zero", sign=_HELPS, order="highest",
+        does="The head's output is set to zero; shown is the fall of the metric.",
+    ),
+}  # fmt: skip
+METRIC_TITLES: Mapping[str, str] = {
+    "logit_difference": "logit difference (answer - distractor)",
+    "log_probability": "log-probability of the answer (nats)",
+    "probability": "probability of the answer",
+}
+OUTSIDE_TITLES: Mapping[Outside, str] = {
+    "counterfactual": "their output on the corrupt prompt",
+    "mean": "their mean over reference prompts",
+    "zero": "zero",
+}
+assert set(METRIC_TITLES) <= set(METRICS)
+assert set(METHODS) == set(get_args(Method))
+
+
+def choices(*, with_mean: bool) -> dict[str, Any]:
+    """The choices of the page with their words; without reference prompts there are no means to choose."""
+    return {
+        "methods": [{"value": name, **asdict(words)} for name, words in METHODS.items() if with_mean or name != "mean"],
+        "metrics": [{"value": name, "title": title} for name, title in METRIC_TITLES.items()],
+        "outsides": [{"value": name, "title": title} for name, title in OUTSIDE_TITLES.items() if with_mean or name != "mean"],
+    }
+
+
+def colours() -> dict[str, Any]:
+    """The two themes of the figures, for the page."""
+    return {"light": _theme(LIGHT), "dark": _theme(DARK)}
+
+
+def _theme(theme: Theme) -> dict[str, Any]:
+    found = asdict(theme)
+    return {**found, "wash": list(theme.wash), "helps": theme.helps, "hurts": theme.hurts}
