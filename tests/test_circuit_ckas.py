@@ -23,8 +23,7 @@ PROMPTS = entity_pairs(scenes=16)
 
 
 def circuit(*members: tuple[int, int, str]) -> Circuit:
-    placed = tuple(Member(head=Head(layer, index), role=position, position=position) for layer, index, position in members)
-    return Circuit(members=placed, shape=(3, 4))
+    return Circuit.of((Member(Head(layer, index), position, position) for layer, index, position in members), shape=(3, 4), method="test")
 
 
 OURS = circuit((0, 1, "last"), (1, 2, "earlier_label"), (2, 0, "last"), (2, 3, "earlier_label"))
