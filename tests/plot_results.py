@@ -1,5 +1,8 @@
 """Small results with known numbers, one figure of each kind drawn from them, and ways to look into a figure."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from plotly import graph_objects as go
@@ -16,9 +19,11 @@ from workbench.plots.graph import circuit_graph
 from workbench.plots.heads import head_importance
 from workbench.plots.lens import lens_curves, lens_figure
 from workbench.plots.matching import matching, matching_change
+from workbench.plots.matrices import cka_change
 from workbench.plots.operations import operations_figure
 from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.similarity import cka_matrix, impact_scatter
+from workbench.plots.study import convergence_chart
 from workbench.plots.table import TITLES, results_chart
 from workbench.plots.theme import LIGHT, Theme
 from workbench.plots.training import loss_curves
@@ -65,6 +70,22 @@ def cka_of(student: Head, teacher: Head, value: float) -> PairCka:
     """A pair's CKA; its floor is 0.1, at most 0.2."""
     pair = AlignedPair(student=student, teacher=teacher, student_positions=("last",), teacher_positions=("last",))
     return PairCka(pair=pair, cka=value, floor=0.1, floor_high=0.2, rows=64)
+
+
+def matrix_of(pairs: Sequence[tuple[Head, Head]], value: float) -> Scores:
+    """A CKA for every pair of these heads, 0.1 and 0.2 with prompts shuffled."""
+    ours, theirs = (tuple(dict.fromkeys(str(pair[side]) for pair in pairs)) for side in (0, 1))
+    values = torch.tensor([value, 0.1, 0.2]).expand(len(ours), len(theirs), 3)
+    labels = {"student": ours, "teacher": theirs, "draw": ("paired", "shuffled 0", "shuffled 1")}
+    return Scores(values=values, axes=("student", "teacher", "draw"), labels=labels, unit="debiased CKA")
+
+
+def cell() -> dict[str, Any]:
+    """A study's cell, as far as its curves need one."""
+    points = [{"step": step, "mean": 0.5 + step / 100, "low": 0.45 + step / 100, "high": 0.55 + step / 100, "count": 2} for step in (10, 20, 30)]
+    single = [{**point, "mean": 0.3, "low": None, "high": None, "count": 1} for point in points]
+    conditions = {"base": {"curve": []}, "circuit_ce": {"curve": points}, "full_ce": {"curve": single}}
+    return {"student": "sibling", "train_scenes": 10, "conditions": conditions}
 
 
 def log_of(task: list[float] | None, alignment: list[float] | None) -> list[StepReport]:
@@ -191,6 +212,8 @@ def figures(theme: Theme = LIGHT) -> dict[str, go.Figure]:
         "lens": lens_figure(lens(), theme=theme),
         "lens curves": lens_curves({"teacher": stages}, theme=theme),
         "CKA": cka_matrix(before, head_map=head_map(), theme=theme),
+        "CKA change": cka_change(matrix_of(pairs, 0.3), matrix_of(pairs, 0.8), head_map=head_map(), theme=theme),
+        "convergence": convergence_chart(cell(), theme=theme),
         "impacts": impact_scatter(head_map(), student=impacts_of((3, 2), 0), teacher=impacts_of((4, 4), 1), student_circuit=STUDENT, theme=theme),
         "operations": operations_figure({"teacher": counted()}, chance=1 / 7, theme=theme),
     }

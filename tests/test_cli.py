@@ -20,6 +20,7 @@ from workbench.errors import InputError
 from workbench.experiment import Experiment
 from workbench.recipe import parse_recipe, read_recipe, to_plain
 from workbench.runs import RunFolder
+from workbench.scores import Scores
 from workbench.study.grid import read_study
 from workbench.study.rows import ConditionResult, collect, table
 
@@ -40,6 +41,7 @@ def recipe(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
         "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "train_scenes": 6, "test_scenes": 5},
         "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
         "training": {"steps": 4, "batch": 6, "checkpoint_every": 2},
+        "evaluation": {"edges": 3},
         "conditions": ["base", "full_ce", "circuit_ce", "circuit_cka", "circuit_ce_random_cka", "circuit_ce_cka", "full_kl", "full_ce_cka"],
     }
     path = tmp_path / "recipe.yaml"
@@ -49,6 +51,12 @@ def recipe(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
 
 def run(*words: Any) -> int:
     return main([str(word) for word in words])
+
+
+def folder_edges(out: Path) -> int:
+    """On how many prompts the edges of the circuits' graphs were measured."""
+    counts = {RunFolder(out).scores(name)["edges"].values.shape[-1] for name in ("teacher", "student")}
+    return counts.pop() if len(counts) == 1 else 0
 
 
 def test_the_whole_road(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +95,14 @@ def test_the_whole_road(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     page = (out / "report.html").read_text()
     assert "Plotly.newPlot" in page
     assert len(page) < 10e6
+    for heading in ("The circuit of the teacher", "Matching", "CKA of all pairs of circuit heads", "Impact of matched heads", "Training"):
+        assert f"<h2>{heading}</h2>" in page
+    matrices = {row["condition"]: out / "conditions" / f"{row['condition']}-0" / "circuit_ckas.safetensors" for row in results}
+    assert {name for name, file in matrices.items() if file.exists()} == set(conditions) - {"teacher"}
+    base, aligned = (Scores.load(matrices[name]) for name in ("base", "circuit_ce_cka"))
+    assert base.labels == aligned.labels
+    assert (base.values - aligned.values).abs().max() > 1e-3, "training has moved them"
+    assert folder_edges(out) == 3
     folder = RunFolder(out)
     assert folder.circuit("teacher").heads
     assert folder.head_map().matches

@@ -102,7 +102,7 @@ def cka_change(
     grids = [Grid.of_scores(scores) for scores in (before, after)]
     if before.labels["student"] != after.labels["student"] or before.labels["teacher"] != after.labels["teacher"]:
         raise InputError("these are CKAs of different heads before and after; measure both with the same circuits.")
-    remarks = _floor_remarks(grids, head_map)
+    remarks = floor_remarks(grids, head_map)
     if head_map:
         means = [[grid.cka[y, x] for y, x in grid.matched(head_map)] for grid in grids]
         others = [grid.cka[~_mask(grid, head_map)] for grid in grids]
@@ -121,9 +121,13 @@ def _mask(grid: Grid, head_map: HeadMap) -> np.ndarray:
     return mask
 
 
-def _floor_remarks(grids: Sequence[Grid], head_map: HeadMap | None) -> list[str]:
+def floor_remarks(grids: Sequence[Grid], head_map: HeadMap | None) -> list[str]:
+    """What the colours are of, and how to read the marks."""
     floor, high = np.mean([np.nanmean(grid.floor) for grid in grids]), max(np.nanmax(grid.floor_high) for grid in grids)
-    remark = f"Floor, with prompts shuffled: mean {floor + 0.0:.2f}, highest {high:.2f}; a cross: no higher than its own floor's highest."
+    rows = sorted({int(rows) for grid in grids if grid.rows is not None for rows in grid.rows[~np.isnan(grid.rows)]})
+    over = f"Over {rows[0]} rows. " if len(rows) == 1 else f"Over {rows[0]} to {rows[-1]} rows. " if rows else ""
+    mean = round(float(floor), 2) + 0.0  # no minus before zero
+    remark = f"{over}Floor, with prompts shuffled: mean {mean:.2f}, highest {high:.2f}; a cross: no higher than its own floor's highest."
     return [remark, *(["Framed: matched pairs."] if head_map else [])]
 
 

@@ -10,7 +10,7 @@ from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.matching import HeadMap
 from workbench.plots.export import with_table
-from workbench.plots.matrices import Grid, drawn
+from workbench.plots.matrices import Grid, drawn, floor_remarks
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
 from workbench.refs import Head
 from workbench.scores import Scores
@@ -25,16 +25,8 @@ def cka_matrix(ckas: Sequence[PairCka], *, head_map: HeadMap | None = None, them
     Errors: `InputError` for no pairs, or a pair that is given twice.
     """
     grid = Grid.of_pairs(ckas)
-    figure = drawn([("", grid)], head_map, theme, title, _remarks(ckas, head_map))
+    figure = drawn([("", grid)], head_map, theme, title, floor_remarks([grid], head_map))
     return with_table(figure, grid.to_frame(head_map))
-
-
-def _remarks(ckas: Sequence[PairCka], head_map: HeadMap | None) -> list[str]:
-    floor, high = sum(cka.floor for cka in ckas) / len(ckas), max(cka.floor_high for cka in ckas)
-    rows = sorted({cka.rows for cka in ckas})
-    over = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
-    remark = f"Over {over} rows. Floor, with prompts shuffled: mean {floor:.2f}, highest {high:.2f}; a cross: no higher than its own floor's highest."
-    return [remark, *(["Framed: matched pairs."] if head_map else [])]
 
 
 def impact_scatter(
