@@ -1,5 +1,6 @@
 """The mixture: its lessons, the tasks that they teach, their words, and how well a model does on held-out prompts."""
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +49,7 @@ def held_out_rows(name: str, *, split: Split, prompts: int, seed: int = 0) -> Da
     return task_dataset(task, mixture_tokenizer(), split=split, scenes=scenes, seed=seed)
 
 
+@functools.cache
 def held_out(name: str, *, split: Split, prompts: int, seed: int = 0) -> PromptPairs:
     """The same as tensors, padded on the right, so that a causal model needs no mask."""
     return encode(held_out_rows(name, split=split, prompts=prompts, seed=seed), mixture_tokenizer(), padding_side="right")

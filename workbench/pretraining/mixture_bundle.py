@@ -35,9 +35,9 @@ class MixtureConfig:
     student_layers: Annotated[int, Field(ge=1)] = 3
     ancestor_step: Annotated[int, Field(ge=1)] = 250
     """The student descends from the teacher after so many steps (a multiple of `course.checkpoint_every`)."""
-    student_band: tuple[float, float] = (0.35, 0.85)
+    student_band: tuple[float, float] = (0.35, 0.92)
     """From where to where on the way from chance (0) to everything right (1) a student's accuracy on each task has to be (calibration split)."""
-    healing_rate: float = 5e-4
+    healing_rate: float = 1e-3
     """Learning rate of the pruned student."""
     look_every: int = 10
     """Steps between two looks at a student's accuracies."""
@@ -81,7 +81,7 @@ def _ancestor(work: Path, step: int) -> Path:
 
 def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
     """The pruned student, healed until it is in the band in each task."""
-    course_config = replace(config.course, learning_rate=config.healing_rate, probe_weight=0.0)
+    course_config = replace(config.course, learning_rate=config.healing_rate)
     vocabulary, lessons = mixture_tokenizer().get_vocab(), mixture_lessons()
     early = _ancestor(work, config.ancestor_step)
     ancestor = finished(early, lambda: _train_teacher(config, work / "mixture-teacher-again", work))
@@ -117,7 +117,7 @@ def _until_in_band(course: Course, config: MixtureConfig, work: Path) -> None:
     for _ in _steps(course, work):
         if course.step % config.look_every:
             continue
-        found = accuracies(course.model, split="calibration", prompts=210)
+        found = accuracies(course.model, split="calibration", prompts=105)
         course.log[-1] |= {f"{name} held out": value for name, value in found.items()}
         on_the_way = {name: (value - TASKS[name].chance) / (1 - TASKS[name].chance) for name, value in found.items()}
         course.resting = [name for name, share in on_the_way.items() if share >= low]

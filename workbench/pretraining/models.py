@@ -47,7 +47,7 @@ def with_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalL
     config = model.config.to_dict()
     config.pop("layer_types", None)
     with torch.random.fork_rng(devices=[]):  # the initial values are drawn and thrown away
-        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept)}))
+        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept)}, attn_implementation="eager"))
     renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
     state = {}
     for name, value in model.state_dict().items():
