@@ -381,10 +381,10 @@ class Experiment:
     def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
         """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""
         means, config = self.outside(model), self.recipe.evaluation
-        report = evaluation.evaluate_circuit(model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits)
-        full = evaluation.correct(plain_logits(model, self.prompts.test), self.prompts.test)
-        alone = evaluation.correct(evaluation.circuit_logits(model, self.prompts.test, circuit, means, scope=config.scope), self.prompts.test)
-        return report, {"full": full.to(torch.uint8), "circuit": alone.to(torch.uint8)}
+        report, right = evaluation.evaluate_with_outcomes(
+            model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits
+        )
+        return report, {name: value.to(torch.uint8) for name, value in right.items()}
 
 
 def mean_cka_and_floor(values: Sequence[PairCka]) -> tuple[float | None, float | None]:

@@ -87,6 +87,20 @@ def evaluate_circuit(
     seed: int = 0,
 ) -> CircuitReport:
     """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test prompts. Errors: `InputError` when they overlap the reference."""
+    return evaluate_with_outcomes(model, pairs, circuit, means, scope=scope, random_circuits=random_circuits, seed=seed)[0]
+
+
+def evaluate_with_outcomes(
+    model: HookedModel,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    means: Replacement,
+    *,
+    scope: EvaluationScope = "positions",
+    random_circuits: int = 5,
+    seed: int = 0,
+) -> tuple[CircuitReport, dict[str, Bool[Tensor, " batch"]]]:
+    """The same, and which prompts are answered right by the full model and by the circuit alone (`full`, `circuit`), for paired tests."""
     draws = [random_circuit(circuit, seed=seed, draw=draw) for draw in range(random_circuits)]
     runs = {
         "full": [plain_logits(model, pairs)],
@@ -100,7 +114,7 @@ def evaluate_circuit(
     differences = {name: _mean_difference(found, pairs) for name, found in runs.items()}
     gap = differences["full"] - differences["empty"]
     full_accuracy, alone_accuracy = float(full.float().mean()), float(alone.float().mean())
-    return CircuitReport(
+    report = CircuitReport(
         heads=len(circuit.heads),
         total_heads=circuit.shape[0] * circuit.shape[1],
         prompts=len(pairs),
@@ -118,6 +132,7 @@ def evaluate_circuit(
         logit_differences=differences,
         logit_difference_recovered=(differences["circuit"] - differences["empty"]) / gap if gap else None,
     )
+    return report, {"full": full, "circuit": alone}
 
 
 def _mean_difference(found: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
