@@ -161,8 +161,8 @@ def pair_ckas(
     seed: int = 0,
 ) -> list[PairCka]:
     """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased one's depends on m."""
-    _, ours = student.activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs], activation))
-    _, theirs = teacher.activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs], activation))
+    ours = student.early_activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs], activation))
+    theirs = teacher.early_activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs], activation))
     our_weights, their_weights = (
         output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))
     )

@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 from workbench import seeds, sources, storage
 from workbench.distillation import checkpoint
 from workbench.errors import InputError
-from workbench.pretraining import _keep as keep_layers  # pyright: ignore[reportPrivateUsage]
+from workbench.pretraining.models import with_layers
 from workbench.runs import provenance
 from workbench.tasks.base import Split, Task
 from workbench.tasks.registry import task_named
@@ -191,7 +191,7 @@ def _shallower(model: Any, kept: Sequence[int]) -> Any:
         )
     if not kept or max(kept) >= model.config.num_hidden_layers:
         raise InputError(f"`keep_layers` is {list(kept)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}.")
-    return keep_layers(model, kept).eval()
+    return with_layers(model, kept).eval()
 
 
 def _identity(config: FinetuningConfig, model: Any) -> str:

@@ -27,6 +27,7 @@ class HookedTransformerLike(hooks.Hooked, Protocol):
 
     cfg: Any
     blocks: Any
+    unembed: Any
     tokenizer: Any
     training: bool
 

@@ -126,10 +126,10 @@ class HookedModel:
             raise InputError(f"{self.name} is in training mode; call .eval() before patching, ablating or evaluating.")
 
     def final_logits(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
-        """Logits at the last real token of each prompt. `mask` is True on real tokens (left or right padding)."""
-        with hooks.alone(self.model):
+        """Logits at the last real token of each prompt, the only ones that are computed. `mask` is True on real tokens (left or right padding)."""
+        with hooks.alone(self.model), _only_last(self.model.unembed, mask):
             logits = self.model(tokens, attention_mask=mask.long())  # also when all are real: 3.9 would guess the padding from the tokens
-        return logits[torch.arange(len(tokens), device=logits.device), last_position(mask)]
+        return logits[:, 0]
 
     def activations(
         self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], names: Sequence[str], *, gradients: bool = False
@@ -267,6 +267,17 @@ class Student(HookedModel):
                 self.tokenizer.save_pretrained(temporary)
 
         sources.replace_directory(directory, fill)
+
+
+@contextmanager
+def _only_last(unembed: nn.Module, mask: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+    """Unembed the last real token of each prompt alone: of a small model with a large vocabulary that is a third of a forward, and most of its memory."""
+    rows, last = torch.arange(len(mask), device=mask.device), last_position(mask)
+    handle = unembed.register_forward_pre_hook(lambda _, arguments: (arguments[0][rows, last][:, None], *arguments[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def last_position(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:

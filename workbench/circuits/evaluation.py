@@ -101,6 +101,21 @@ def evaluate_circuit(
 
     `ends`: from `circuit_ends`, where many circuits are evaluated. Errors: `InputError` when prompts overlap the reference.
     """
+    return evaluate_with_outcomes(model, pairs, circuit, means, scope=scope, random_circuits=random_circuits, seed=seed, ends=ends)[0]
+
+
+def evaluate_with_outcomes(
+    model: HookedModel,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    means: Replacement,
+    *,
+    scope: EvaluationScope = "positions",
+    random_circuits: int = 5,
+    seed: int = 0,
+    ends: Ends | None = None,
+) -> tuple[CircuitReport, dict[str, Bool[Tensor, " batch"]]]:
+    """The same, and which prompts are answered right by the full model and by the circuit alone (`full`, `circuit`), for paired tests."""
     draws = [random_circuit(circuit, seed=seed, draw=draw) for draw in range(random_circuits)]
     full, empty = circuit_ends(model, pairs, circuit.shape, means) if ends is None else ends
     runs = {
@@ -115,7 +130,7 @@ def evaluate_circuit(
     differences = {name: _mean_difference(found, pairs) for name, found in runs.items()}
     gap = differences["full"] - differences["empty"]
     full_accuracy, alone_accuracy = float(whole.float().mean()), float(alone.float().mean())
-    return CircuitReport(
+    report = CircuitReport(
         heads=len(circuit.heads),
         total_heads=circuit.shape[0] * circuit.shape[1],
         prompts=len(pairs),
@@ -133,6 +148,7 @@ def evaluate_circuit(
         logit_differences=differences,
         logit_difference_recovered=(differences["circuit"] - differences["empty"]) / gap if gap else None,
     )
+    return report, {"full": whole, "circuit": alone}
 
 
 def _mean_difference(found: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:

@@ -12,7 +12,7 @@ from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.experiment.prompts import Prompts
 from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
-from workbench.patching.ablation import ReferenceMeans, Replacement, counterfactual_outputs, plain_logits, reference_means
+from workbench.patching.ablation import ReferenceMeans, Replacement, counterfactual_outputs, reference_means
 from workbench.recipe import Recipe, to_plain
 from workbench.runs import RunFolder
 from workbench.storage import located
@@ -76,7 +76,7 @@ class Setting:
     def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
         """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""
         means, config = self.outside(model), self.recipe.evaluation
-        report = evaluation.evaluate_circuit(model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits)
-        full = evaluation.correct(plain_logits(model, self.prompts.test), self.prompts.test)
-        alone = evaluation.correct(evaluation.circuit_logits(model, self.prompts.test, circuit, means, scope=config.scope), self.prompts.test)
-        return report, {"full": full.to(torch.uint8), "circuit": alone.to(torch.uint8)}
+        report, right = evaluation.evaluate_with_outcomes(
+            model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits
+        )
+        return report, {name: value.to(torch.uint8) for name, value in right.items()}
