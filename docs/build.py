@@ -76,7 +76,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         made.append(File.generated(config, page, content=_relinked((ROOT / source).read_text(), linked)))
     for path in notebooks():
-        made += _notebook(path, config)
+        made += _notebook(path, config, linked)
     made += _reference(config)
     made += [File.generated(config, path, abs_src_path=str(ROOT / path)) for path in sorted(linked)]
     for file in made:
@@ -85,34 +85,40 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def _relinked(text: str, linked: set[str]) -> str:
-    """Links to files of the repository lead to their page, or to a copy of the file (noted in `linked`); those to folders become plain text."""
+def _relinked(text: str, linked: set[str], *, up: str = "") -> str:
+    """Links to files of the repository lead to their page, or to a copy of the file (noted in `linked`); those to folders become plain text.
+
+    `up` is the way from the text to the root of the repository (`../`); links that do not begin with it stay as they are.
+    """
 
     def new(found: re.Match[str]) -> str:
-        path, anchor = found["path"], found["anchor"] or ""
+        if not found["path"].startswith(up):
+            return found[0]
+        opening, path, anchor = found["open"] + up, found["path"].removeprefix(up), found["anchor"] or ""
         if path in PAGES:
-            return f"{found['open']}{PAGES[path]}{anchor})"
+            return f"{opening}{PAGES[path]}{anchor})"
         if path.endswith(".ipynb"):
-            return f"{found['open']}{path.removesuffix('.ipynb')}.md{anchor})"
+            return f"{opening}{path.removesuffix('.ipynb')}.md{anchor})"
         if path.startswith("workbench/") and path.endswith(".py"):
-            return f"{found['open']}{page_of('.'.join(Path(path).with_suffix('').parts))})"
+            return f"{opening}{page_of('.'.join(Path(path).with_suffix('').parts))})"
         if (ROOT / path).is_file():
             copy = path.removeprefix("docs/") if path.startswith("docs/") else path
             linked.update({path} if copy == path else ())
-            return f"{found['open']}{copy})"
+            return f"{opening}{copy})"
         return f"{found['text']} (`{path}`)"
 
     return LINK.sub(new, text)
 
 
-def _notebook(path: Path, config: MkDocsConfig) -> Iterator[File]:
+def _notebook(path: Path, config: MkDocsConfig, linked: set[str]) -> Iterator[File]:
     """A notebook as a page with its pictures, and the notebook itself to download."""
     text, resources = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(path))
     pictures: dict[str, bytes] = resources.get("outputs", {})
     for name, content in pictures.items():
         text = text.replace(f"({name})", f"({path.stem}/{name})")
         yield File.generated(config, f"notebooks/{path.stem}/{name}", content=content)
-    yield File.generated(config, f"notebooks/{path.stem}.md", content=f"[Download this notebook]({path.name})\n\n{text}")
+    text = f"[Download this notebook]({path.name})\n\n{_relinked(text, linked, up='../')}"
+    yield File.generated(config, f"notebooks/{path.stem}.md", content=text)
     yield File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path))
 
 

@@ -1,6 +1,6 @@
 """How the losses fall in training: task loss and alignment loss apart, a line a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -70,9 +70,9 @@ def run_of(name: str) -> tuple[str, str]:
     return (condition, f"{condition_title(condition)}, seed {seed}") if known else (name, condition_title(name))
 
 
-def style_of(name: str, logs: Mapping[str, Sequence[StepReport]], theme: Theme) -> dict[str, str]:
+def style_of(name: str, runs: Iterable[str], theme: Theme) -> dict[str, str]:
     """Known conditions have the same colour in every figure; other names take the next ones, then the next dash."""
-    conditions = dict.fromkeys([*TRAINED, *(run_of(other)[0] for other in logs)])
+    conditions = dict.fromkeys([*TRAINED, *(run_of(other)[0] for other in runs)])
     place, count = list(conditions).index(run_of(name)[0]), len(theme.categories)
     return {"color": theme.categories[place % count], "dash": DASHES[place // count % len(DASHES)]}
 
