@@ -53,7 +53,7 @@ class Course:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
         self.optimizer.zero_grad()
-        record: dict[str, float] = {"step": self.step}
+        record: dict[str, float] = {"step": float(self.step)}
         for lesson in self.lessons:
             if lesson.name not in self.resting:
                 record |= self._learn(lesson)
@@ -73,7 +73,7 @@ class Course:
             self.accuracy[name] += config.forgetting * (accuracy - self.accuracy[name])
             if self.accuracy[name] > config.passed and level < lesson.levels - 1:
                 self.levels[name], self.accuracy[name] = level + 1, 0.0
-        return {f"{name} level": level, f"{name} loss": answer.item(), f"{name} probes": probe.item(), f"{name} accuracy": accuracy}
+        return {f"{name} level": float(level), f"{name} loss": answer.item(), f"{name} probes": probe.item(), f"{name} accuracy": accuracy}
 
     def _batch(self, lesson: Lesson) -> tuple[int, Batch]:
         """The step's batch of a lesson: mostly the level at work, at times an easier one; a solved lesson takes half the tokens."""

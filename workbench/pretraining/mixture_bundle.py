@@ -1,8 +1,9 @@
 """The bundled models of the mixture: a teacher of all four tasks, a student pruned from its early self, and an unrelated student.
 
 Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed: trained less, not damaged. The unrelated
-student has the same size and another initialisation: the negative control of every alignment claim. A student learns a task only until it is in a
-band between chance and the teacher, so that there is something left to distil in each.
+student has the same size and another initialisation: the negative control of every alignment claim. A student rests from a task
+that it knows well enough, so that there is something left to distil. (Entity tracking is learned so early that a student which knows theory of mind
+at all is close to the teacher in it.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,11 +34,11 @@ class MixtureConfig:
     teacher: SizeConfig = Field(default_factory=lambda: SizeConfig(layers=4, embedding_std=0.4))
     course: CourseConfig = Field(default_factory=CourseConfig)
     student_layers: Annotated[int, Field(ge=1)] = 3
-    ancestor_step: Annotated[int, Field(ge=1)] = 250
+    ancestor_step: Annotated[int, Field(ge=1)] = 650
     """The student descends from the teacher after so many steps (a multiple of `course.checkpoint_every`)."""
-    student_band: tuple[float, float] = (0.35, 0.92)
-    """From where to where on the way from chance (0) to everything right (1) a student's accuracy on each task has to be (calibration split)."""
-    healing_rate: float = 1e-3
+    student_from: float = 0.35
+    """A student is trained until its accuracy on each task is so far on the way from chance (0) to everything right (1), on the calibration split."""
+    healing_rate: float = 3e-4
     """Learning rate of the pruned student."""
     look_every: int = 10
     """Steps between two looks at a student's accuracies."""
@@ -80,7 +81,7 @@ def _ancestor(work: Path, step: int) -> Path:
 
 
 def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
-    """The pruned student, healed until it is in the band in each task."""
+    """The pruned student, healed until it knows each task well enough."""
     course_config = replace(config.course, learning_rate=config.healing_rate)
     vocabulary, lessons = mixture_tokenizer().get_vocab(), mixture_lessons()
     early = _ancestor(work, config.ancestor_step)
@@ -89,17 +90,17 @@ def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
     model, kept = pruned(ancestor, config.student_layers, lambda model: _cost(model, lessons, vocabulary, levels, seed=config.course.seed))
     course = Course(model, vocabulary, lessons, course_config, label="mixture-student")
     course.levels |= levels
-    _until_in_band(course, config, work / "mixture-student")
+    _until_far_enough(course, config, work / "mixture-student")
     made = {"ancestor": f"the teacher after {config.ancestor_step} steps", "kept_layers": kept, "course": asdict(course_config)}
     _save(model, target, made, course)
 
 
 def _train_unrelated(config: MixtureConfig, target: Path, work: Path) -> None:
-    """The student of equal size and another initialisation, trained from scratch until it is in the same band."""
+    """The student of equal size and another initialisation, trained from scratch until it knows as much."""
     course_config, size = replace(config.course, seed=config.unrelated_seed), replace(config.teacher, layers=config.student_layers)
     model = new_model(size, len(mixture_tokenizer()), seed=config.unrelated_seed)
     course = Course(model, mixture_tokenizer().get_vocab(), mixture_lessons(), course_config, label="mixture-unrelated-student")
-    _until_in_band(course, config, work / "mixture-unrelated-student")
+    _until_far_enough(course, config, work / "mixture-unrelated-student")
     _save(model, target, {"size": asdict(size), "course": asdict(course_config)}, course)
 
 
@@ -110,23 +111,17 @@ def _cost(model: LlamaForCausalLM, lessons: Sequence[Lesson], vocabulary: dict[s
     return sum(losses(model, None, lesson, batch)[0].item() for lesson, batch in zip(lessons, batches, strict=True))
 
 
-def _until_in_band(course: Course, config: MixtureConfig, work: Path) -> None:
-    """Train; a task that has reached the band rests until it falls below it. Errors: `InputError` when a task is above the band."""
-    low, high = config.student_band
+def _until_far_enough(course: Course, config: MixtureConfig, work: Path) -> None:
+    """Train until every task has come far enough; one that has rests until it falls back."""
     course.resume(work)
     for _ in _steps(course, work):
         if course.step % config.look_every:
             continue
         found = accuracies(course.model, split="calibration", prompts=105)
         course.log[-1] |= {f"{name} held out": value for name, value in found.items()}
-        on_the_way = {name: (value - TASKS[name].chance) / (1 - TASKS[name].chance) for name, value in found.items()}
-        course.resting = [name for name, share in on_the_way.items() if share >= low]
-        if len(course.resting) < len(TASKS):
-            continue
-        over = {name: found[name] for name, share in on_the_way.items() if share > high}
-        if over:
-            raise InputError(f"{course.label} is above its band in {over}; lower `look_every`, the learning rate or `ancestor_step`.")
-        return
+        course.resting = [name for name, value in found.items() if (value - TASKS[name].chance) / (1 - TASKS[name].chance) >= config.student_from]
+        if len(course.resting) == len(TASKS):
+            return
 
 
 def _steps(course: Course, work: Path) -> Iterator[None]:
