@@ -129,8 +129,7 @@ def partner_parts(state: State, subjects: Subjects) -> list[Part]:
     students = [side for side in subjects if side != "teacher" and state.side in ("teacher", side)]
     teacher = subjects["teacher"]
     return [
-        Part(key=("similarity", side), label=f"{side}: similarity of heads", run=partial(subjects[side].similarity, teacher))
-        for side in students
+        Part(key=("similarity", side), label=f"{side}: similarity of heads", run=partial(subjects[side].similarity, teacher)) for side in students
     ]
 
 
