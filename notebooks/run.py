@@ -31,6 +31,7 @@ def stripped(notebook: Any) -> Any:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
                 output.pop("execution_count", None)
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its number differs from run to run
                 for kind in ("application/vnd.plotly.v1+json", "text/html"):
                     if "image/png" in output.get("data", {}):
                         output.data.pop(kind, None)
