@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from browser_pages import ROOT, Serve, Watched, serving, watched_page
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(2400)]
 watched, serve = pytest.fixture(watched_page, name="watched"), pytest.fixture(serving, name="serve")
 HEAD, OTHER = "L0H5", "L0H4"
 CELL = f"""
