@@ -32,6 +32,7 @@ def stripped(notebook: Any) -> Any:
             for output in cell.outputs:
                 if "execution_count" in output or output["output_type"] == "execute_result":
                     output["execution_count"] = None  # the format wants the key
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its number differs from run to run
                 for kind in ("application/vnd.plotly.v1+json", "text/html"):
                     if "image/png" in output.get("data", {}):
                         output.data.pop(kind, None)

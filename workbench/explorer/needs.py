@@ -126,7 +126,7 @@ def random_part(state: State, subject: Subject) -> Part:
 
 def partner_parts(state: State, subjects: Subjects) -> list[Part]:
     """Similarity of all heads of the teacher with those of the model in view (of each student, when the teacher is in view)."""
-    students = [side for side in subjects if side != "teacher" and state.side in ("teacher", side)]
+    students: list[Side] = [side for side in subjects if side != "teacher" and state.side in ("teacher", side)]
     teacher = subjects["teacher"]
     return [
         Part(key=("similarity", side), label=f"{side}: similarity of heads", run=partial(subjects[side].similarity, teacher)) for side in students

@@ -1,0 +1,178 @@
+"""The explorer in a real browser, in JupyterLab and on the command line's page: a click on a head shows its attention, adding it moves the circuit's
+numbers, the exported lines reproduce what is shown; nothing is logged as an error, nothing is asked of any other machine. Times are printed, not asserted.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from browser_pages import ROOT, Serve, Watched, serving, watched_page
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(2400)]
+watched, serve = pytest.fixture(watched_page, name="watched"), pytest.fixture(serving, name="serve")
+HEAD, OTHER = "L0H5", "L0H4"
+CELL = f"""
+import workbench
+
+explorer = workbench.explore({str(ROOT / "assets/models/teacher")!r}, prompts=8)
+explorer
+"""
+
+
+def settle(page: Any) -> None:
+    """Wait until nothing is pending."""
+    page.wait_for_selector('.wbx[data-ready="true"]')
+
+
+def number(page: Any, selector: str) -> float:
+    """A number as the page writes it."""
+    return float(page.locator(selector).first.inner_text().replace("\N{MINUS SIGN}", "-").replace("%", "").strip())
+
+
+def cell(head: str) -> str:
+    """A head's cell in the teacher's map."""
+    return f'[data-map="teacher"] [data-head="{head}"]'
+
+
+def look_and_pick(page: Any) -> dict[str, float]:
+    """Click a head, see its attention, add it and another to the circuit, see the numbers move. Returns seconds by interaction."""
+    settle(page)
+    recovered, times = '[data-circuit="teacher"] [data-meter="logit difference recovered"]', {}
+    start = time.monotonic()
+    page.click(cell(HEAD))
+    page.wait_for_selector(f'[data-in-view="{HEAD}"]')
+    page.wait_for_selector("[data-strip] [data-weight]")
+    times["head -> attention"] = time.monotonic() - start
+    weights = [float(each) for each in page.locator("[data-strip] button").evaluate_all("nodes => nodes.map(node => node.dataset.weight)")]
+    assert sum(weights) == pytest.approx(1.0, abs=0.01), "the last token's attention, over all tokens"
+    assert max(weights) > 0.05
+    settle(page)
+    times["head -> everything about it"] = time.monotonic() - start
+    before = number(page, recovered)
+    for head in (HEAD, OTHER):
+        page.click(cell(head))
+        page.wait_for_selector(f'[data-in-view="{head}"]')
+        start = time.monotonic()
+        page.click('[data-do="toggle"]')
+        page.wait_for_selector(f"{cell(head)}.member")
+        page.wait_for_selector('[data-circuit="teacher"] .delta')
+        times["pick -> circuit's numbers"] = time.monotonic() - start
+        settle(page)
+    page.locator(f'[data-circuit="teacher"] .chip:has-text("{OTHER}")').wait_for()
+    assert (before, number(page, recovered)) == (0.0, pytest.approx(number(page, recovered)))
+    return times
+
+
+def exported(page: Any) -> dict[str, Any]:
+    """What the exported lines give when they are run."""
+    page.click('[data-do="code"]')
+    code, found = page.locator("pre.code").inner_text(), {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "exported", "exec"), found)
+    return found
+
+
+def reproduces(page: Any) -> None:
+    """The exported lines give the page's numbers."""
+    found = exported(page)
+    assert str(found["head"]) == OTHER
+    assert number(page, "[data-share]") == pytest.approx(float(found["share"]), rel=0.01)
+    assert number(page, '[data-impact="counterfactual"]') == pytest.approx(float(found["counterfactual_impact"]), rel=0.01)
+    tip = page.get_attribute(cell(OTHER), "data-tip")
+    assert float(tip.split("\n")[1].split(",")[0].replace("\N{MINUS SIGN}", "-")) == pytest.approx(float(found["scores"].mean()[0, 4]), rel=0.01)
+    recovered = number(page, '[data-circuit="teacher"] [data-meter="logit difference recovered"]')
+    assert recovered == pytest.approx(100 * found["report"].logit_difference_recovered, abs=0.51)
+    assert [str(head) for head in found["circuit"].heads] == [OTHER, HEAD]
+
+
+def test_the_command_lines_page(watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, line_with = serve("-m", "workbench.cli", "explore", "--folder", str(tmp_path), log=tmp_path / "serve.log", cwd=ROOT)
+    page = watched.page
+    page.goto(line_with("http://").split()[-1])
+    times = look_and_pick(page)
+    reproduces(page)
+    walk(page)
+    typed(page)
+    page.fill('input[name="file"]', "picked.json")
+    page.click('[data-do="save"]')
+    page.locator(".message", has_text="saved").wait_for()
+    assert (tmp_path / "picked.json").exists()
+    for method in ("zero", "activation"):
+        start = time.monotonic()
+        page.select_option('[data-set="method"]', method)
+        page.wait_for_selector(f'[data-set="method"] option[value="{method}"][selected]', state="attached")
+        settle(page)
+        times[f"heat map, {method}"] = time.monotonic() - start
+    report(capsys, "command line's page, bundled teacher and student", times)
+    assert watched.errors == []
+    assert watched.left_loopback() == []
+
+
+def walk(page: Any) -> None:
+    """By keyboard alone: from the picked head one to the right, look at it, add it, take that back."""
+    page.focus(cell(OTHER))
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_selector('[data-in-view="L1H5"]')
+    assert page.locator(":focus").get_attribute("data-head") == "L1H5", "the focus stays where it was"
+    page.keyboard.press("c")
+    page.wait_for_selector(f"{cell('L1H5')}.member")
+    page.keyboard.press("Control+z")
+    page.wait_for_selector(f"{cell('L1H5')}:not(.member)")
+    settle(page)
+
+
+def typed(page: Any) -> None:
+    """A pair of unequal lengths is refused in words, what was typed stays, and so does the circuit."""
+    page.click("summary:has-text('Type a pair')")
+    page.fill('textarea[name="corrupt"]', "Box F contains the")
+    page.click('[data-do="type"]')
+    page.locator(".message.error", has_text="equal prompt lengths").wait_for()
+    assert page.input_value('textarea[name="corrupt"]') == "Box F contains the"
+    assert page.locator('[data-circuit="teacher"] .chip').count() == 2
+
+
+def test_jupyterlab(watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    (tmp_path / "work").mkdir()
+    nbformat.write(notebook, tmp_path / "work" / "explore.ipynb")
+    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "RUNTIME")}
+    environment = {**os.environ, **folders, "IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
+    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=here"]
+    options += [f"--ServerApp.root_dir={tmp_path / 'work'}", "--LabApp.extension_manager=readonly"]
+    _, line_with = serve("-m", "jupyterlab", *options, log=tmp_path / "lab.log", env=environment, cwd=tmp_path)
+    address = line_with("http://127.0.0.1").split("http://127.0.0.1")[1].split("/")[0]
+    page = watched.page
+    page.goto(f"http://127.0.0.1{address}/lab/tree/explore.ipynb?token=here")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    run_all(page)
+    times = look_and_pick(page)
+    reproduces(page)
+    first = page.locator('[data-circuit="teacher"]').inner_text()
+    run_all(page)
+    page.wait_for_selector(f"{cell(HEAD)}.member")
+    settle(page)
+    assert first.split("\n")[0] == page.locator('[data-circuit="teacher"]').inner_text().split("\n")[0], "the state survives re-running the cell"
+    report(capsys, "JupyterLab, bundled teacher", times)
+    assert [error for error in watched.errors if "favicon" not in error] == []
+    assert watched.left_loopback() == []
+
+
+def run_all(page: Any) -> None:
+    """Run the notebook's cells from the menu."""
+    page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+
+
+def report(capsys: pytest.CaptureFixture[str], where: str, times: dict[str, float]) -> None:
+    """Print the times for whoever reads the log."""
+    with capsys.disabled():
+        sys.stdout.write(f"\n{where}: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in times.items())}\n")
