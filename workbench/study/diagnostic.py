@@ -60,7 +60,7 @@ class Forecast:
     def text(self) -> str:
         """Two sentences with all figures."""
         low, high = self.nearest[0].above_floor, self.nearest[-1].above_floor
-        spread = "" if self.gain.low is None else f" [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
+        spread = "" if self.gain.low is None or self.gain.high is None else f" [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
         known = "" if self.rank_correlation is None else f" (rank correlation of gain and start {self.rank_correlation:.2f})"
         outside = " This start lies outside the study's, so read it with care." if self.beyond else ""
         return (
