@@ -99,7 +99,12 @@ def forecast(ckas: Sequence[Mapping[str, Any]], starts: Sequence[Start], rank_co
 
 
 def forecast_of(run: Path, study: str | Path = BUNDLED) -> Forecast | None:
-    """The forecast for a run folder that `workbench match` has written; also kept there as `forecast.json`."""
+    """The forecast for a run folder that `workbench match` has written; also kept there as `forecast.json`.
+
+    None without pairs, and where the bundled study is not at hand (it comes with the source tree).
+    """
+    if str(study) == BUNDLED and not (Path(located(BUNDLED)) / "summary.json").exists():
+        return None
     found = forecast(storage.read_json(run / "ckas.json"), *read_starts(study))
     if found is not None:
         storage.write_json(run / "forecast.json", found.to_json())
