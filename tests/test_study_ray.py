@@ -72,10 +72,10 @@ def kill_a_worker(driver: int) -> bool:
 def files(out: Path) -> dict[str, Any]:
     """What the trainings left: results, outcomes and students' weights, by name."""
     found: dict[str, Any] = {str(path.relative_to(out)): storage.read_json(path) for path in sorted(out.rglob("*result*.json"))}
-    for path in sorted(out.rglob("*.safetensors")):  # not byte by byte: the order of a file's metadata is left to chance
+    for path in sorted(out.rglob("*.safetensors")):  # not byte by byte: the order of its metadata is left to chance; `repr`, as NaN is not NaN
         if "checkpoint" not in path.name:
             tensors, described = storage.read_tensors(path)
-            found[str(path.relative_to(out))] = (described, {key: (str(value.dtype), value.tolist()) for key, value in sorted(tensors.items())})
+            found[str(path.relative_to(out))] = (described, {key: (str(value.dtype), repr(value.tolist())) for key, value in sorted(tensors.items())})
     return found
 
 
