@@ -48,7 +48,7 @@ def runs(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return folder / "one", folder / "two"
 
 
-SHARDED = ("plain", "aligned", "alignment only")
+SHARDED = ("plain", "aligned")
 
 
 @pytest.fixture(scope="module")

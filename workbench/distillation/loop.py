@@ -213,6 +213,11 @@ def _require_sound(
 
 
 def _require_shardable(config: TrainingConfig) -> None:
+    if config.task_loss == "none":
+        raise InputError(
+            "without a task loss nothing that a block puts out is in the loss, and FSDP then does not gather its weights for the backward pass; "
+            "launch this condition with --multi_gpu."
+        )
     if config.activation == "result":
         raise InputError("activation `result` needs W_O outside the forward, which FSDP has sharded then; align `z`, or launch with --multi_gpu.")
 

@@ -42,10 +42,7 @@ class Objective:
         prompts = self.prompts.rows(index)
         with self._autocast():
             logits, activations = self.student.activations(prompts.clean, prompts.mask, self._names, gradients=True)
-        task, rows = self._task_loss(logits, index, prompts), self._student_rows(prompts, activations)
-        if task is None and rows and is_sharded(next(iter(self.student.parameters().values()))):
-            rows[0] = rows[0] + 0.0 * logits.sum()  # FSDP gathers weights when the backward pass enters a block by its output, and rows lie inside
-        return task, rows
+        return self._task_loss(logits, index, prompts), self._student_rows(prompts, activations)
 
     @torch.no_grad()
     def rows_alone(self, index: Index) -> list[Float[Tensor, "_ _"]]:
