@@ -162,3 +162,11 @@ def test_training_is_the_same_from_memory_shards_and_a_live_teacher(load_teacher
     trained(live, LiveTeacher(teacher, PROMPTS, NAMES), CONFIG, tmp_path / "live")
     assert furthest(values(live), values(memory)) < 1e-4, "another batch size in the teacher's forward rounds otherwise"
     assert furthest(start, values(memory)) > 100 * 1e-4
+
+
+def test_shards_without_activations(load_teacher: Loader, tmp_path: Path) -> None:
+    """Training without alignment reads labels and logits alone; such a cache builds, opens and opens again."""
+    teacher = load_teacher()
+    for found in (built(teacher, tmp_path, names=[]), built(teacher, tmp_path, names=[]), TeacherShards.open(next(tmp_path.iterdir()), PROMPTS)):
+        assert_equal_outputs(found, computed(teacher, PROMPTS, [], batch=5), names=[])
+        assert found.output_weights == {}

@@ -37,6 +37,10 @@ def main(teacher: str, student: str, out: Path) -> None:
     with processes.main_first():
         outputs = teacher_shards(Teacher.load(teacher, check=False), PROMPTS.rows(slice(6, None)), names, out / "cache")
     for name, config in CASES.items():
+        if processes.shards and config.task_loss == "none":
+            continue  # refused
+        if processes.shards and config.activation == "result":
+            config = replace(config, activation="z")
         model = Student.load(student, check=False)
         slices = TrainedSlices(model, slices_of_heads(model, HEADS))
         pairs = PAIRS if config.weight else ()

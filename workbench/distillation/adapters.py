@@ -56,22 +56,23 @@ class LowRankSlices(TrainedSlices):
 
     def collect_gradients(self) -> None:
         """The chain rule from each slice's gradient G [out in]: dA = scale B^T G, dB = scale G A^T; clears the model's gradients."""
+        gradients = self._take_gradients()
         for key, part in self.slices.items():
-            gradient, (down, up) = self._parameters[part.parameter].grad, self.factors(key)
+            gradient, (down, up) = gradients[part.parameter], self.factors(key)
             if gradient is None:
                 down.grad = up.grad = None
                 continue
             along = self.scale * self._oriented(key, gradient[part.index])
             down.grad, up.grad = up.detach().T @ along, along @ down.detach().T
-        for part in self.slices.values():
-            self._parameters[part.parameter].grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the merged slices into the model."""
-        for key, part in self.slices.items():
+        merged = {}
+        for key in self.slices:
             down, up = self.factors(key)
-            self._view(part).copy_(self._base[key] + self._oriented(key, self.scale * (up @ down)))
+            merged[key] = self._base[key] + self._oriented(key, self.scale * (up @ down))
+        self._write(merged)
 
 
 def save_adapter(slices: LowRankSlices, directory: Path, *, base: str | Path) -> None:

@@ -28,6 +28,7 @@ from workbench.distillation.objective import Objective
 from workbench.distillation.processes import Processes, launched
 from workbench.distillation.reports import StepReport, best_evaluation, exhausted, read_log
 from workbench.distillation.schedules import alignment_weight, share_of_rate
+from workbench.distillation.sharding import shard
 from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.distillation.tracking import require_installed, tracking
 from workbench.distillation.validation import Validation, require_apart, validated
@@ -61,6 +62,10 @@ class Distillation:
         self.optimizer = torch.optim.AdamW(list(slices.leaves.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
         self._share_of_rate = share_of_rate(config, self.optimizer)
         self.identity = self._identity()
+        if self.processes.shards:
+            _require_shardable(config)
+            shard(student, self.processes.count)
+            slices.onto(student)
 
     def _identity(self) -> str:
         parts = [
@@ -166,7 +171,7 @@ class Distillation:
     def _gradient_norm(self) -> float:
         """Collect the slices' gradients, sum them over the processes and clip; returns the norm before clipping."""
         self.slices.collect_gradients()
-        leaves = [leaf for leaf in self.slices.leaves.values() if leaf.grad is not None]
+        leaves = [] if self.slices.sharded else [leaf for leaf in self.slices.leaves.values() if leaf.grad is not None]
         for leaf, gradient in zip(leaves, self.processes.summed([leaf.grad for leaf in leaves if leaf.grad is not None]), strict=True):
             leaf.grad = gradient
         return float(nn.utils.clip_grad_norm_(list(self.slices.leaves.values()), self.config.clip))
@@ -205,6 +210,16 @@ def _require_sound(
     batches.require_divisible(config.batch, accumulate=config.accumulate, processes=processes.count)
     require_installed(config.trackers)
     _require_evaluations(config, prompts, validation)
+
+
+def _require_shardable(config: TrainingConfig) -> None:
+    if config.task_loss == "none":
+        raise InputError(
+            "without a task loss nothing that a block puts out is in the loss, and FSDP then does not gather its weights for the backward pass; "
+            "launch this condition with --multi_gpu."
+        )
+    if config.activation == "result":
+        raise InputError("activation `result` needs W_O outside the forward, which FSDP has sharded then; align `z`, or launch with --multi_gpu.")
 
 
 def _require_evaluations(config: TrainingConfig, prompts: PromptPairs, validation: Validation | None) -> None:

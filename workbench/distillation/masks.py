@@ -4,12 +4,13 @@ Each slice becomes a leaf of its own that the optimizer holds: gradients are cop
 into the model after the step. So weight decay, momentum and clipping see the slices alone, and nothing outside them changes by a bit.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from workbench.distillation.sharding import is_sharded, keep_own, whole, whole_gradient
 from workbench.errors import InputError
 from workbench.models import Matrix, Student, WeightSlice
 from workbench.refs import Head
@@ -59,19 +60,46 @@ class TrainedSlices:
                 parameter.requires_grad_(flags[name])
                 parameter.grad = None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the student's parameters are: gradients are then summed over the processes when they are collected."""
+        return any(is_sharded(self._parameters[part.parameter]) for part in self.slices.values())
+
+    @torch.no_grad()
+    def onto(self, student: Student) -> None:
+        """Go on with the same weights in other tensors: the same student once it is sharded, or a fresh one, which takes the leaves' values."""
+        self._parameters = student.parameters()
+        if not self.sharded:
+            self.write_back()
+
     def collect_gradients(self) -> None:
         """Move the model's gradients into the leaves and clear the model's."""
+        gradients = self._take_gradients()
         for key, part in self.slices.items():
-            gradient = self._parameters[part.parameter].grad
+            gradient = gradients[part.parameter]
             self.leaves[key].grad = None if gradient is None else gradient[part.index].clone()
-        for part in self.slices.values():
-            self._parameters[part.parameter].grad = None
+
+    def _take_gradients(self) -> dict[str, Tensor | None]:
+        """The whole gradient of each touched parameter; the model's are cleared."""
+        names = {part.parameter: None for part in self.slices.values()}  # in order: gathering is a step that all processes take together
+        gradients = {name: whole_gradient(self._parameters[name]) for name in names}
+        for name in names:
+            self._parameters[name].grad = None
+        return gradients
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the leaves' values into the model."""
+        self._write({key: self.leaves[key] for key in self.slices})
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        """Slices by key into the model, a sharded parameter once for all of its slices."""
+        gathered = {part.parameter: None for part in self.slices.values() if is_sharded(self._parameters[part.parameter])}
+        full = {name: whole(self._parameters[name]) for name in gathered}
         for key, part in self.slices.items():
-            self._view(part).copy_(self.leaves[key])
+            full.get(part.parameter, self._parameters[part.parameter])[part.index].copy_(values[key])
+        for name, value in full.items():
+            keep_own(self._parameters[name], value)
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:

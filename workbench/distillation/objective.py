@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.alignment import AlignedPair, head_rows, hook_names, output_weights, place
 from workbench.distillation import losses
 from workbench.distillation.config import TrainingConfig
+from workbench.distillation.sharding import is_sharded
 from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.models import Student
 from workbench.tasks.base import PromptPairs
@@ -45,10 +46,14 @@ class Objective:
 
     @torch.no_grad()
     def rows_alone(self, index: Index) -> list[Float[Tensor, "_ _"]]:
-        """The student's rows of each pair without a graph, from a forward that ends at the last aligned layer."""
+        """The student's rows of each pair without a graph, from a forward that ends at the last aligned layer (a sharded student's can't end early)."""
         prompts = self.prompts.rows(index)
+        sharded = is_sharded(next(iter(self.student.parameters().values())))
         with self._autocast():
-            activations = self.student.early_activations(prompts.clean, prompts.mask, self._names)
+            if sharded:
+                _, activations = self.student.activations(prompts.clean, prompts.mask, self._names)
+            else:
+                activations = self.student.early_activations(prompts.clean, prompts.mask, self._names)
         return self._student_rows(prompts, activations)
 
     def teacher_rows(self, index: Index) -> list[Float[Tensor, "_ _"]]:

@@ -1,6 +1,6 @@
 """The processes of a run: one by itself, or several under `accelerate launch`, each with its share of every batch.
 
-Every process holds the model, the optimizer and the same random numbers. What they exchange is sums: of the aligned rows, so that the
+Every process holds the model (under FSDP2 its shard of it, see `sharding.py`), the optimizer and the same random numbers. What they exchange is sums: of the aligned rows, so that the
 alignment sees the whole batch, and of the gradients of the trained slices (for a circuit a small part of what DistributedDataParallel, which
 knows whole parameters only, would send). All then take the same optimizer step.
 """
@@ -21,6 +21,8 @@ class Processes:
 
     count: int = 1
     index: int = 0
+    shards: bool = False
+    """Whether the student's weights are sharded over the processes (FSDP2)."""
 
     @property
     def is_main(self) -> bool:
@@ -47,8 +49,8 @@ class Processes:
 class LaunchedProcesses(Processes):
     """The processes of `accelerate launch`."""
 
-    def __init__(self, state: Any) -> None:
-        self._state, self.count, self.index = state, state.num_processes, state.process_index
+    def __init__(self, state: Any, *, shards: bool = False) -> None:
+        self._state, self.count, self.index, self.shards = state, state.num_processes, state.process_index, shards
 
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """In one exchange, element by element in the tensors' own dtype."""
@@ -69,15 +71,16 @@ class LaunchedProcesses(Processes):
 def launched(device: torch.device | str = "cpu") -> Processes:
     """The processes of this run, from what `accelerate launch` put into the environment.
 
-    Errors: `InputError` under FSDP, which shards the parameters that head slices are parts of.
+    Errors: `InputError` under FSDP1, which flattens the parameters that head slices are parts of.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if shards and os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
-            "FSDP shards the parameters, so the slices of single heads are not addressable; launch with `--multi_gpu`, where each "
-            "process holds the student, and AdamW's state is that of the trained slices alone. The teacher need not be resident: cache it."
+            "FSDP of version 1 flattens the parameters, so the slices of single heads are not addressable; set `fsdp_version: 2` "
+            "(--fsdp_version 2), or launch with `--multi_gpu`, where each process holds the student."
         )
     from accelerate import PartialState
 
-    return LaunchedProcesses(PartialState(cpu=torch.device(device).type == "cpu"))
+    return LaunchedProcesses(PartialState(cpu=torch.device(device).type == "cpu"), shards=shards)

@@ -36,7 +36,7 @@ class TeacherShards:
         self._shards = [storage.map_tensors(folder / shard["file"]) for shard in index["shards"]]
         self._starts = torch.tensor([shard["start"] for shard in index["shards"]])
         self._labels = torch.cat([shard[LABELS] for shard in self._shards])
-        weights, _ = storage.read_tensors(folder / WEIGHTS)
+        weights = storage.read_tensors(folder / WEIGHTS)[0] if index["weights"] else {}
         self.output_weights = {int(layer): value for layer, value in weights.items()}
 
     @classmethod
@@ -51,7 +51,7 @@ class TeacherShards:
         held = sum(shard["stop"] - shard["start"] for shard in index["shards"])
         if held < index["count"]:
             raise InputError(f"{folder} holds {held} of {index['count']} prompts: its build was interrupted; go on with `teacher_shards`.")
-        damaged = [entry["file"] for entry in [*index["shards"], index["weights"]] if not _is_sound(folder, entry)]
+        damaged = [entry["file"] for entry in [*index["shards"], *filter(None, [index["weights"]])] if not _is_sound(folder, entry)]
         if damaged:
             raise InputError(f"{', '.join(damaged)} in {folder} is missing or damaged; make it again with `teacher_shards`, which needs the teacher.")
         return cls(folder, index)
@@ -111,9 +111,10 @@ def _begun(place: Path, pairs: PromptPairs, names: Sequence[str], shard: int) ->
 
 
 def _keep_weights(place: Path, index: dict[str, Any], teacher: Teacher, names: Sequence[str]) -> None:
-    if index["weights"] and _is_sound(place, index["weights"]):
-        return
-    storage.write_tensors(place / WEIGHTS, {str(layer): value for layer, value in output_weights(teacher, names).items()})
+    weights = {str(layer): value for layer, value in output_weights(teacher, names).items()}
+    if not weights or (index["weights"] and _is_sound(place, index["weights"])):
+        return  # nothing is aligned, or only patterns are: safetensors can't read a file of no tensors
+    storage.write_tensors(place / WEIGHTS, weights)
     index["weights"] = {"file": WEIGHTS, "sha256": storage.sha256(place / WEIGHTS)}
     storage.write_json(place / INDEX, index)
 

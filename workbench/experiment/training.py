@@ -52,6 +52,9 @@ class Experiment(Matching):
         )
         folder = self.folder.condition(condition, seed)
         run.run(folder, resume=resume, label=f"{condition}, seed {seed}")
+        if slices.sharded:  # one process evaluates and saves, which takes a whole student
+            student = self.fresh_student()
+            slices.onto(student)
         if self.recipe.save_students and processes.is_main:
             student.save(folder / "student")
         return student, slices

@@ -60,7 +60,7 @@ class Forecast:
     def text(self) -> str:
         """Two sentences with all figures."""
         low, high = self.nearest[0].above_floor, self.nearest[-1].above_floor
-        spread = "" if self.gain.low is None else f" [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
+        spread = "" if self.gain.low is None or self.gain.high is None else f" [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
         known = "" if self.rank_correlation is None else f" (rank correlation of gain and start {self.rank_correlation:.2f})"
         outside = " This start lies outside the study's, so read it with care." if self.beyond else ""
         return (
@@ -99,7 +99,12 @@ def forecast(ckas: Sequence[Mapping[str, Any]], starts: Sequence[Start], rank_co
 
 
 def forecast_of(run: Path, study: str | Path = BUNDLED) -> Forecast | None:
-    """The forecast for a run folder that `workbench match` has written; also kept there as `forecast.json`."""
+    """The forecast for a run folder that `workbench match` has written; also kept there as `forecast.json`.
+
+    None without pairs, and where the bundled study is not at hand (it comes with the source tree).
+    """
+    if str(study) == BUNDLED and not (Path(located(BUNDLED)) / "summary.json").exists():
+        return None
     found = forecast(storage.read_json(run / "ckas.json"), *read_starts(study))
     if found is not None:
         storage.write_json(run / "forecast.json", found.to_json())

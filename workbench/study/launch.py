@@ -109,8 +109,9 @@ class _Cluster:
         """All of them; a failed one does not keep the others from finishing."""
         import ray
 
-        work = ray.remote(num_cpus=self.threads, num_gpus=int(self.accelerated), max_retries=RETRIES)(_remote)
-        waiting: Any = {work.remote(str(path.resolve()), asdict(trial), self.threads): trial for trial in trials}
+        remote: Any = ray.remote(num_cpus=self.threads, num_gpus=int(self.accelerated), max_retries=RETRIES)
+        work, where = remote(_remote), str(Path.cwd())
+        waiting: Any = {work.remote(str(path.resolve()), asdict(trial), self.threads, where): trial for trial in trials}
         failed = []
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
@@ -124,7 +125,8 @@ class _Cluster:
             raise InputError(f"{len(failed)} of {len(trials)} trials failed, the others are kept; go on with --resume. First: {failed[0]}")
 
 
-def _remote(path: str, trial: dict[str, Any], threads: int) -> None:
-    """In a worker's process."""
+def _remote(path: str, trial: dict[str, Any], threads: int, where: str) -> None:
+    """In a worker's process, from the driver's directory, which relative paths of a recipe start at."""
+    os.chdir(where)
     torch.set_num_threads(threads)
     run_trial(Path(path), Trial(**trial))
