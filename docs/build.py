@@ -35,9 +35,9 @@ def modules(room: str) -> list[str]:
     folder, single = PACKAGE / room, PACKAGE / f"{room}.py"
     if single.exists():
         return [f"workbench.{room}"]
-    own = [f"workbench.{room}"] if (folder / "__init__.py").exists() and (folder / "__init__.py").read_text().strip() else []
-    files = sorted(path for path in folder.rglob("*.py") if not path.stem.startswith("_"))
-    return [*own, *(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files)]
+    own = {path.parent for path in folder.rglob("__init__.py") if path.read_text().strip()}
+    files = {path.with_suffix("") for path in folder.rglob("*.py") if not path.stem.startswith("_")}
+    return [".".join(path.relative_to(ROOT).parts) for path in sorted(own | files)]
 
 
 def notebooks() -> list[Path]:

@@ -18,7 +18,8 @@ from workbench.cli import main
 from workbench.distillation.reports import read_log
 from workbench.errors import InputError
 from workbench.experiment import Experiment
-from workbench.recipe import parse_recipe, read_recipe, to_plain
+from workbench.finetuning import FinetuningConfig
+from workbench.recipe import parse_config, parse_recipe, read_recipe, read_yaml, to_plain
 from workbench.runs import RunFolder
 from workbench.scores import Scores
 from workbench.study.grid import read_study
@@ -192,7 +193,11 @@ def test_a_bad_recipe_key_is_named_with_the_nearest(recipe: Path, overrides: dic
 def test_recipes(recipe: Path, tmp_path: Path) -> None:
     assert parse_recipe(to_plain(read_recipe(recipe))) == read_recipe(recipe)
     for bundled in (ROOT / "workbench" / "recipes").glob("*.yaml"):
-        read: Callable[..., Any] = read_study if bundled.stem.startswith("study_") else read_recipe
+        value = read_yaml(bundled.stem)
+        if "model" in value:  # of `workbench finetune`
+            assert parse_config(FinetuningConfig, value).task
+            continue
+        read: Callable[..., Any] = read_study if "students" in value else read_recipe
         assert read(bundled.stem).title
     with pytest.raises(InputError, match=r"neither a file nor a bundled recipe.*'demo'"):
         read_recipe("demoo")

@@ -61,7 +61,8 @@ def impact_scatter(
         legend={"title": {"text": "student's role" if student_circuit else ""}},
         showlegend=True,
     )
-    correlation = rows["student_impact"].corr(rows["teacher_impact"], method="spearman") if len(rows) > 2 else float("nan")
+    varied = len(rows) > 2 and rows["student_impact"].nunique() > 1 and rows["teacher_impact"].nunique() > 1
+    correlation = rows["student_impact"].corr(rows["teacher_impact"], method="spearman") if varied else float("nan")
     remarks = [
         f"Impact: {student.unit}. Each model against its own baseline; lines: 95 % intervals over prompts. On the dotted line "
         "both cost the same; the axes have scales of their own."

@@ -12,13 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from workbench import sources, storage
 from workbench.pretraining.config import SizeConfig
 
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+"""Attention whose pattern can be read, which lessons on where a head looks need."""
+
 
 def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausalLM:
     """A freshly initialised model; the global random state is left as it was."""
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=size.d_model, intermediate_size=size.d_mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads, head_dim=size.d_head, max_position_embeddings=256, tie_word_embeddings=False,
-        initializer_range=size.init_std, attn_implementation="eager", bos_token_id=2, eos_token_id=None, pad_token_id=0,
+        initializer_range=size.init_std, **EAGER, bos_token_id=2, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,7 +50,7 @@ def with_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalL
     config = model.config.to_dict()
     config.pop("layer_types", None)
     with torch.random.fork_rng(devices=[]):  # the initial values are drawn and thrown away
-        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept)}, attn_implementation="eager"))
+        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept), **EAGER}))
     renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
     state = {}
     for name, value in model.state_dict().items():

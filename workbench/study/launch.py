@@ -108,6 +108,7 @@ class _Cluster:
     def run(self, path: Path, trials: Sequence[Trial]) -> None:
         """All of them; a failed one does not keep the others from finishing."""
         import ray
+        from ray.exceptions import RayError
 
         remote: Any = ray.remote(num_cpus=self.threads, num_gpus=int(self.accelerated), max_retries=RETRIES)
         work, where = remote(_remote), str(Path.cwd())
@@ -119,7 +120,7 @@ class _Cluster:
             try:
                 ray.get(done)
                 log.info("%s, %d scenes, %s, seed %d: done, %d left", trial.student, trial.scenes, trial.condition, trial.seed, len(waiting))
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 failed.append(f"{trial}: {str(error).strip().splitlines()[-1]}")
         if failed:
             raise InputError(f"{len(failed)} of {len(trials)} trials failed, the others are kept; go on with --resume. First: {failed[0]}")
