@@ -33,14 +33,14 @@ def last_block(shape: ModelShape, rows: int, slots: int, keys: int) -> int:
 
 
 def forward(shape: ModelShape, prompts: int, tokens: int) -> int:
-    """A plain forward, logits of all tokens included."""
-    return shape.layers * block(shape, prompts, tokens, tokens) + unembedding(shape, prompts * tokens)
+    """A plain forward, with the logits of each prompt's last token."""
+    return shape.layers * block(shape, prompts, tokens, tokens) + unembedding(shape, prompts)
 
 
 def early_forward(shape: ModelShape, prompts: int, tokens: int) -> int:
     """A forward that ends at the heads' outputs in the last layer: neither W_O and MLP there nor logits."""
     rows = prompts * tokens
-    return forward(shape, prompts, tokens) - unembedding(shape, rows) - linear(rows, shape.query_weights + shape.mlp_weights)
+    return forward(shape, prompts, tokens) - unembedding(shape, prompts) - linear(rows, shape.query_weights + shape.mlp_weights)
 
 
 def backward(shape: ModelShape, prompts: int, tokens: int, *, touched: int | None, lowest: int = 0) -> int:
@@ -51,9 +51,9 @@ def backward(shape: ModelShape, prompts: int, tokens: int, *, touched: int | Non
     """
     rows = prompts * tokens
     layers = shape.layers - lowest
-    through = layers * linear(rows, shape.block_weights) + unembedding(shape, rows) + 2 * layers * attention(shape, prompts, tokens, tokens)
+    through = layers * linear(rows, shape.block_weights) + unembedding(shape, prompts) + 2 * layers * attention(shape, prompts, tokens, tokens)
     if touched is None:
-        return through + layers * linear(rows, shape.block_weights) + unembedding(shape, rows)
+        return through + layers * linear(rows, shape.block_weights) + unembedding(shape, prompts)
     ends = shape.query_weights + shape.kv_weights + (shape.mlp_weights if shape.parallel else 0)
     return through - linear(rows, ends) + linear(rows, touched)
 

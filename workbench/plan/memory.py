@@ -1,8 +1,8 @@
 """Bytes that a stage takes at its peak, beyond the weights: estimates, in values a token, of what PyTorch's allocator held on tiny models.
 
 How many tensors of each width live at a time was fitted to measured peaks of a dozen shapes (eager attention, TransformerLens 4);
-tests/test_plan_measured.py holds the estimates to 0.8 to 1.6 times what is measured. What grows largest in a real run is counted rather than
-fitted: logits of all tokens, captured activations, clean runs that patching keeps, gradients and optimizer state.
+tests/test_plan_measured.py holds the estimates to 0.8 to 1.8 times what is measured. What grows largest in a real run is counted rather than
+fitted: captured activations, clean runs that patching keeps, gradients and optimizer state.
 """
 
 from workbench.patching.chunks import MEMORY
@@ -12,8 +12,8 @@ from workbench.plan.shapes import ModelShape
 def forward_bytes(shape: ModelShape, prompts: int, tokens: int, width: int, *, captured: int = 0) -> int:
     """A forward without gradients, and `captured` values a token that are kept of it."""
     heads = shape.heads * shape.d_head
-    widest = max(3 * shape.d_mlp + 2 * shape.d_model, 6 * heads + 2 * shape.heads * tokens, shape.d_vocab)
-    return prompts * tokens * ((shape.layers + 3) * shape.d_model + widest + captured) * width
+    widest = max(3 * shape.d_mlp + 2 * shape.d_model, 6 * heads + 2 * shape.heads * tokens)
+    return prompts * (tokens * ((shape.layers + 3) * shape.d_model + widest + captured) + shape.d_vocab) * width
 
 
 def captured_z(shape: ModelShape) -> int:
@@ -52,7 +52,7 @@ def ablation_bytes(shape: ModelShape, prompts: int, tokens: int, width: int, *, 
 
 
 def step_bytes(shape: ModelShape, prompts: int, tokens: int, width: int) -> int:
-    """What a forward keeps for its backward pass, and the widest tensors on top (the logits of all tokens, or an MLP)."""
+    """What a forward keeps for its backward pass, and the widest tensors of an MLP and the last tokens' logits on top."""
     heads = shape.heads * shape.d_head
     each = 3 * shape.d_model + 3 * shape.d_mlp + 3 * heads + 2 * shape.heads * tokens
-    return prompts * tokens * (shape.layers * each + 3 * shape.d_model + max(3 * shape.d_mlp, shape.d_vocab)) * width
+    return prompts * (tokens * (shape.layers * each + 3 * shape.d_model + 3 * shape.d_mlp) + 3 * shape.d_vocab) * width
