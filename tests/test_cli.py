@@ -18,7 +18,8 @@ from workbench.cli import main
 from workbench.distillation.reports import read_log
 from workbench.errors import InputError
 from workbench.experiment import Experiment
-from workbench.recipe import parse_recipe, read_recipe, to_plain
+from workbench.finetuning import FinetuningConfig
+from workbench.recipe import parse_config, parse_recipe, read_recipe, read_yaml, to_plain
 from workbench.runs import RunFolder
 from workbench.study.grid import read_study
 from workbench.study.rows import ConditionResult, collect, table
@@ -176,6 +177,9 @@ def test_a_bad_recipe_key_is_named_with_the_nearest(recipe: Path, overrides: dic
 def test_recipes(recipe: Path, tmp_path: Path) -> None:
     assert parse_recipe(to_plain(read_recipe(recipe))) == read_recipe(recipe)
     for bundled in (ROOT / "workbench" / "recipes").glob("*.yaml"):
+        if bundled.stem.endswith(("_teacher", "_student")):
+            assert parse_config(FinetuningConfig, read_yaml(bundled.stem)).model
+            continue
         read: Callable[..., Any] = read_study if bundled.stem.startswith("study_") else read_recipe
         assert read(bundled.stem).title
     with pytest.raises(InputError, match=r"neither a file nor a bundled recipe.*'demo'"):
