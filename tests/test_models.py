@@ -865,7 +865,9 @@ def test_a_users_hooked_transformer_is_wrapped_with_its_biases() -> None:
     tokens, mask = padded(prompts(), "left")
     logits, found = student.activations(tokens, mask, ALL_NAMES)
     assert found[hooks.k(0)].shape == (*tokens.shape, 2, D_HEAD)
-    assert torch.equal(logits, model(tokens, attention_mask=mask.long())[:, -1])
+    everywhere = model(tokens, attention_mask=mask.long()).detach()
+    assert float((logits - everywhere[:, -1]).abs().max()) <= 1e-5, "unembedding one token alone rounds differently in 3.9, and no more than that"
+    assert float((logits - everywhere[:, -2]).abs().max()) >= 1e-3
     self_check(student, tokens, mask, model(tokens, attention_mask=mask.long()))
     counts = covered([part for head in student.heads for part in student.head_slices(head)], student.parameters())
     assert len(counts) == LAYERS * 7

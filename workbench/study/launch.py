@@ -91,7 +91,7 @@ class _Cluster:
     def __enter__(self) -> "_Cluster":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         kept = {name: os.environ[name] for name in ("WORKBENCH_CACHE", "HF_HUB_OFFLINE") if name in os.environ}
         settings: dict[str, Any] = {"runtime_env": {"env_vars": {**kept, "OMP_NUM_THREADS": str(self.threads)}}, "log_to_driver": False}
@@ -101,14 +101,14 @@ class _Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         ray.shutdown()
 
     def run(self, path: Path, trials: Sequence[Trial]) -> None:
         """All of them; a failed one does not keep the others from finishing."""
-        import ray
-        from ray.exceptions import RayError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
         remote: Any = ray.remote(num_cpus=self.threads, num_gpus=int(self.accelerated), max_retries=RETRIES)
         work, where = remote(_remote), str(Path.cwd())
