@@ -13,7 +13,7 @@ demo: $(READY)  ## the main job: discover, match, distil, compare, report on the
 
 test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on TransformerLens 3.9
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not browser"
 	$(MAKE) --no-print-directory test-tl3
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
