@@ -58,10 +58,10 @@ def on_ray(recipe: Path, out: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def kill_a_worker(driver: int) -> bool:
-    """Kill the first process of the driver's Ray that is at work on a trial."""
+    """Kill the first process of the driver's Ray that is at work on a trial (Ray names it so; its own agents are `ray::` too, and must live)."""
     for process in psutil.Process(driver).children(recursive=True):
         try:
-            if "ray::" in " ".join(process.cmdline()) and "IDLE" not in " ".join(process.cmdline()):
+            if "ray::_remote" in " ".join(process.cmdline()):
                 process.kill()
                 return True
         except psutil.Error:
