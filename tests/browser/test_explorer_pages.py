@@ -65,8 +65,8 @@ def look_and_pick(page: Any, *, first: str = HEAD, second: str = OTHER) -> dict[
         start = time.monotonic()
         page.click('[data-do="toggle"]')
         page.wait_for_selector(f"{cell(head)}.member")
-        page.wait_for_selector('[data-circuit="teacher"] .delta')
         settle(page)
+        page.wait_for_selector(RECOVERED)
         times["pick -> circuit's numbers"] = max(time.monotonic() - start, times.get("pick -> circuit's numbers", 0.0))
     page.locator(f'[data-circuit="teacher"] .chip:has-text("{second}")').wait_for()
     return times
@@ -99,6 +99,7 @@ def test_the_command_lines_page(watched: Watched, serve: Serve, tmp_path: Path, 
     page.goto(line_with("http://").split()[-1])
     times = look_and_pick(page)
     assert number(page, RECOVERED) != 0.0, "two heads of the circuit move its numbers"
+    page.wait_for_selector('[data-circuit="teacher"] .delta')
     reproduces(page)
     walk(page)
     typed(page)
@@ -189,6 +190,7 @@ def test_jupyterlab(watched: Watched, serve: Serve, tmp_path: Path, capsys: pyte
     run_all(page)
     times = look_and_pick(page)
     assert number(page, RECOVERED) != 0.0, "two heads of the circuit move its numbers"
+    page.wait_for_selector('[data-circuit="teacher"] .delta')
     reproduces(page)
     first = page.locator('[data-circuit="teacher"]').inner_text()
     run_all(page)
