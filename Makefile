@@ -6,14 +6,14 @@ READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 browser notebooks figures docs check lint types bench models clean
+.PHONY: demo test test-tl3 browser notebooks figures tables docs check lint types bench models clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
 
 test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on TransformerLens 3.9
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest -m "not browser"
+	$(BIN)/python -m pytest
 	$(MAKE) --no-print-directory test-tl3
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
@@ -28,6 +28,9 @@ browser: $(READY)  ## the explorer in headless Chromium, in JupyterLab and on it
 
 figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
+
+tables: $(READY)  ## the README's tables anew from the committed results
+	$(BIN)/python -m docs.tables
 
 docs: $(READY)  ## the site with reference and notebooks -> site/index.html; a warning is an error, nothing is fetched
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

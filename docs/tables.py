@@ -1,0 +1,235 @@
+"""The README's tables, from the committed results: `make tables` writes them anew, a test compares.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says how each is made.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workbench import statistics, storage
+from workbench.study.rows import TITLES
+
+ROOT = Path(__file__).parents[1]
+RESULTS, MODELS = ROOT / "assets/results", ROOT / "assets/models"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+METHOD, RANDOM = "circuit_ce_cka", "circuit_ce_random_cka"
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+BENCHMARKS = {
+    "patch-to-logits": "a loop over 144 heads, two hooked forwards each",
+    "patch-to-heads": "TransformerLens 4.3 `get_act_patch_direct_path`",
+    "patch-to-heads-last": "a loop over later heads, `hook_q_input`",
+    "discover-groups": "the four-group sweeps through hooks, grouped-query attention",
+    "ablation-profile": "a loop over heads, all positions",
+    "ablation-profile-last": "the same at the last token",
+}
+MIXTURE = {
+    "entity_tracking": "entity tracking, 7 boxes",
+    "entity_operations": "with 0 to 12 operations",
+    "theory_of_mind": "theory of mind",
+    "ioi": "indirect objects",
+}
+LINEAGE = {
+    "depth-4": "4 of 6 layers of its early checkpoint",
+    "depth-3": "3 of 6 layers of it",
+    "checkpoint-3-boxes": "that checkpoint itself",
+    "checkpoint-4-boxes": "its checkpoint at 4 boxes",
+    "unrelated": "an unrelated student",
+}
+VARIANTS = {
+    "as-it-is": "the method as it is",
+    "procrustes": "Procrustes in place of CKA",
+    "residual-stream": "heads compared by what they write to the residual stream",
+    "debiased": "the debiased estimator in the loss",
+    "own-positions": "each head where it acts, not at every label",
+    "last-token": "every head at the last token",
+    "queries-and-outputs": "keys and values stay as they are",
+    "four-groups": "circuit of the four groups alone, without the paths of labels",
+    "two-heads-a-group": "two heads a group",
+    "paper-matching": "the paper's matching by impact",
+}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`0.123`; a dash for what there is not."""
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(found: Mapping[str, Any], digits: int = 3) -> str:
+    """`0.123 [0.10, 0.14]` of a mean over seeds; without an interval where there was nothing to repeat."""
+    reach = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return number(found["mean"], digits) + reach
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of what is there; None of nothing."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def over_floor(cka: float | None, floor: float | None) -> str:
+    """`0.91 (0.00)`: a CKA and what it is with the prompts shuffled."""
+    return DASH if cka is None else f"{cka:.2f} ({floor:.2f})".replace("-0.00", "0.00")
+
+
+def difference(found: Mapping[str, Any]) -> str:
+    """`+0.012 [0.003, 0.021]`, with real minus signs."""
+    return f"{found['mean']:+.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("-", MINUS)
+
+
+def titled(condition: str) -> str:
+    """A condition in the paper's words, the method in bold."""
+    return f"**{TITLES[condition]}**" if condition == METHOD else TITLES[condition]
+
+
+def summary(study: str) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """A study's cells by (student, training scenes)."""
+    return {(cell["student"], cell["train_scenes"]): cell for cell in storage.read_json(RESULTS / study / "summary.json")["cells"]}
+
+
+def demo() -> str:
+    """Every condition of `make demo`."""
+    head = (
+        "condition",
+        "full accuracy (95 %)",
+        "circuit accuracy (95 %)",
+        "random circuit",
+        "faithfulness",
+        "CKA (floor)",
+        "trained",
+        "p vs full CE",
+        "p vs circuit CE",
+    )
+
+    def row(found: Mapping[str, Any]) -> list[str]:
+        parts = [
+            f"{found[f'{part}_accuracy']:.3f} [{found[f'{part}_interval'][0]:.2f}, {found[f'{part}_interval'][1]:.2f}]"
+            for part in ("full", "circuit")
+        ]
+        cka = over_floor(found["mean_cka"], found["cka_floor"])
+        tests = [number(found["mcnemar"].get(other), 4) for other in ("full_ce", "circuit_ce")]
+        numbers = number(found["random_circuit_accuracy"]), number(found["faithfulness"], 2), cka, f"{found['trained_fraction']:.0%}"
+        return [titled(found["condition"]), *parts, *numbers, *tests]
+
+    return markdown(head, map(row, storage.read_json(RESULTS / "demo/results.json")))
+
+
+def study(name: str, cells: Mapping[tuple[str, int], str]) -> str:
+    """Conditions of a study's cells side by side, each cell under its words."""
+    found = summary(name)
+    columns = [
+        [f"{words}: full" if part == "full" else part for part in ("full", "circuit alone", "random circuit", "CKA (floor)")]
+        for words in cells.values()
+    ]
+    conditions = [condition for condition in TITLES if condition in found[next(iter(cells))]["conditions"]]
+
+    def entries(condition: str, cell: Mapping[str, Any]) -> list[str]:
+        values = cell["conditions"][condition]
+        cka = over_floor(*(None if values[name] is None else values[name]["mean"] for name in ("cka", "cka_floor")))
+        return [with_interval(values["full"]), with_interval(values["circuit"]), number(values["random_circuit"]["mean"]), cka]
+
+    rows = [[titled(name), *(entry for cell in cells for entry in entries(name, found[cell]))] for name in conditions]
+    return markdown(["condition", *(title for each in columns for title in each)], rows)
+
+
+def gains(name: str, words: Mapping[str, str], first: str) -> str:
+    """One row a student of a study: circuit CE, CE + CKA and the difference of each part over seeds."""
+    head = (
+        first,
+        "heads trained",
+        "CKA before",
+        "CE + random CKA",
+        "circuit / CE",
+        "CE + CKA",
+        "difference",
+        "circuit alone: CE",
+        "CE + CKA",
+        "difference",
+    )
+    cells = {cell["student"]: cell for cell in storage.read_json(RESULTS / name / "summary.json")["cells"]}
+
+    def row(student: str) -> list[str]:
+        cell = cells[student]
+        plain, aligned = (cell["conditions"][condition] for condition in ("circuit_ce", METHOD))
+        before = cell["conditions"].get("base", plain)["cka"]["mean"]
+        pairs = [
+            [number(plain[part]["mean"]), number(aligned[part]["mean"]), difference(cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"])]
+            for part in ("full", "circuit")
+        ]
+        control = [with_interval(cell["conditions"][RANDOM]["full"])] if controlled else []
+        heads = f"{cell['heads_trained']['heads']} of {cell['heads_trained']['of']}"
+        return [words[student], heads, number(before, 2), *control, *pairs[0], *pairs[1]]
+
+    controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
+    head = [each for each in head if controlled or each != "CE + random CKA"]
+    return markdown(head, [row(student) for student in words if student in cells])
+
+
+def boxes() -> str:
+    """SmolLM2 on boxes: means over seeds with t intervals."""
+    rows = storage.read_json(RESULTS / "smollm2_boxes/results.json")
+    conditions = [condition for condition in TITLES if any(row["condition"] == condition for row in rows)]
+
+    def row(condition: str) -> list[str]:
+        mine = [each for each in rows if each["condition"] == condition]
+        seeds = mine if condition != "base" else mine[:1]  # nothing is trained there, so seeds repeat it
+        parts = [over_seeds([each[f"{part}_accuracy"] for each in seeds]) for part in ("full", "circuit")]
+        random, cka, floor = (mean([each[name] for each in mine]) for name in ("random_circuit_accuracy", "mean_cka", "cka_floor"))
+        return [titled(condition), *parts, number(random), over_floor(cka, floor), f"{mine[0]['trained_fraction']:.0%}"]
+
+    return markdown(("condition", "full", "circuit alone", "random circuit", "CKA (floor)", "trained"), map(row, conditions))
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """Mean and 95 % t interval of some seeds."""
+    return with_interval(statistics.mean_interval(values).to_json())
+
+
+def mixture() -> str:
+    """Accuracy of the mixture's models on every task."""
+    found = [storage.read_json(MODELS / f"mixture-{name}/accuracies.json") for name in ("teacher", "student", "unrelated-student")]
+
+    def entry(of: Mapping[str, Any]) -> str:
+        return f"{of['accuracy']:.3f} [{of['interval'][0]:.3f}, {of['interval'][1]:.3f}]"
+
+    rows = [[f"{words} ({found[0][task]['chance']:.2f})", *(entry(each[task]) for each in found)] for task, words in MIXTURE.items()]
+    return markdown(("task (chance)", "teacher", "student of its lineage", "unrelated student"), rows)
+
+
+def benchmarks() -> str:
+    """The patching benchmarks of `make bench`."""
+    found = {each["name"]: each for each in storage.read_json(ROOT / "benchmarks/results.json")}
+    rows = [
+        [f"`{name}`", against, *(f"{found[name][key]:.1f}" for key in ("ratio", "forwards", "floor_ratio"))] for name, against in BENCHMARKS.items()
+    ]
+    return markdown(("benchmark", "against", "ratio", "forwards", "time / bare matrix products"), rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "demo": demo,
+    "study-scenes": lambda: study(
+        "study_scenes", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}
+    ),
+    "study-lineage": lambda: gains("study_lineage", LINEAGE, "student"),
+    "study-methods": lambda: gains("study_methods", VARIANTS, "what is changed"),
+    "study-entity": lambda: study("study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}),
+    "boxes": boxes,
+    "mixture": mixture,
+    "benchmarks": benchmarks,
+}
+
+
+def filled(text: str) -> str:
+    """A text with every table made anew. Errors: `KeyError` for a table that nothing makes."""
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block['name']]()}\n{block[3]}", text)
+
+
+if __name__ == "__main__":
+    storage.write_text(ROOT / "README.md", filled((ROOT / "README.md").read_text()))
