@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from workbench import storage
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
+from workbench.circuits.looks import attention_to_positions
 from workbench.experiment.setting import Setting
 from workbench.metrics import METRICS
 from workbench.models import HookedModel
@@ -46,6 +47,8 @@ class Finding(Setting):
         )
         self._examine(name, model, circuit, ranking)
         self._connect(name, model, circuit)
+        if circuit.members:
+            attention_to_positions(model, self.prompts.discovery, circuit.members).save(self.folder.scores_file(name, "looks"))
         storage.write_json(self.folder.circuit_file(name), circuit.to_json())  # last: it says that this stage is done
         return circuit
 

@@ -10,6 +10,7 @@ from workbench.circuits.evaluation import CircuitReport
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
 from workbench.plots.heads import head_importance
+from workbench.plots.looks import looks_figure
 from workbench.plots.report import Section
 from workbench.runs import RunFolder
 from workbench.scores import Scores
@@ -23,6 +24,7 @@ def circuit_sections(folder: RunFolder) -> Iterator[Section]:
     scores = {name: folder.scores(name) for name in circuits}
     yield from _paths(circuits, scores)
     yield from _graphs(circuits, scores)
+    yield from _looks(scores)
     yield from _evaluation(folder)
     yield from _impacts(circuits, scores)
 
@@ -42,6 +44,14 @@ def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scor
             edges = scores[name]["edges"]
             text = f"Each head at the token where it acts; lines are exact path effects between heads and to the logits, on {edges.values.shape[-1]} prompts."
             yield Section(heading=f"The circuit of the {name}", text=text, figure=circuit_graph(circuit, edges, title=f"Circuit of the {name}"))
+
+
+def _looks(scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+    for name, found in scores.items():
+        if "looks" in found:
+            text = "A role is a claim about what a head looks at from the token where it acts. This is what it looks at on the discovery prompts."
+            title = f"Where the {name}'s heads look"
+            yield Section(heading=title, text=text, figure=looks_figure(found["looks"], title=title))
 
 
 def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
