@@ -333,15 +333,3 @@ def test_heads_are_aligned_at_more_places_than_they_act_at(load_teacher: Callabl
     assert found[binder].rows == 3 * len(prompts)
     narrow = aligned_pairs(head_map, circuit, circuit, prompts)
     assert abs(pair_ckas(teacher, teacher, prompts, narrow)[0].cka - float(expected)) > 1e-3
-
-
-def test_the_most_important_heads_alone_keep_their_matches() -> None:
-    """Which head a match goes to is not changed; at least as many as there are: nothing is."""
-    whole = matched(MatchingConfig(rule="own_baseline"))
-    assert names(whole).keys() == {"L0H0", "L0H1", "L0H2", "L0H3"}
-    few = matched(MatchingConfig(rule="own_baseline", most=2))
-    assert few.pairs == whole.pairs[2:], "impacts .5 and .7 of .1, .3, .5, .7"
-    assert few.unmatched == (Head(0, 0), Head(0, 1))
-    assert matched(MatchingConfig(rule="own_baseline", most=4)) == whole
-    shuffled = matched(MatchingConfig(rule="shuffled", most=2))
-    assert {match.student for match in shuffled.matches} == {Head(0, 2), Head(0, 3)}

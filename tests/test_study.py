@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from workbench.circuits import discovery
 from workbench.cli import main
 from workbench.errors import InputError
 from workbench.experiment import Experiment
+from workbench.models import Student
 from workbench.plots.study import study_report
 from workbench.refs import Head
 from workbench.statistics import mean_interval
@@ -141,6 +143,30 @@ def test_one_student_under_several_methods(value: dict[str, Any], tmp_path: Path
     assert maps[0] != maps[1]
     recipes = [json.loads((tmp_path / "study" / name / "run.json").read_text())["recipe"]["alignment"]["positions"] for name in ("plain", "other")]
     assert recipes == ["own", "last"]
+
+
+def test_a_few_heads_train_and_every_pair_is_aligned(value: dict[str, Any], tmp_path: Path) -> None:
+    """Only the head whose ablation costs most changes, the loss is over all pairs, and the summary says how many train."""
+    source = value["students"]["short"]["source"]
+    few = {"source": source, "overrides": {"training.most": 1, "save_students": True}}
+    path = tmp_path / "few.yaml"
+    path.write_text(yaml.safe_dump({**value, "students": {"few": few}, "weights": [0.5], "seeds": [1], "conditions": ["circuit_ce_cka"], "anew": []}))
+    study = Study(read_study(path), tmp_path / "few")
+    study.begin(resume=False)
+    study.run()
+    (cell,) = study.cells()
+    folder = cell.experiment.folder
+    (head,), matched = cell.experiment.trained_heads(), [ours for ours, _ in folder.head_map().pairs]
+    impacts = folder.scores("student")["ablation-accuracy"].mean()
+    assert float(impacts[head.layer, head.index]) == max(float(impacts[each.layer, each.index]) for each in matched)
+    before, after = Student.load(source), Student.load(folder.condition("circuit_ce_cka", 1) / "student")
+    changed = [each for each in before.heads if not torch.equal(*(model.output_weights(each.layer)[each.index] for model in (before, after)))]
+    assert changed == [head]
+    log = (folder.condition("circuit_ce_cka", 1) / "log.jsonl").read_text().splitlines()
+    assert len(json.loads(log[-1])["ckas"]) == len(matched) > 1
+    assert summarise(study)["cells"][0]["heads_trained"] == {
+        "heads": 1, "of": 8, "matched": len(matched), "teacher_heads_used": len(folder.head_map().teacher_heads),
+    }  # fmt: skip
 
 
 def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ class TrainingConfig:
     """What of a head is aligned: `hook_z`, its output in the residual stream (`result`), or its attention probabilities (`pattern`)."""
     heads: Literal["matched", "circuit"] = "matched"
     """Whose slices train where a condition trains heads: the matched ones, or the student's whole circuit."""
+    most: Annotated[int, Field(ge=1)] | None = None
+    """At most so many of those heads train, the ones of the largest mean ablation impact (`matching.metric`). Every matched pair is aligned all
+    the same: what a few heads write is judged by all that read it. None: all of them train."""
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     """Train a low-rank change of each of these heads' matrices in place of the whole slices (biases then stay); None: the whole slices."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0

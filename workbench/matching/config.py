@@ -38,9 +38,6 @@ class MatchingConfig:
     """Heads whose ablation impact can't be told from 0: flag their matches, leave the heads out of the matching, or refuse to match."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the interval of an impact that must not hold 0."""
-    most: Annotated[int, Field(ge=1)] | None = None
-    """Keep the matches of so many student heads, those of the largest mean ablation impact: fewer heads are aligned and trained, and the circuit
-    that is evaluated stays whole; None: all."""
     resamples: Annotated[int, Field(ge=0)] = 50
     """Bootstrap draws of the prompts behind each match's stability; 0 leaves it out."""
 

@@ -110,22 +110,11 @@ def _matched(evidence: Evidence, allowed: Allowed, noisy: Mapping[Side, set[Head
             lambda draw: assigned(measured(evidence.resampled(seed, draw)), allowed, one_to_one=config.one_to_one),
             resamples=config.resamples,
         )
-    kept = _strongest(evidence, choice, config.most)
     matches = tuple(
-        _match(distances[row], allowed[row], evidence, (row, column), stable[row], noisy)
-        for row, column in enumerate(choice)
-        if column is not None and row in kept
+        _match(distances[row], allowed[row], evidence, (row, column), stable[row], noisy) for row, column in enumerate(choice) if column is not None
     )
-    taken = {match.student for match in matches}
-    left = tuple(head for head in evidence.ours if head not in taken)
+    left = tuple(head for head, column in zip(evidence.ours, choice, strict=True) if column is None)
     return HeadMap(matches=matches, rule=config.rule, one_to_one=config.one_to_one, unmatched=left)
-
-
-def _strongest(evidence: Evidence, choice: Choice, most: int | None) -> set[int]:
-    """The places of the matched student heads of the largest mean impact, at most so many; of equal ones the first."""
-    impacts, _ = evidence.mean_impacts()
-    matched = [row for row, column in enumerate(choice) if column is not None]
-    return set(sorted(matched, key=lambda row: -float(impacts[row]))[:most])
 
 
 def assigned(distances: Distances, allowed: Allowed, *, one_to_one: bool) -> Choice:

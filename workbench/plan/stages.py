@@ -51,16 +51,21 @@ class Road:
 
     @property
     def matched_heads(self) -> int:
-        """At most so many heads of the student are matched and train; one to one there are no more than the teacher's circuit has."""
+        """At most so many heads of the student are matched; one to one there are no more than the teacher's circuit has."""
         assert self.student is not None
         theirs = self.circuit_heads(self.teacher) if self.recipe.matching.one_to_one else self.circuit_heads(self.student)
         return min(self.circuit_heads(self.student), theirs)
+
+    @property
+    def trained_heads(self) -> int:
+        """At most so many heads of the student train where a condition trains heads."""
+        return min(self.matched_heads, self.recipe.training.most or self.matched_heads)
 
     def models(self) -> Iterator[ModelCost]:
         """Sizes of teacher and student."""
         for role, shape in (("teacher", self.teacher), ("student", self.student)):
             if shape is not None:
-                heads = self.matched_heads if role == "student" else None
+                heads = self.trained_heads if role == "student" else None
                 trained = None if heads is None else self.trained("circuit").parameters
                 size = self.width_of(shape) * shape.parameters
                 yield ModelCost(
@@ -73,7 +78,7 @@ class Road:
         assert self.student is not None
         if what == "all":
             return Trained.everything(self.student)
-        return Trained.heads(self.student, self.matched_heads, train_kv=self.recipe.train_kv, lora_rank=self.recipe.training.lora_rank)
+        return Trained.heads(self.student, self.trained_heads, train_kv=self.recipe.train_kv, lora_rank=self.recipe.training.lora_rank)
 
     def cost(self, name: str, what: str, operations: int, shape: ModelShape, prompts: PromptPairs, beyond: int, *, disk: int = 0) -> StageCost:
         """A stage whose memory is `beyond` the resident weights."""

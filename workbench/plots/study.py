@@ -129,8 +129,8 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[Section]:
     for cell in summary["cells"]:
         heads = cell["heads_trained"]
         text = (
-            f"{cell['train_prompts']} training and {cell['test_prompts']} test prompts; {heads['heads']} of the student's {heads['of']} heads matched to "
-            f"{heads['teacher_heads_used']} of the teacher's; lambda {cell['weight']:g}, chosen on validation prompts."
+            f"{cell['train_prompts']} training and {cell['test_prompts']} test prompts; {heads['heads']} of the student's {heads['of']} heads train, "
+            f"{heads.get('matched', heads['heads'])} are matched to {heads['teacher_heads_used']} of the teacher's; lambda {cell['weight']:g}, chosen on validation prompts."
         )
         yield Section(heading=cell_title(cell), text=text, figure=cell_chart(cell))
         if any(found["curve"] for found in cell["conditions"].values()):

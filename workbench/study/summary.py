@@ -68,9 +68,11 @@ def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heads_trained(cell: Cell) -> dict[str, Any]:
-    """How many of the student's heads a circuit condition trains, and how many of the teacher's they are matched to."""
+    """How many of the student's heads a circuit condition trains, how many are matched, and to how many of the teacher's."""
     head_map, shape = cell.experiment.folder.head_map(), cell.experiment.folder.circuit("student").shape
-    return {"heads": len(head_map.matches), "of": shape[0] * shape[1], "teacher_heads_used": len(head_map.teacher_heads)}
+    able = len(cell.experiment.trainable_heads)
+    heads = min(able, cell.experiment.recipe.training.most or able)
+    return {"heads": heads, "of": shape[0] * shape[1], "matched": len(head_map.matches), "teacher_heads_used": len(head_map.teacher_heads)}
 
 
 def _condition(study: Study, cell: Cell, rows: Sequence[ConditionResult], target: float | None) -> dict[str, Any]:
@@ -142,7 +144,11 @@ def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
         for condition in study.config.conditions:
             for seed in study.config.seeds:
                 start = starting_similarity(cell, condition, seed)
-                if start is None or condition not in ("circuit_ce_cka", "circuit_ce_random_cka", "circuit_ce_shuffled_cka", "circuit_ce_paper_cka"):
+                if (
+                    start is None
+                    or ("circuit_ce", seed) not in results
+                    or condition not in ("circuit_ce_cka", "circuit_ce_random_cka", "circuit_ce_shuffled_cka", "circuit_ce_paper_cka")
+                ):
                     continue
                 gain = results[condition, seed].full_accuracy - results["circuit_ce", seed].full_accuracy
                 points.append(
@@ -171,7 +177,7 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
     heads = cell["heads_trained"]
     title = (
         f"{cell['student']}, {cell['train_scenes']} scenes ({cell['train_prompts']} prompts), lambda {cell['weight']:g}; "
-        f"{heads['heads']} of {heads['of']} heads matched to {heads['teacher_heads_used']} of the teacher's"
+        f"{heads['matched']} of {heads['of']} heads matched to {heads['teacher_heads_used']} of the teacher's, {heads['heads']} train"
     )
     head = (
         "condition",
