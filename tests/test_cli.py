@@ -19,6 +19,8 @@ from workbench.distillation.reports import read_log
 from workbench.errors import InputError
 from workbench.experiment import Experiment
 from workbench.finetuning import FinetuningConfig
+from workbench.metrics import METRICS
+from workbench.patching.ablation import plain_logits
 from workbench.recipe import parse_config, parse_recipe, read_recipe, read_yaml, to_plain
 from workbench.runs import RunFolder
 from workbench.scores import Scores
@@ -129,6 +131,24 @@ def test_stages_one_by_one_equal_the_whole_road(recipe: Path, tmp_path: Path, ca
     capsys.readouterr()
     assert run("match", "--recipe", recipe, "--out", parts, "--set", "training.steps=9", "--resume") == 2
     assert "another recipe" in capsys.readouterr().err
+
+
+def test_whole_answers_are_in_the_table_where_answers_may_have_several_tokens(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of answers of one token, as here, the whole is preferred where its logit is the higher one."""
+    out, setting = tmp_path / "run", {"conditions": ["base"], "data.multi_token": True}
+    assert run("evaluate", "--recipe", recipe, "--out", out, "--set", "conditions=[base]", "--set", "data.multi_token=true") == 0
+    assert "whole answers" in capsys.readouterr().out
+    rows = {row.condition: row for row in collect(RunFolder(out))}
+    experiment = Experiment(read_recipe(recipe, overrides=setting), RunFolder(out))
+    for name, model in (("base", experiment.student), ("teacher", experiment.teacher)):
+        test = experiment.prompts.test
+        slow = float((METRICS["logit_difference"](plain_logits(model, test), test.answers, test.distractors) > 0).float().mean())
+        assert 0 < slow < 1
+        assert rows[name].whole_answers == pytest.approx(slow)
+    assert run("evaluate", "--recipe", recipe, "--out", tmp_path / "plain", "--set", "conditions=[base]") == 0
+    assert "whole answers" not in capsys.readouterr().out
 
 
 def test_training_settings_from_a_recipe(recipe: Path, tmp_path: Path) -> None:

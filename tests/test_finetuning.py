@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ModelFolder
+from workbench.cli import main
 from workbench.errors import InputError
 from workbench.finetuning import Finetuning, FinetuningConfig, finetune
 from workbench.sources import quiet
@@ -172,3 +173,23 @@ def test_it_stops_when_good_enough_and_is_not_trained_again(model_folder: ModelF
         finetune(replace(config, seed=9), tmp_path / "model", tmp_path / "work")
     assert finetune(config, tmp_path / "model", tmp_path / "elsewhere") == made
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_from_the_fine_tuned_models_to_the_table(model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled recipes for SmolLM2 on boxes one after another by the command line, on a miniature: teacher, its every other layer, all conditions."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    short = {"options.boxes": 3, "scenes": 3, "steps": 2, "evaluate_every": 2, "evaluation_scenes": 2, "checkpoint_every": 2, "precision": "full"}
+
+    def run(command: str, recipe: str, out: Path | str, **settings: Any) -> None:
+        words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        assert main([command, "--recipe", recipe, "--out", str(out), "--threads", "1", *words]) == 0
+
+    run("finetune", "smollm2_boxes_teacher", models["teacher"], model=str(model_folder("llama", layers=4)), **short)
+    run("finetune", "smollm2_boxes_student", models["student"], model=models["teacher"], keep_layers=[0, 2], **short)
+    small = {"reference_scenes": 3, "discovery_scenes": 2, "train_scenes": 3, "test_scenes": 3, "boxes": 3}
+    sizes = {"discovery.heads": 3, "training.steps": 2, "training.batch": 4, "training.precision": "full", "seeds": [0]}
+    run("evaluate", "smollm2_boxes", tmp_path / "run", **models, **{f"data.{key}": value for key, value in small.items()}, **sizes)
+    rows = json.loads((tmp_path / "run/results.json").read_text())
+    assert [row["condition"] for row in rows] == ["base", "full_ce", "circuit_ce", "circuit_ce_random_cka", "circuit_ce_cka", "teacher"]
+    assert {row["steps"] for row in rows if row["trained_parameters"]} == {2}

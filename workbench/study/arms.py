@@ -12,6 +12,7 @@ from workbench.experiment import Experiment, mean_cka_and_floor
 from workbench.models import HookedModel
 from workbench.study.rows import TITLES, ConditionResult, collect
 from workbench.study.transfer import record_transfer
+from workbench.tasks.scoring import sequence_preference
 
 log = logging.getLogger("workbench")
 
@@ -66,7 +67,7 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
     total = sum(parameter.numel() for parameter in model.parameters().values())
     result = ConditionResult(
         condition=condition, seed=seed, **_accuracies(report), mean_cka=cka, cka_floor=floor,
-        trained_parameters=trained, trained_fraction=trained / total, steps=steps, mcnemar={},
+        trained_parameters=trained, trained_fraction=trained / total, steps=steps, mcnemar={}, whole_answers=_whole_answers(experiment, model),
     )  # fmt: skip
     storage.write_tensors(folder / "outcomes.safetensors", outcomes)
     record_transfer(experiment, model, folder)
@@ -74,6 +75,12 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
     storage.write_json(folder / "circuit_report.json", report.to_json())
     storage.write_json(folder / "result.json", result.to_json())
     log.info("  full %.3f, circuit %.3f, random circuit %.3f", report.full_accuracy, report.circuit_accuracy, report.random_circuit_accuracy)
+
+
+def _whole_answers(experiment: Experiment, model: HookedModel) -> float | None:
+    if not experiment.recipe.data.multi_token:
+        return None
+    return float((sequence_preference(model, experiment.prompts.test) > 0).float().mean())
 
 
 def _accuracies(report: CircuitReport) -> dict[str, Any]:

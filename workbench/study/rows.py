@@ -54,6 +54,8 @@ class ConditionResult:
     steps: int
     mcnemar: Mapping[str, float]
     """Condition compared with -> two-sided p of McNemar's exact test on the same test prompts."""
+    whole_answers: float | None = None
+    """With `data.multi_token`: the share of test prompts whose whole answer is more probable than the whole distractor. Accuracies are of first tokens."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -108,7 +110,10 @@ def table(results: Sequence[ConditionResult]) -> str:
         "p vs full CE",
         "p vs circuit CE",
     )
-    return in_columns([head, *(_cells(row) for row in results)])
+    lines = [head, *(_cells(row) for row in results)]
+    if any(row.whole_answers is not None for row in results):
+        lines = [(*line, cell) for line, cell in zip(lines, ["whole answers", *(_number(row.whole_answers, 3) for row in results)], strict=True)]
+    return in_columns(lines)
 
 
 def in_columns(lines: Sequence[Sequence[str]]) -> str:
