@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 
-.PHONY: demo test test-tl3 browser notebooks figures tables docs check lint types bench models clean
+.PHONY: demo test test-tl3 browser ray notebooks figures tables docs check lint types bench models clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
@@ -25,6 +25,10 @@ notebooks: $(READY)  ## execute every notebook and save it with its pictures
 browser: $(READY)  ## the explorer in headless Chromium, in JupyterLab and on its own page, with the time of every interaction
 	@command -v chromium >/dev/null || echo "no Chromium: apt-get install -y chromium (the tests are skipped without it)"
 	$(BIN)/python -m pytest -m browser -rs tests/browser
+
+ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one (installs the extra)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pytest -rs tests/test_study_ray.py
 
 figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
