@@ -1,4 +1,4 @@
-"""Execute every notebook of this folder (a glob, no list): `python notebooks/run.py [--save]`.
+"""Execute every notebook of this folder (a glob, no list): `python notebooks/run.py [--save] [BEGINNING ...]`; beginnings of names pick some.
 
 `--save` writes the outputs back, figures as pictures that a code host shows, without timings, counters and progress bars. Without it nothing is
 written: that is how CI runs them, in their fast mode.
@@ -47,7 +47,8 @@ def main() -> int:
     os.environ["PLOTLY_RENDERER"] = "png" if save else "json"
     if not save:
         os.environ["WORKBENCH_FAST"] = "1"
-    for path in sorted(HERE.glob("*.ipynb")):
+    wanted = tuple(word for word in sys.argv[1:] if not word.startswith("-"))
+    for path in sorted(path for path in HERE.glob("*.ipynb") if path.name.startswith(wanted or "")):
         print(f"running {path.name}", flush=True)
         notebook = executed(path)
         if save:

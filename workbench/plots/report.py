@@ -60,8 +60,15 @@ class Section:
 
 
 DRAW = """
+function library() {
+  if (window.Plotly) return;
+  const script = document.createElement("script");
+  script.textContent = document.getElementById("plotly").textContent;
+  document.head.append(script);
+}
 const waiting = [...document.querySelectorAll("figure")];
 function drawn(figure) {
+  library();
   const {data, layout, config} = JSON.parse(figure.querySelector("script").textContent);
   Plotly.newPlot(figure.querySelector("div"), data, layout, config);
 }
@@ -71,15 +78,15 @@ function next() {
   setTimeout(next);
 }
 addEventListener("beforeprint", () => { while (waiting.length) drawn(waiting.shift()); });
-setTimeout(next);
+addEventListener("load", () => setTimeout(next));
 """
-"""Draws the figures one after another once the page can be read, all at once before it is printed."""
+"""Starts plotly.js once the page can be read, and draws the figures one after another; all at once before the page is printed."""
 
 
 def report_html(title: str, sections: Sequence[Section]) -> str:
     """The page. Title, headings and text are escaped; figures keep their own size and scroll on a narrow screen; plotly.js only if there is a figure."""
     figures = any(section.figure is not None for section in sections)
-    library = f"<script>{get_plotlyjs()}</script>" if figures else ""
+    library = f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>' if figures else ""
     drawing = f"<script>{DRAW}</script>" if figures else ""
     body = "\n".join(_section(section, place) for place, section in enumerate(sections, 1))
     return f"""<!doctype html>
@@ -90,13 +97,13 @@ def report_html(title: str, sections: Sequence[Section]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
-{library}
 </head>
 <body>
 <main>
 <h1>{escape(title)}</h1>
 {body}
 </main>
+{library}
 {drawing}
 </body>
 </html>

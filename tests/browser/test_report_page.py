@@ -1,0 +1,57 @@
+"""The report in a real browser: readable before its figures are drawn, all of them drawn in the end and before it is printed, nothing fetched."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser_pages import Watched, watched_page
+from plotly import graph_objects as go
+
+from workbench.cli import main
+from workbench.plots.report import Section, report_html
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
+watched = pytest.fixture(watched_page, name="watched")
+DRAWN = "document.querySelectorAll('figure .main-svg').length"
+LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
+
+
+def test_the_report_of_a_run(watched: Watched, model_folder: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {
+        "teacher": model_folder("llama", seed=1), "student": model_folder("llama", seed=2, layers=2), "data.boxes": 3, "data.reference_scenes": 4,
+        "data.discovery_scenes": 4, "data.train_scenes": 6, "data.test_scenes": 5, "discovery.heads": 2, "discovery.least_effect": 0.0, "training.steps": 4,
+        "training.batch": 6, "conditions": "[base,circuit_ce,circuit_ce_cka]",
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    assert main(["demo", "--recipe", "demo", "--out", str(tmp_path / "run"), *words]) == 0
+    page = watched.page
+    page.goto((tmp_path / "run" / "report.html").as_uri())
+    assert page.locator("h2").first.is_visible()
+    seconds = page.evaluate(LOADED)
+    page.wait_for_selector('html[data-drawn="all"]', state="attached")
+    figures = page.locator("figure").count()
+    assert figures >= 6
+    assert page.locator("figure:has(.main-svg)").count() == figures
+    with capsys.disabled():
+        sys.stdout.write(f"\nreport of {figures} figures: loaded after {seconds:.2f} s\n")
+    assert watched.errors == []
+    assert watched.left_loopback() == [(tmp_path / "run" / "report.html").as_uri()], "the file itself"
+
+
+def test_printing_draws_what_is_still_waiting(watched: Watched, tmp_path: Path) -> None:
+    """The page is held before its first figure by printing in the load event itself."""
+    sections = [Section(heading=f"Figure {place}", figure=go.Figure(go.Scatter(y=[1, 3, place]))) for place in range(4)]
+    html = report_html("Report", sections)
+    early = "<script>addEventListener('load', () => { dispatchEvent(new Event('beforeprint')); window.early = document.querySelectorAll('figure .main-svg').length; })</script>"
+    (tmp_path / "report.html").write_text(html.replace("<main>", early + "<main>"))
+    page = watched.page
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("window.early") >= 4, "all are there before the browser prints"
+    page.wait_for_selector('html[data-drawn="all"]', state="attached")
+    printed = page.pdf(format="A4")
+    assert printed.startswith(b"%PDF")
+    assert printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page ") + printed.count(b"/Type/Page") >= 1
+    assert page.evaluate(DRAWN) >= 4
+    assert watched.errors == []
