@@ -18,12 +18,13 @@ from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
 from workbench.plots.heads import head_importance
 from workbench.plots.lens import lens_curves, lens_figure
+from workbench.plots.looks import looks_figure
 from workbench.plots.matching import matching, matching_change
 from workbench.plots.matrices import cka_change
 from workbench.plots.operations import operations_figure
 from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.similarity import cka_matrix, impact_scatter
-from workbench.plots.study import convergence_chart
+from workbench.plots.study import cell_chart, convergence_chart
 from workbench.plots.table import TITLES, results_chart
 from workbench.plots.theme import LIGHT, Theme
 from workbench.plots.training import loss_curves
@@ -81,11 +82,16 @@ def matrix_of(pairs: Sequence[tuple[Head, Head]], value: float) -> Scores:
 
 
 def cell() -> dict[str, Any]:
-    """A study's cell, as far as its curves need one."""
+    """A study's cell, as far as its figures need one."""
     points = [{"step": step, "mean": 0.5 + step / 100, "low": 0.45 + step / 100, "high": 0.55 + step / 100, "count": 2} for step in (10, 20, 30)]
     single = [{**point, "mean": 0.3, "low": None, "high": None, "count": 1} for point in points]
-    conditions = {"base": {"curve": []}, "circuit_ce": {"curve": points}, "full_ce": {"curve": single}}
-    return {"student": "sibling", "train_scenes": 10, "conditions": conditions}
+    trained, plain = ({"mean": mean, "low": low, "high": high, "count": 2} for mean, low, high in ((0.7, 0.6, 0.8), (0.4, None, None)))
+    conditions = {
+        "base": {"curve": [], "full": plain, "circuit": plain},
+        "circuit_ce": {"curve": points, "full": trained, "circuit": plain},
+        "full_ce": {"curve": single, "full": plain, "circuit": trained},
+    }
+    return {"student": "sibling", "train_scenes": 10, "weight": 0.3, "conditions": conditions}
 
 
 def log_of(task: list[float] | None, alignment: list[float] | None) -> list[StepReport]:
@@ -185,6 +191,13 @@ def seeded_logs() -> dict[str, list[StepReport]]:
     return logs | {"circuit_ce-0": log_of(task[2].tolist(), None)}
 
 
+def looks() -> Scores:
+    """Three members at four positions on six prompts."""
+    values = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1)) / 4
+    labels = {"member": ("L0H1 (A) at last", "L1H0 (B) at last", "L2H2 (C) at label"), "position": ("last", "label", "object", "first token")}
+    return Scores(values=values, axes=("member", "position", "example"), labels=labels, unit="attention probability")
+
+
 def figures(theme: Theme = LIGHT) -> dict[str, go.Figure]:
     """One of each."""
     circuits, pairs = {"teacher": TEACHER, "student": STUDENT}, head_map().pairs
@@ -215,6 +228,8 @@ def figures(theme: Theme = LIGHT) -> dict[str, go.Figure]:
         "CKA change": cka_change(matrix_of(pairs, 0.3), matrix_of(pairs, 0.8), head_map=head_map(), theme=theme),
         "convergence": convergence_chart(cell(), theme=theme),
         "impacts": impact_scatter(head_map(), student=impacts_of((3, 2), 0), teacher=impacts_of((4, 4), 1), student_circuit=STUDENT, theme=theme),
+        "looks": looks_figure(looks(), theme=theme),
+        "study": cell_chart(cell(), theme=theme),
         "operations": operations_figure({"teacher": counted()}, chance=1 / 7, theme=theme),
     }
 

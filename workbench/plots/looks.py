@@ -28,7 +28,7 @@ def looks_figure(scores: Scores, *, theme: Theme = LIGHT, title: str = "Where th
         texttemplate="%{z:.2f}", textfont={"size": 11}, colorbar={"title": {"text": "attention", "side": "top"}, "thickness": 12, "outlinewidth": 0},
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", automargin=True)
-    figure.update_xaxes(side="bottom", showgrid=False, ticks="")
+    figure.update_xaxes(title="token looked at", showgrid=False, ticks="")
     remark = f"Down: heads in their roles, at the token where they act. Across: the tokens looked at. Mean over {scores.values.shape[-1]} prompts; the rest to 1 has no name."
     titled(figure, title, [remark], theme, width=WIDTH, height=190 + ROW * len(members))
     rows = [(member, position, means[r, c].item(), errors[r, c].item()) for r, member in enumerate(members) for c, position in enumerate(positions)]
