@@ -31,6 +31,7 @@ from workbench.distillation.teacher_cache import LiveTeacher, cache_key, compute
 from workbench.distillation.teacher_shards import TeacherShards, teacher_shards
 from workbench.errors import InputError
 from workbench.explorer.begin import session_of
+from workbench.explorer.listing import python_lines
 from workbench.matching import HeadMap, Match
 from workbench.models import Student, Teacher
 from workbench.pretraining import word_tokenizer
@@ -377,13 +378,11 @@ def test_the_explorer_shows_both(pieces_folder: Path, permuted_folder: Path, loa
     assert pieces["student"].similarity(pieces["teacher"]).values.isfinite().all()
     material = sessions["pieces"].material
     assert material.shown.python.startswith("list(islice(task_named('entity_tracking', {'boxes': 3}).pairs(SharedWords(tokenizer_of(")
-    namespace: dict[str, Any] = {}
-    exec(
-        "from itertools import islice\nfrom workbench.tasks.registry import task_named\nfrom workbench.tasks.tokenizers import SharedWords\n",
-        namespace,
-    )
-    exec("from workbench.tasks.vocabulary import tokenizer_of\n", namespace)
-    assert eval(material.shown.python, namespace) == list(material.shown.pairs)
+    for subject in pieces.values():
+        found: dict[str, Any] = {}
+        exec(compile(python_lines(replace(sessions["pieces"].state, average=True, outside="mean"), subject), "exported", "exec"), found)
+        assert found["swept"].fingerprint() == subject.listed().fingerprint()
+        assert found["evaluated"].fingerprint() == subject.evaluated().fingerprint()
     for made in sessions.values():
         made.close()
     indexed = [replace(pair, positions={"second": 1}) for pair in material.shown.pairs]

@@ -39,9 +39,13 @@ def answer_words(prompts: PromptPairs) -> AnswerWords:
 
 
 def require_own_vocabulary(task_loss: TaskLoss, prompts: PromptPairs) -> None:
-    """Refuse, on prompts with two readings, a task loss that compares the logits of the two."""
-    if prompts.teacher is not None and task_loss in DIVERGENCES:
+    """Refuse, on prompts with two readings, a task loss that compares the logits of the two, or labels that can't be told apart."""
+    if prompts.teacher is None:
+        return
+    if task_loss in DIVERGENCES:
         raise InputError(
             f"the models have different tokenizers, so task loss {task_loss} has no common vocabulary to compare their logits on; use ce_truth or "
             "ce_teacher (its answers as words), and leave the condition full_kl out."
         )
+    if task_loss == "ce_teacher":
+        answer_words(prompts)

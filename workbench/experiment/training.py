@@ -38,10 +38,10 @@ class Experiment(Matching):
         )
 
     def require_trainable(self, conditions: Iterable[str]) -> None:
-        """Refuse, before anything is searched, conditions whose task loss compares logits of different tokenizers."""
+        """Refuse, before anything is searched, conditions whose task loss compares what different tokenizers don't share."""
         for spec in (CONDITIONS[name] for name in conditions):
             if spec.trains is not None:
-                require_own_vocabulary(self.training_config(spec).task_loss, self.prompts.discovery)
+                require_own_vocabulary(self.training_config(spec).task_loss, self.prompts.train)
 
     def distill(self, condition: str, seed: int, *, resume: bool) -> tuple[Student, TrainedSlices]:
         """Train a fresh student under a condition; writes its log, checkpoints and (if wanted) the student itself."""

@@ -18,7 +18,7 @@ from workbench.tasks.prompts import PromptSettings
 
 
 class SharedWords:
-    """Stands in for a tokenizer where a task chooses its words: a text is one known token only if it is one for each of the tokenizers."""
+    """Stands in for a tokenizer where a task chooses its words (`single_token_words`): a text is one token only if it is for each tokenizer."""
 
     unk_token_id = None
 
@@ -26,9 +26,10 @@ class SharedWords:
         self.tokenizers = tokenizers
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        """The first tokenizer's tokens; none where the text is not one known token for all."""
-        shared = all(single_token(tokenizer, text) is not None for tokenizer in self.tokenizers)
-        return {"input_ids": self.tokenizers[0](text, **options)["input_ids"] if shared else []}
+        """The most tokens that a tokenizer makes of the text; none where that is one which another does not know."""
+        longest = max((tokenizer(text, **options)["input_ids"] for tokenizer in self.tokenizers), key=len)
+        known = all(single_token(tokenizer, text) is not None for tokenizer in self.tokenizers)
+        return {"input_ids": longest if known or len(longest) > 1 else []}
 
 
 def same_vocabulary(first: Any, second: Any) -> bool:
