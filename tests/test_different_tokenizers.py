@@ -30,12 +30,17 @@ from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, cache_key, computed, teacher_cache
 from workbench.distillation.teacher_shards import TeacherShards, teacher_shards
 from workbench.errors import InputError
+from workbench.experiment import Experiment
 from workbench.explorer.begin import session_of
 from workbench.explorer.listing import python_lines
 from workbench.matching import HeadMap, Match
 from workbench.models import Student, Teacher
+from workbench.patching.ablation import plain_logits
 from workbench.pretraining import word_tokenizer
+from workbench.recipe import read_recipe
+from workbench.runs import RunFolder
 from workbench.sources import quiet
+from workbench.study import transfer
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.tasks.pairs import Pair
@@ -274,6 +279,20 @@ def test_the_whole_road_with_permuted_ids_is_the_plain_one(
     for path in sorted((tmp_path / "plain").rglob("conditions/*/outcomes.safetensors")) + sorted((tmp_path / "plain").rglob("transfer.safetensors")):
         ours, theirs = load_file(path), load_file(tmp_path / "permuted" / path.relative_to(tmp_path / "plain"))
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), path
+
+
+def test_each_model_reads_other_tasks_in_its_own_tokens(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, seen = Experiment(read_recipe(recipe), RunFolder(tmp_path / "run")), []
+
+    def watched(model: Any, prompts: PromptPairs) -> torch.Tensor:
+        seen.append(prompts.fingerprint())
+        return plain_logits(model, prompts)
+
+    monkeypatch.setattr(transfer, "plain_logits", watched)
+    for model in (experiment.teacher, experiment.student):
+        transfer.transfer_outcomes(experiment, model)
+    prompts = transfer.transfer_prompts(experiment, experiment.recipe.evaluation.transfer[0])
+    assert seen == [prompts.for_teacher.fingerprint(), prompts.fingerprint()]
 
 
 REFUSED = [
