@@ -2,7 +2,7 @@
 
 A pair is compared on `hook_z` (or the head's output in the residual stream) at positions: each head's own (the default: where it acts in its
 circuit), or one named position for both (`last` is the paper's reading). m, the number of examples that CKA sees, is the number of
-prompts times the tokens of the position.
+prompts times the tokens of the position. Models with different tokenizers each read the prompts in their own tokens (`PromptPairs.teacher`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +25,16 @@ from workbench.scores import Scores
 from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
 from workbench.similarity.measures import NONE, Measure, Options, pairwise_similarity, similarity_scores, unit
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.tokenizers import require_readings, require_same_words
 
 Activation = Literal["z", "result", "pattern"]
 """`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the keys [pos]."""
 
 
-def require_fitting(measure: Measure, activation: Activation) -> None:
-    """Refuse attention KL on anything but attention patterns."""
+def require_fitting(measure: Measure, activation: Activation, prompts: PromptPairs) -> None:
+    """Refuse attention KL on anything but attention patterns, and these where the models read different tokens."""
+    if activation == "pattern" and prompts.teacher is not None:
+        raise InputError("attention patterns are over the tokens of a prompt, which differ with the tokenizer; align z or result.")
     if measure == "attention_kl" and activation != "pattern":
         raise InputError(f"measure attention_kl compares attention patterns, not activation {activation}; set `activation: pattern`.")
 
@@ -62,10 +65,10 @@ def aligned_pairs(
     and so is one whose own positions hold another number of tokens: rows of both sides must belong to the same prompts.
 
     `broadened` reads another position in place of an own one, e.g. `{"earlier_label": "labels"}`: a head that binds the queried box does the
-    same at every other box, where no label of the task says so.
+    same at every other box, where no label of the task says so. Errors: as `require_same_words`.
     """
     if positions != "own":
-        prompts.position(positions)
+        require_same_words(prompts, [positions], [positions])
         return tuple(
             AlignedPair(student=ours, teacher=theirs, student_positions=(positions,), teacher_positions=(positions,))
             for ours, theirs in head_map.pairs
@@ -84,8 +87,9 @@ def _aligned(
 ) -> AlignedPair:
     mine = ours.get(student, ("last",))
     other = theirs.get(teacher, mine)
-    if not torch.equal(place(prompts, mine).sum(1), place(prompts, other).sum(1)):
+    if not torch.equal(place(prompts, mine).sum(1), place(prompts.for_teacher, other).sum(1)):
         other = mine
+    require_same_words(prompts, mine, other)
     return AlignedPair(student=student, teacher=teacher, student_positions=mine, teacher_positions=other)
 
 
@@ -161,8 +165,9 @@ def pair_ckas(
     seed: int = 0,
 ) -> list[PairCka]:
     """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased one's depends on m."""
+    require_readings(prompts, student.tokenizer, teacher.tokenizer)
     ours = student.early_activations(prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs], activation))
-    theirs = teacher.early_activations(prompts.clean, prompts.mask, hook_names([pair.teacher for pair in pairs], activation))
+    theirs = teacher.early_activations(prompts.for_teacher.clean, prompts.for_teacher.mask, hook_names([pair.teacher for pair in pairs], activation))
     our_weights, their_weights = (
         output_weights(model, heads, activation) for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))
     )
@@ -178,14 +183,15 @@ def head_similarity(
     *,
     activation: Activation = "z",
     measure: Measure = "linear_cka",
+    positions: str = "own",
 ) -> Scores:
     """Similarity (debiased, where it is CKA) of every circuit head of the student with every one of the teacher: [student teacher].
 
-    Both are read where the student's head acts, so that all candidates are compared on the same tokens.
+    Both are read where the student's head acts, so that all candidates are compared on the same tokens; or at one named position.
     """
-    return head_similarities(student, teacher, prompts, student_circuit, teacher_circuit, activation=activation, measure=measure)(
-        torch.arange(len(prompts))
-    )
+    circuits = student_circuit, teacher_circuit
+    on = head_similarities(student, teacher, prompts, *circuits, activation=activation, measure=measure, positions=positions)
+    return on(torch.arange(len(prompts)))
 
 
 def all_head_similarity(
@@ -200,11 +206,13 @@ def all_head_similarity(
     options: Options = NONE,
 ) -> Scores:
     """Similarity of every head of the student with every head of the teacher at one named position, in one batched call: [student teacher]."""
-    require_fitting(measure, activation)
-    where, rows = place(prompts, [position]), []
-    for model in (student, teacher):
-        _, found = model.activations(prompts.clean, prompts.mask, hook_names(model.heads, activation))
-        weights = output_weights(model, model.heads, activation)
+    require_fitting(measure, activation, prompts)
+    require_readings(prompts, student.tokenizer, teacher.tokenizer)
+    require_same_words(prompts, [position], [position])
+    rows = []
+    for model, side in ((student, prompts), (teacher, prompts.for_teacher)):
+        _, found = model.activations(side.clean, side.mask, hook_names(model.heads, activation))
+        weights, where = output_weights(model, model.heads, activation), place(side, [position])
         rows.append(torch.stack([head_rows(weights, found, head, where) for head in model.heads]))
     ours, theirs = ([str(head) for head in model.heads] for model in (student, teacher))
     return similarity_scores(rows[0], rows[1], student=ours, teacher=theirs, measure=measure, estimator=estimator, options=options)
@@ -219,10 +227,11 @@ def head_similarities(
     *,
     activation: Activation = "z",
     measure: Measure = "linear_cka",
+    positions: str = "own",
 ) -> Similarities:
     """Prompts (by index) -> `head_similarity` on them alone; the models run once, on all prompts."""
-    require_fitting(measure, activation)
-    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation)
+    require_fitting(measure, activation, prompts)
+    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation, positions)
 
     def on(some: Int[Tensor, " rows"]) -> Scores:
         values = rows.blank()
@@ -241,6 +250,7 @@ def circuit_ckas(
     teacher_circuit: Circuit,
     *,
     activation: Activation = "z",
+    positions: str = "own",
     shuffles: int = 8,
     seed: int = 0,
 ) -> Scores:
@@ -248,7 +258,7 @@ def circuit_ckas(
 
     The first draw (`paired`) is the CKA, the others are the same with the teacher's rows shuffled. Read where the student's head acts, as `head_similarity`.
     """
-    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation)
+    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation, positions)
     values = torch.stack([rows.blank() for _ in range(shuffles + 1)], -1)
     for places, x, y in rows.by_scope(torch.arange(len(prompts))):
         orders = [torch.arange(y.shape[1]), *(torch.randperm(y.shape[1], generator=seeds.generator(seed, "floor", draw)) for draw in range(shuffles))]
@@ -258,15 +268,17 @@ def circuit_ckas(
 
 
 class _CircuitRows:
-    """The activations of two circuits' heads on the same prompts, read where the student's heads act; the models run once."""
+    """The activations of two circuits' heads on the same prompts, read where the student's heads act or at one position; the models run once."""
 
     def __init__(
-        self, student: HookedModel, teacher: HookedModel, prompts: PromptPairs, ours: Circuit, theirs: Circuit, activation: Activation
+        self, student: HookedModel, teacher: HookedModel, prompts: PromptPairs, ours: Circuit, theirs: Circuit, activation: Activation, positions: str
     ) -> None:
+        require_readings(prompts, student.tokenizer, teacher.tokenizer)
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
-        sides = ((student, ours.heads), (teacher, theirs.heads))
-        self.found = [model.activations(prompts.clean, prompts.mask, hook_names(heads, activation))[1] for model, heads in sides]
-        self.weights = [output_weights(model, heads, activation) for model, heads in sides]
+        self.scope = ours.scope if positions == "own" else dict.fromkeys(ours.heads, (positions,))
+        sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
+        self.found = [model.activations(side.clean, side.mask, hook_names(heads, activation))[1] for model, heads, side in sides]
+        self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
         self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}
 
     def blank(self) -> Float[Tensor, "student teacher"]:
@@ -278,10 +290,11 @@ class _CircuitRows:
     def by_scope(self, some: Int[Tensor, " rows"]) -> Iterator[tuple[list[int], Float[Tensor, "a m p"], Float[Tensor, "b m q"]]]:
         """For each set of positions: the student heads that act there (by place in the circuit) and their rows, and those of all teacher heads."""
         chosen = torch.isin(torch.arange(len(self.prompts)), some)[:, None].to(self.prompts.clean.device)
-        for scope in dict.fromkeys(self.ours.scope[head] for head in self.ours.heads):
-            where = place(self.prompts, scope) & chosen
-            places = [at for at, head in enumerate(self.ours.heads) if self.ours.scope[head] == scope]
-            yield places, self._rows(0, [self.ours.heads[at] for at in places], where), self._rows(1, self.theirs.heads, where)
+        for scope in dict.fromkeys(self.scope[head] for head in self.ours.heads):
+            require_same_words(self.prompts, scope, scope)
+            here, there = (place(side, scope) & chosen for side in (self.prompts, self.prompts.for_teacher))
+            places = [at for at, head in enumerate(self.ours.heads) if self.scope[head] == scope]
+            yield places, self._rows(0, [self.ours.heads[at] for at in places], here), self._rows(1, self.theirs.heads, there)
 
     def _rows(self, side: int, heads: Sequence[Head], where: Tensor) -> Float[Tensor, "head m features"]:
         return torch.stack([head_rows(self.weights[side], self.found[side], head, where) for head in heads]).detach()
@@ -297,7 +310,7 @@ def _rows(
 ) -> Iterator[tuple[AlignedPair, Tensor, Tensor]]:
     for pair in pairs:
         x = head_rows(our_weights, ours, pair.student, place(prompts, pair.student_positions))
-        yield pair, x, head_rows(their_weights, theirs, pair.teacher, place(prompts, pair.teacher_positions))
+        yield pair, x, head_rows(their_weights, theirs, pair.teacher, place(prompts.for_teacher, pair.teacher_positions))
 
 
 def _pair_cka(x: Tensor, y: Tensor, pair: AlignedPair, estimator: Estimator, shuffles: int, seed: int) -> PairCka:

@@ -3,7 +3,7 @@
 Everything above is written against `HookedModel`. Loading runs `self_check`, which refuses a mis-wired model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,15 +334,4 @@ def _refuse_difference(model: HookedModel, what: str, found: Tensor, expected: T
         raise InputError(
             f"{model.name} fails the self-check: {what} (largest difference {difference:.2e}, allowed {allowed:.2e}). "
             "This architecture is not supported exactly by the installed TransformerLens; try another version, or `transformers` eager attention."
-        )
-
-
-def require_same_vocabulary(teacher: HookedModel, student: HookedModel) -> None:
-    """Refuse to compare logits of models whose tokenizers differ."""
-    ours: Mapping[str, int] = student.tokenizer.get_vocab()
-    theirs: Mapping[str, int] = teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        raise InputError(
-            f"{teacher.name} and {student.name} have different vocabularies ({len(theirs)} and {len(ours)} tokens): their logits can't be compared. "
-            "Use a teacher and a student of one tokenizer, or a task loss on the ground truth with alignment at named positions only."
         )

@@ -20,7 +20,7 @@ class TrainingConfig:
 
     task_loss: TaskLoss = "ce_teacher"
     """Cross-entropy on the teacher's labels (the paper) or on the ground truth; KL to the teacher's distribution, forward or reverse; the
-    Jensen-Shannon divergence from it; or none."""
+    Jensen-Shannon divergence from it; or none. From a teacher with another tokenizer only its labels, among the prompts' answers as words."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the KL and Jensen-Shannon losses."""
     weight: Annotated[float, Field(ge=0)] = 0.0

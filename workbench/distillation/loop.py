@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from workbench import seeds, storage
 from workbench.alignment import AlignedPair, require_fitting
 from workbench.distillation import batches, checkpoint
+from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.backward import backward
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.masks import TrainedSlices
@@ -36,6 +37,7 @@ from workbench.errors import InputError
 from workbench.models import Student
 from workbench.similarity.measures import checked_options
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.tokenizers import require_same_words
 
 
 class Distillation:
@@ -201,7 +203,10 @@ def _require_sound(
         raise InputError("lambda is above 0 but no heads are matched; match heads first, or set `weight: 0`.")
     if config.weight == 0 and config.task_loss == "none":
         raise InputError("this run has neither a task loss nor an alignment loss; set one of `task_loss` and `weight`.")
-    require_fitting(config.measure, config.activation)
+    require_fitting(config.measure, config.activation, prompts)
+    require_own_vocabulary(config.task_loss, prompts)
+    for pair in pairs:
+        require_same_words(prompts, pair.student_positions, pair.teacher_positions)
     checked_options(config.measure, config.measure_options)
     if len(prompts) < config.batch:
         raise InputError(f"{len(prompts)} training prompts are fewer than a batch of {config.batch}; lower `batch` or use more scenes.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.alignment import AlignedPair, head_rows, hook_names, output_weights, place
 from workbench.distillation import losses
+from workbench.distillation.answers import answer_words
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.sharding import is_sharded
 from workbench.distillation.teacher_cache import TeacherOutputs
@@ -27,6 +28,7 @@ class Objective:
         self.student, self.prompts, self.teacher, self.pairs, self.config = student, prompts, teacher, tuple(pairs), config
         self.aligned = config.weight > 0
         self._names = hook_names([pair.student for pair in pairs], config.activation) if self.aligned else []
+        self._words = answer_words(prompts) if prompts.teacher is not None and config.task_loss == "ce_teacher" else None
         self._teacher_names = hook_names([pair.teacher for pair in pairs], config.activation) if self.aligned else []
 
     def losses(self, index: Index) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " pairs"]]:
@@ -58,7 +60,7 @@ class Objective:
 
     def teacher_rows(self, index: Index) -> list[Float[Tensor, "_ _"]]:
         """The teacher's rows of each pair, prompt by prompt."""
-        prompts, weights = self.prompts.rows(index), self.teacher.output_weights if self.config.activation == "result" else None
+        prompts, weights = self.prompts.rows(index).for_teacher, self.teacher.output_weights if self.config.activation == "result" else None
         found = {name: value.to(self.student.device) for name, value in self.teacher.rows(index, self._teacher_names).items()}
         return [head_rows(weights, found, pair.teacher, place(prompts, pair.teacher_positions)) for pair in self.pairs]
 
@@ -84,6 +86,10 @@ class Objective:
         weights = output_weights(self.student, [pair.student for pair in self.pairs], self.config.activation)
         return [head_rows(weights, found, pair.student, place(prompts, pair.student_positions)) for pair in self.pairs]
 
+    def _labels(self, index: Index) -> Index:
+        """The teacher's answers in the student's tokens."""
+        return self.teacher.labels_of(index) if self._words is None else self._words.labels(self.teacher.logits_of(index))
+
     def _task_loss(self, logits: Float[Tensor, "batch d_vocab"], index: Index, prompts: PromptPairs) -> Tensor | None:
         match self.config.task_loss:
             case "none":
@@ -91,7 +97,7 @@ class Objective:
             case "ce_truth":
                 return losses.cross_entropy(logits, prompts.answers)
             case "ce_teacher":
-                return losses.cross_entropy(logits, self.teacher.labels_of(index).to(logits.device))
+                return losses.cross_entropy(logits, self._labels(index).to(logits.device))
             case name:
                 target = self.teacher.logits_of(index).to(logits.device)
                 return losses.DIVERGENCES[name](logits, target, temperature=self.config.temperature)

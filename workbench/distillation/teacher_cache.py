@@ -1,7 +1,7 @@
 """The teacher's activations by hook name, its logits and its labels: from one file, held in memory, or from the teacher as it runs.
 
 A set that does not fit in memory goes to `teacher_shards`. The key is the content: the teacher's weights, the prompts, the hook names. Another teacher, other prompts or other hooks make another file,
-so a cache is never stale. A damaged file is reported and built again.
+so a cache is never stale. A damaged file is reported and built again. The teacher runs on its own reading of the prompts (`PromptPairs.for_teacher`).
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class LiveTeacher:
     """The teacher itself, run on each batch: one forward for all that a step asks. No cache, but a resident teacher."""
 
     def __init__(self, teacher: Teacher, prompts: PromptPairs, names: Sequence[str]) -> None:
-        self._teacher, self._prompts, self._names = teacher, prompts, hooks.checked(teacher.model, names)
+        self._teacher, self._prompts, self._names = teacher, prompts.for_teacher, hooks.checked(teacher.model, names)
         self.output_weights = output_weights(teacher, names)
         self._index: Int[Tensor, " _"] = torch.empty(0, dtype=torch.long)
         self._last: tuple[Tensor, dict[str, Tensor]] = torch.empty(0), {}
@@ -114,7 +114,7 @@ def require_cached(names: Sequence[str], held: Collection[str]) -> None:
 
 def cache_key(teacher_fingerprint: str, pairs: PromptPairs, names: Sequence[str]) -> str:
     """SHA-256 of teacher, prompts and hook names."""
-    return hashlib.sha256("|".join([teacher_fingerprint, pairs.fingerprint(), *sorted(names)]).encode()).hexdigest()[:32]
+    return hashlib.sha256("|".join([teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names)]).encode()).hexdigest()[:32]
 
 
 def teacher_cache(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, batch: int = 256) -> TeacherCache:
@@ -136,7 +136,7 @@ def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batc
     """Run the teacher on the clean prompts and keep what `teacher_cache` would keep."""
     logits: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for part in tqdm(list(pairs.batches(batch)), desc="caching the teacher's activations", unit="batch", leave=False):
+    for part in tqdm(list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch", leave=False):
         final, activations = teacher.activations(part.clean, part.mask, names)
         logits.append(final)
         for name in names:

@@ -46,7 +46,7 @@ class TeacherShards:
         Errors: `InputError` when it is incomplete, damaged, or of other prompts.
         """
         index = storage.read_json(folder / INDEX)
-        if index["prompts"] != prompts.fingerprint():
+        if index["prompts"] != prompts.for_teacher.fingerprint():
             raise InputError(f"{folder} holds the teacher's outputs on other prompts; build a cache for these with `teacher_shards`.")
         held = sum(shard["stop"] - shard["start"] for shard in index["shards"])
         if held < index["count"]:
@@ -107,7 +107,7 @@ def _begun(place: Path, pairs: PromptPairs, names: Sequence[str], shard: int) ->
     try:
         return storage.read_json(place / INDEX)
     except InputError:
-        return {"prompts": pairs.fingerprint(), "count": len(pairs), "names": sorted(names), "shard": shard, "weights": {}, "shards": []}
+        return {"prompts": pairs.for_teacher.fingerprint(), "count": len(pairs), "names": sorted(names), "shard": shard, "weights": {}, "shards": []}
 
 
 def _keep_weights(place: Path, index: dict[str, Any], teacher: Teacher, names: Sequence[str]) -> None:

@@ -29,8 +29,9 @@ class Finding(Setting):
     def _discover(self, name: str, model: HookedModel) -> Circuit:
         if self.folder.circuit_file(name).exists():
             return self.folder.circuit(name)
-        accuracy = float(evaluation.correct(plain_logits(model, self.prompts.discovery), self.prompts.discovery).float().mean())
-        log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(self.prompts.discovery), len(model.heads))
+        prompts = self.read_by(model, self.prompts.discovery)
+        accuracy = float(evaluation.correct(plain_logits(model, prompts), prompts).float().mean())
+        log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(prompts), len(model.heads))
         if self.recipe.discovery.method == "mean_ablation":
             profile = self._profiles(name, model)[self.recipe.discovery.metric]
             circuit, ranking = discovery.top_by_ablation(profile, self.recipe.discovery), profile.ranked(by="highest")
@@ -54,7 +55,7 @@ class Finding(Setting):
 
     def _searched(self, name: str, model: HookedModel) -> tuple[Circuit, list[Head]]:
         """The backward search; each stage's scores are written as soon as they are there, and not computed again."""
-        prompts = self.prompts.discovery
+        prompts = self.read_by(model, self.prompts.discovery)
         files = {stage.name: self.folder.scores_file(name, f"path-{stage.name}") for stage in self.prompts.stages}
         resumed = any((self.folder.path / "scores").glob(f"{name}-path-*"))
         found = discovery.backward_search(model, prompts, self.prompts.stages, self.recipe.discovery, files=files)
@@ -73,7 +74,7 @@ class Finding(Setting):
         metric, file = self.recipe.discovery.metric, self.folder.examined_file(name)
         report, _ = self.evaluate(model, circuit)
         partial = file.with_suffix(".partial")
-        whole = curves.Faithfulness(model, self.prompts.test, self.outside(model), metric=METRICS[metric], file=partial)
+        whole = curves.Faithfulness(model, self.read_by(model, self.prompts.test), self.outside(model), metric=METRICS[metric], file=partial)
         curve = curves.faithfulness_curve(whole, ranking, unit=metric.replace("_", " "), random_rankings=self.recipe.evaluation.random_circuits)
         storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})
         partial.unlink(missing_ok=True)
@@ -85,7 +86,7 @@ class Finding(Setting):
     def _connect(self, name: str, model: HookedModel, circuit: Circuit) -> None:
         """Exact path effects of the circuit's heads on each other and on the logits, where the recipe wants them."""
         if self.recipe.evaluation.edges and circuit.heads:
-            prompts, metric = self.prompts.discovery.rows(slice(0, self.recipe.evaluation.edges)), self.recipe.discovery.metric
+            prompts, metric = self.read_by(model, self.prompts.discovery).rows(slice(0, self.recipe.evaluation.edges)), self.recipe.discovery.metric
             unit, file = metric.replace("_", " "), self.folder.scores_file(name, "edges")
             exact_edges(model, prompts, metric=METRICS[metric], unit=unit, senders=circuit.heads, file=file)
 
@@ -93,4 +94,4 @@ class Finding(Setting):
         wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})
         files = {metric: self.folder.scores_file(name, f"ablation-{metric}") for metric in wanted}
         metrics = {metric: METRICS[metric] for metric in wanted}
-        return ablation_profiles(model, self.prompts.discovery, self.means(model), metrics=metrics, files=files)
+        return ablation_profiles(model, self.read_by(model, self.prompts.discovery), self.means(model), metrics=metrics, files=files)

@@ -7,7 +7,17 @@ from dataclasses import replace
 import torch
 
 from workbench import storage
-from workbench.alignment import AlignedPair, PairCka, aligned_influence, aligned_pairs, circuit_ckas, floor_warning, head_similarities, pair_ckas
+from workbench.alignment import (
+    AlignedPair,
+    PairCka,
+    aligned_influence,
+    aligned_pairs,
+    circuit_ckas,
+    floor_warning,
+    head_similarities,
+    pair_ckas,
+    require_fitting,
+)
 from workbench.errors import InputError
 from workbench.experiment.conditions import ConditionSpec
 from workbench.experiment.finding import Finding
@@ -16,6 +26,7 @@ from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rul
 from workbench.models import HookedModel
 from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.tokenizers import require_same_words
 
 log = logging.getLogger("workbench")
 
@@ -27,6 +38,7 @@ class Matching(Finding):
         """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with its floor."""
         if self.recipe.student is None:
             raise InputError(NO_STUDENT)
+        self.require_alignable()
         self.discover()
         if not self.folder.head_map_file.exists():
             storage.write_json(self.folder.head_map_file, self._matched(self.recipe.matching, 0).to_json())
@@ -43,6 +55,15 @@ class Matching(Finding):
             log.warning("%s", warning)
         return head_map
 
+    def require_alignable(self) -> None:
+        """Where the models have different tokenizers: refuse, before anything is searched, what could not be aligned afterwards."""
+        alignment, prompts = self.recipe.alignment, self.prompts.discovery
+        require_fitting(alignment.measure, alignment.activation, prompts)
+        acts = [stage.position for stage in self.prompts.stages] if self.recipe.discovery.method == "path_patching" else ["all"]
+        own = [*acts, *(alignment.broadened.get(name, name) for name in acts)]
+        for name in own if alignment.positions == "own" else [alignment.positions]:
+            require_same_words(prompts, [name], [name])
+
     def aligned(self, head_map: HeadMap) -> tuple[AlignedPair, ...]:
         """The pairs of a map with their positions."""
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
@@ -56,7 +77,12 @@ class Matching(Finding):
     def circuit_ckas(self, student: HookedModel, prompts: PromptPairs) -> Scores:
         """Debiased CKA of all pairs of circuit heads on some prompts, and the same with the prompts shuffled: [student teacher draw]."""
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
-        return circuit_ckas(student, self.teacher, prompts, *circuits, activation=self.recipe.alignment.activation)
+        return circuit_ckas(student, self.teacher, prompts, *circuits, activation=self.recipe.alignment.activation, positions=self._compared_at)
+
+    @property
+    def _compared_at(self) -> str:
+        """Where all pairs of circuit heads are compared: where the student's acts; with two tokenizers where the recipe aligns."""
+        return "own" if self.prompts.discovery.teacher is None else self.recipe.alignment.positions
 
     def head_map_of(self, spec: ConditionSpec, seed: int) -> HeadMap:
         """The map that a condition aligns by: the matched one, or another one (by another rule, or drawn with the seed) of the same student heads."""
@@ -71,8 +97,10 @@ class Matching(Finding):
         impacts = {name: self._profiles(name, model)[config.metric] for name, model in self.models().items()}
         similarity, similarities, prompts = None, None, self.prompts.discovery
         if "similarity" in config.distances:
-            activation = self.recipe.alignment.activation
-            similarities = head_similarities(self.student, self.teacher, prompts, *circuits, activation=activation, measure=config.measure)
+            activation, positions = self.recipe.alignment.activation, self._compared_at
+            similarities = head_similarities(
+                self.student, self.teacher, prompts, *circuits, activation=activation, measure=config.measure, positions=positions
+            )
             similarity = similarities(torch.arange(len(prompts)))
         return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity, similarities=similarities)
 

@@ -1,30 +1,31 @@
 """The prompts of a recipe, by their use."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
-
-from datasets import Dataset
 
 from workbench.errors import InputError
 from workbench.recipe import Recipe
 from workbench.storage import located
 from workbench.tasks.base import PromptPairs, Split, Stage, Task
-from workbench.tasks.pairs import numbered_pairs
+from workbench.tasks.pairs import Pair, numbered_pairs
 from workbench.tasks.prompts import PromptSettings
 from workbench.tasks.registry import task_named
+from workbench.tasks.tokenizers import SharedWords, read_by_both
 
 
 class Prompts:
     """The prompts of a recipe, by their use; each is disjoint from the others."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
-        self.recipe, self.data, self.tokenizer = recipe, recipe.data, tokenizer
+    def __init__(self, recipe: Recipe, tokenizer: Any, *, teacher: Any = None) -> None:
+        """`teacher`: the teacher's tokenizer, where it is another one than the student's (`tokenizer`)."""
+        self.recipe, self.data, self.tokenizer, self.teacher = recipe, recipe.data, tokenizer, teacher
 
     @functools.cached_property
     def _calibration(self) -> tuple[PromptPairs, PromptPairs]:
         if self.data.pairs is not None:
-            pairs = self._encode(self._rows)
+            pairs = self._rows
             if self.data.reference == "corrupt":
                 return pairs.swapped(), pairs
             return pairs.rows(slice(0, self.data.reference_scenes)), pairs.rows(
@@ -74,10 +75,10 @@ class Prompts:
         return len(self._rows) > self.data.reference_scenes + self.data.discovery_scenes + self.data.train_scenes + self.data.validation_scenes
 
     @functools.cached_property
-    def _rows(self) -> Dataset:
+    def _rows(self) -> PromptPairs:
         assert self.data.pairs is not None
         source = located(self.data.pairs)
-        return self.settings.dataset(numbered_pairs(source), self.tokenizer, source=source)
+        return self._read(numbered_pairs(source), source)
 
     def _split(self, split: Split, scenes: int) -> PromptPairs:
         if self.data.pairs is None:
@@ -87,14 +88,15 @@ class Prompts:
 
     def _left(self, use: str, start: int, count: int) -> PromptPairs:
         """Rows of the file of pairs."""
-        rows = self._encode(self._rows).rows(slice(start, start + count))
+        rows = self._rows.rows(slice(start, start + count))
         if len(rows) == 0:
             raise InputError(f"{self.data.pairs} has {len(self._rows)} rows, none left for {use}; lower the numbers of `data` or give more rows.")
         return rows
 
     def _task(self, split: Split, scenes: int) -> PromptPairs:
-        pairs = enumerate(self.task.pairs(self.tokenizer, split=split, scenes=scenes, seed=self.data.seed))
-        return self._encode(self.settings.dataset(pairs, self.tokenizer, source=f"{self.task.name} ({split})"))
+        words = self.tokenizer if self.teacher is None else SharedWords(self.tokenizer, self.teacher)
+        pairs = self.task.pairs(words, split=split, scenes=scenes, seed=self.data.seed)
+        return self._read(enumerate(pairs), f"{self.task.name} ({split})")
 
     @functools.cached_property
     def task(self) -> Task:
@@ -102,8 +104,12 @@ class Prompts:
         boxes = {"boxes": self.data.boxes} if self.data.task == "entity_tracking" else {}
         return task_named(self.data.task, {**boxes, **self.data.options})
 
-    def _encode(self, dataset: Dataset) -> PromptPairs:
-        return self.settings.encode(dataset, self.tokenizer).to(self.recipe.device)
+    def _read(self, pairs: Iterable[tuple[int, Pair]], source: str) -> PromptPairs:
+        if self.teacher is None:
+            found = self.settings.encode(self.settings.dataset(pairs, self.tokenizer, source=source), self.tokenizer)
+        else:
+            found = read_by_both(pairs, self.tokenizer, self.teacher, source=source, settings=self.settings)
+        return found.to(self.recipe.device)
 
     @functools.cached_property
     def settings(self) -> PromptSettings:

@@ -11,11 +11,13 @@ from workbench.circuits import evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.experiment.prompts import Prompts
-from workbench.models import HookedModel, Student, Teacher, require_same_vocabulary
+from workbench.models import HookedModel, Student, Teacher
 from workbench.patching.ablation import ReferenceMeans, Replacement, counterfactual_outputs, reference_means
 from workbench.recipe import Recipe, to_plain
 from workbench.runs import RunFolder
 from workbench.storage import located
+from workbench.tasks.base import PromptPairs
+from workbench.tasks.tokenizers import same_vocabulary
 
 NO_STUDENT = "this recipe names no student; add `student: <directory or hub id>`."
 
@@ -46,9 +48,7 @@ class Setting:
     @functools.cached_property
     def student(self) -> Student:
         """The student as it came, self-checked."""
-        student = self.fresh_student(check=True)
-        require_same_vocabulary(self.teacher, student)
-        return student
+        return self.fresh_student(check=True)
 
     def fresh_student(self, *, check: bool = False) -> Student:
         """Another copy of the untrained student."""
@@ -58,8 +58,13 @@ class Setting:
 
     @functools.cached_property
     def prompts(self) -> Prompts:
-        """The recipe's prompts, in the teacher's tokens."""
-        return Prompts(self.recipe, self.teacher.tokenizer)
+        """The recipe's prompts, in tokens that both models share, or in the student's with the teacher's reading beside them."""
+        ours, theirs = (self.teacher if self.recipe.student is None else self.student).tokenizer, self.teacher.tokenizer
+        return Prompts(self.recipe, theirs) if same_vocabulary(ours, theirs) else Prompts(self.recipe, ours, teacher=theirs)
+
+    def read_by(self, model: HookedModel, prompts: PromptPairs) -> PromptPairs:
+        """Prompts in the tokens of one of the models."""
+        return prompts.for_teacher if model is self.teacher else prompts
 
     def models(self) -> dict[str, HookedModel]:
         """Teacher and, where the recipe names one, student."""
@@ -67,16 +72,16 @@ class Setting:
 
     def means(self, model: HookedModel) -> ReferenceMeans:
         """A model's ablation means over the reference prompts."""
-        return reference_means(model, self.prompts.reference, per_position=self.recipe.data.per_position_means)
+        return reference_means(model, self.read_by(model, self.prompts.reference), per_position=self.recipe.data.per_position_means)
 
     def outside(self, model: HookedModel) -> Replacement:
         """What stands in for the heads outside a circuit on the test prompts."""
-        return self.means(model) if self.recipe.evaluation.ablation == "mean" else counterfactual_outputs(model, self.prompts.test)
+        if self.recipe.evaluation.ablation == "mean":
+            return self.means(model)
+        return counterfactual_outputs(model, self.read_by(model, self.prompts.test))
 
     def evaluate(self, model: HookedModel, circuit: Circuit) -> tuple[evaluation.CircuitReport, dict[str, Tensor]]:
         """A model and its circuit on the test prompts: the report, and which prompts were answered right (for paired tests)."""
-        means, config = self.outside(model), self.recipe.evaluation
-        report, right = evaluation.evaluate_with_outcomes(
-            model, self.prompts.test, circuit, means, scope=config.scope, random_circuits=config.random_circuits
-        )
+        prompts, means, config = self.read_by(model, self.prompts.test), self.outside(model), self.recipe.evaluation
+        report, right = evaluation.evaluate_with_outcomes(model, prompts, circuit, means, scope=config.scope, random_circuits=config.random_circuits)
         return report, {name: value.to(torch.uint8) for name, value in right.items()}

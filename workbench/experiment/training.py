@@ -1,10 +1,12 @@
 """The last stage: a fresh student trained under a condition, and evaluated."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
 from workbench import sources
 from workbench.alignment import hook_names
+from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.assembly import teacher_outputs, trained_slices
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.loop import Distillation
@@ -34,6 +36,12 @@ class Experiment(Matching):
             pairs=alignment.pairs,
             activation=alignment.activation,
         )
+
+    def require_trainable(self, conditions: Iterable[str]) -> None:
+        """Refuse, before anything is searched, conditions whose task loss compares what different tokenizers don't share."""
+        for spec in (CONDITIONS[name] for name in conditions):
+            if spec.trains is not None:
+                require_own_vocabulary(self.training_config(spec).task_loss, self.prompts.train)
 
     def distill(self, condition: str, seed: int, *, resume: bool) -> tuple[Student, TrainedSlices]:
         """Train a fresh student under a condition; writes its log, checkpoints and (if wanted) the student itself."""

@@ -1,6 +1,6 @@
 """`explore(...)`: models and prompts -> a session, kept under a name, and the widget that shows it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from workbench.explorer.state import Side
 from workbench.matching import HeadMap
 from workbench.models import HookedModel, Teacher
 from workbench.tasks.base import Task
+from workbench.tasks.tokenizers import SharedWords, refuse_token_indices, same_vocabulary
 
 if TYPE_CHECKING:
     from workbench.explorer.widget import Explorer
@@ -80,7 +81,10 @@ def session_of(
     models: dict[Side, HookedModel] = {side: _model(model) for side, model in given.items() if model is not None}
     if pairs is not None and task is not None:
         raise InputError("give either a task or pairs of your own, not both.")
-    material = _of_task(task, options or {}, models["teacher"], prompts, seed) if pairs is None else material_of_pairs(pairs, reference)
+    if pairs is None:
+        material = _of_task(task, options or {}, list(models.values()), prompts, seed)
+    else:
+        material = _readable(material_of_pairs(pairs, reference), list(models.values()))
     if name is None:
         return Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
     identity = _identity(models, material)
@@ -105,16 +109,34 @@ def _model(model: HookedModel | str | Path) -> HookedModel:
     return model if isinstance(model, HookedModel) else Teacher.load(model)
 
 
-def _of_task(task: Task | str | None, options: Mapping[str, Any], teacher: HookedModel, prompts: int, seed: int) -> Material:
+def _of_task(task: Task | str | None, options: Mapping[str, Any], models: Sequence[HookedModel], prompts: int, seed: int) -> Material:
+    """Prompts of a task in words that all models know."""
+    how: dict[str, Any] = {"prompts": prompts, "seed": seed}
+    tokenizer = models[0].tokenizer
+    if _several_tokenizers(models):
+        tokenizer = SharedWords(*(model.tokenizer for model in models))
+        how["spelled"] = f"SharedWords({', '.join(f'tokenizer_of({model.name!r})' for model in models)})"
     if task is not None:
-        return material_of_task(task, options, teacher.tokenizer, prompts=prompts, seed=seed)
+        return material_of_task(task, options, tokenizer, **how)
     last: InputError | None = None
     for name in TASKS:
         try:
-            return material_of_task(name, options, teacher.tokenizer, prompts=prompts, seed=seed)
+            return material_of_task(name, options, tokenizer, **how)
         except InputError as refused:
             last = refused
-    raise InputError(f"{teacher.name} can't read the prompts of {' or '.join(TASKS)} ({last}); give `pairs` of your own, or a `task`.")
+    raise InputError(f"{models[0].name} can't read the prompts of {' or '.join(TASKS)} ({last}); give `pairs` of your own, or a `task`.")
+
+
+def _several_tokenizers(models: Sequence[HookedModel]) -> bool:
+    return not all(same_vocabulary(models[0].tokenizer, model.tokenizer) for model in models)
+
+
+def _readable(material: Material, models: Sequence[HookedModel]) -> Material:
+    """A user's own pairs, unless their positions are token indices for models that have different tokens."""
+    if _several_tokenizers(models):
+        for number, pair in enumerate(material.shown.pairs):
+            refuse_token_indices(number, pair)
+    return material
 
 
 def _identity(models: Mapping[Side, HookedModel], material: Material) -> str:

@@ -27,6 +27,8 @@ IMPORTS = {
     "Pair": "workbench.tasks.pairs",
     "numbered_pairs": "workbench.tasks.pairs",
     "task_named": "workbench.tasks.registry",
+    "SharedWords": "workbench.tasks.tokenizers",
+    "tokenizer_of": "workbench.tasks.vocabulary",
 }
 """Names that the lines may use, and where they live, in the order of the imports."""
 

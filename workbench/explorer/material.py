@@ -17,6 +17,7 @@ from workbench.models import HookedModel
 from workbench.tasks.base import PromptPairs, Task, encode, single_token, to_dataset
 from workbench.tasks.pairs import Pair, Split, numbered_pairs
 from workbench.tasks.registry import task_named, task_names
+from workbench.tasks.tokenizers import refuse_unknown_words
 
 Given = str | Path | Dataset | Sequence[Pair]
 """Pairs as a file (JSONL, CSV, Parquet), a dataset, a hub id, or `Pair`s."""
@@ -64,16 +65,21 @@ def key_of(pair: Pair) -> Key:
     return (pair.clean, pair.corrupt, pair.answer, pair.distractor)
 
 
-def material_of_task(task: Task | str, options: Mapping[str, Any], tokenizer: Any, *, prompts: int, seed: int) -> Material:
-    """Prompts drawn from a task, by its name or as an object: as many to look at as to evaluate, twice as many for the means."""
+def material_of_task(
+    task: Task | str, options: Mapping[str, Any], tokenizer: Any, *, prompts: int, seed: int, spelled: str = "tokenizer"
+) -> Material:
+    """Prompts drawn from a task, by its name or as an object: as many to look at as to evaluate, twice as many for the means.
+
+    `spelled`: the tokenizer in Python.
+    """
     name = task if isinstance(task, str) else type(task).name
     made = task_named(task, options) if isinstance(task, str) else task
     known = isinstance(task, str) or name in task_names()
-    spelled = f"task_named({name!r}, {_options(made)!r})" if known else "task"
+    made_as = f"task_named({name!r}, {_options(made)!r})" if known else "task"
 
     def drawn(split: Split, count: int) -> Drawn:
         pairs = made.pairs(tokenizer, split=split, scenes=count, seed=seed)  # a scene gives at least one pair
-        python = f"list(islice({spelled}.pairs(tokenizer, split={split!r}, scenes={count}, seed={seed}), {count}))"
+        python = f"list(islice({made_as}.pairs({spelled}, split={split!r}, scenes={count}, seed={seed}), {count}))"
         return Drawn(pairs=tuple(islice(pairs, count)), python=python)
 
     return Material(
@@ -112,25 +118,6 @@ def encoded(pairs: Sequence[Pair], model: HookedModel) -> PromptPairs:
     for pair in pairs:
         refuse_unknown_words(pair, model.tokenizer)
     return encode(to_dataset(enumerate(pairs), model.tokenizer, source="the pairs"), model.tokenizer).to(model.device)
-
-
-def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:
-    """A word-level tokenizer turns what it does not know into one token for all; refuse such prompts and name the words."""
-    for name in ("clean", "corrupt"):
-        text = getattr(pair, name)
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if not found["input_ids"]:
-            raise InputError(f"the {name} prompt is empty; write a prompt that ends where the answer should follow.")
-        unknown = tokenizer.unk_token_id
-        words = [
-            text[start:end].strip()
-            for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
-            if unknown is not None and token == unknown
-        ]
-        if words:
-            raise InputError(
-                f"this model's tokenizer does not know {', '.join(map(repr, dict.fromkeys(words)))} in the {name} prompt; use other words."
-            )
 
 
 def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:

@@ -13,7 +13,7 @@ from workbench.errors import InputError
 from workbench.explorer.material import Key, Material, encoded, key_of
 from workbench.explorer.state import Method, Outside, Side, State
 from workbench.metrics import METRICS
-from workbench.models import HookedModel, require_same_vocabulary
+from workbench.models import HookedModel
 from workbench.patching.ablation import Replacement, ablation_profiles, counterfactual_outputs, plain_logits, reference_means
 from workbench.patching.activation import activation_patch
 from workbench.patching.attribution import exact_edges
@@ -25,6 +25,7 @@ from workbench.refs import Composition, Head, Position, Receiver
 from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.pairs import Pair
+from workbench.tasks.tokenizers import same_vocabulary
 
 TOP = 6
 """How many predictions are shown."""
@@ -165,8 +166,8 @@ class Subject:
 
     def similarity(self, teacher: "Subject") -> Scores:
         """CKA of every head's output at the last token of the evaluated prompts with every head of the teacher: [student teacher]."""
-        require_same_vocabulary(teacher.model, self.model)
-        return all_head_similarity(self.model, teacher.model, self.evaluated())
+        alike = same_vocabulary(self.model.tokenizer, teacher.model.tokenizer)
+        return all_head_similarity(self.model, teacher.model, replace(self.evaluated(), teacher=None if alike else teacher.evaluated()))
 
     def report(self, circuit: Circuit, outside: Outside, *, random_circuits: int = 0) -> CircuitReport:
         """The circuit alone on the evaluated prompts."""

@@ -30,6 +30,7 @@ def run_study(experiment: Experiment, *, resume: bool = False) -> list[Condition
 def run_conditions(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
     """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder then holds."""
     with launched(experiment.recipe.device).main_first():
+        experiment.require_trainable(condition for condition, _ in arms)
         experiment.match()
     return run_arms(experiment, arms, resume=resume)
 

@@ -208,6 +208,7 @@ class Study:
         for other in self._experiments.values():
             _share_found(other, experiment)
         log.info("student %s", name)
+        experiment.require_trainable(self.config.conditions)
         experiment.match()
         self._experiments[name] = experiment
         return experiment

@@ -31,7 +31,7 @@ def transfer_outcomes(experiment: Experiment, model: HookedModel) -> dict[str, U
     """Which test prompts of each other task a model answers right (1) or not (0)."""
     found = {}
     for other in experiment.recipe.evaluation.transfer:
-        prompts = transfer_prompts(experiment, other)
+        prompts = experiment.read_by(model, transfer_prompts(experiment, other))
         found[other.task] = evaluation.correct(plain_logits(model, prompts), prompts).to(torch.uint8)
     return found
 
@@ -39,7 +39,7 @@ def transfer_outcomes(experiment: Experiment, model: HookedModel) -> dict[str, U
 def transfer_prompts(experiment: Experiment, other: TransferConfig) -> PromptPairs:
     """Test prompts of another task, put to the models as the recipe puts its own."""
     data = replace(experiment.recipe.data, task=other.task, options=other.options, pairs=None, test_scenes=other.scenes, seed=other.seed)
-    return Prompts(replace(experiment.recipe, data=data), experiment.teacher.tokenizer).test
+    return Prompts(replace(experiment.recipe, data=data), experiment.prompts.tokenizer, teacher=experiment.prompts.teacher).test
 
 
 def record_transfer(experiment: Experiment, model: HookedModel, folder: Path) -> None:

@@ -66,6 +66,17 @@ class PromptPairs:
     """With answers of several tokens: all tokens of each answer, padded with -1 (`answers` holds the first); see `workbench.tasks.scoring`."""
     distractor_tokens: Int[Tensor, "batch wrong"] | None = None
     """The same of each distractor."""
+    teacher: "PromptPairs | None" = None
+    """Where the teacher has another tokenizer: its reading of the same prompts, row by row (`workbench.tasks.tokenizers`)."""
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None and (len(self.teacher) != len(self) or self.teacher.positions.keys() != self.positions.keys()):
+            raise InputError("the teacher's reading holds other prompts or names other positions; encode the same pairs for both.")
+
+    @property
+    def for_teacher(self) -> "PromptPairs":
+        """These prompts in the teacher's tokens."""
+        return self if self.teacher is None else self.teacher
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -90,13 +101,14 @@ class PromptPairs:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PromptPairs":
         """The same change to every tensor; what is None stays None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "positions"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("positions", "teacher")}
         tensors: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
-        return PromptPairs(**tensors, positions={name: change(mask) for name, mask in self.positions.items()})
+        teacher = None if self.teacher is None else self.teacher._each(change)
+        return PromptPairs(**tensors, positions={name: change(mask) for name, mask in self.positions.items()}, teacher=teacher)
 
     def swapped(self) -> "PromptPairs":
         """Clean and corrupt exchanged, with the same answers: patching then puts clean into corrupt."""
-        return replace(self, clean=self.corrupt, corrupt=self.clean)
+        return replace(self, clean=self.corrupt, corrupt=self.clean, teacher=None if self.teacher is None else self.teacher.swapped())
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, answer and position: the key of anything cached for these pairs."""
@@ -108,6 +120,7 @@ class PromptPairs:
         for tensor in named:
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(b"" if self.teacher is None else self.teacher.fingerprint().encode())
         return digest.hexdigest()
 
     def prompts(self) -> set[bytes]:
@@ -268,7 +281,7 @@ def encode(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     starts = [width - len(ids) if padding_side == "left" else 0 for ids in clean]
     mask = torch.zeros(len(clean), width, dtype=torch.bool)
-    tokens = {name: torch.full((len(clean), width), pad) for name in ("clean", "corrupt")}
+    tokens: dict[str, Any] = {name: torch.full((len(clean), width), pad) for name in ("clean", "corrupt")}
     places = dataset["positions"][:]
     positions = {name: torch.zeros_like(mask) for name in places[0]}
     for row, start in enumerate(starts):
@@ -280,7 +293,7 @@ def encode(
             positions[name][row, [start + len(lead) + index for index in indices]] = True
     if not multi_token:
         _refuse_several_tokens(dataset, tokenizer)
-    whole = {
+    whole: dict[str, Any] = {
         "answer_tokens": _continuations(dataset["answer"][:], tokenizer),
         "distractor_tokens": _continuations(dataset["distractor"][:], tokenizer),
     }

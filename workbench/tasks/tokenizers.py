@@ -1,0 +1,107 @@
+"""Teacher and student with different tokenizers: both read the same texts, each in its own tokens.
+
+A token's number means another word to the other model, and a token's place in a prompt another place. What they share is text: words that are one
+token for both, and positions named as pieces of it. `PromptPairs.teacher` holds the teacher's reading beside the student's, row by row.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from workbench.errors import InputError
+from workbench.refs import Position
+from workbench.tasks.base import PromptPairs, single_token
+from workbench.tasks.pairs import Pair
+from workbench.tasks.prompts import PromptSettings
+
+
+class SharedWords:
+    """Stands in for a tokenizer where a task chooses its words (`single_token_words`): a text is one token only if it is for each tokenizer."""
+
+    unk_token_id = None
+
+    def __init__(self, *tokenizers: Any) -> None:
+        self.tokenizers = tokenizers
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        """The most tokens that a tokenizer makes of the text; none where that is one which another does not know."""
+        longest = max((tokenizer(text, **options)["input_ids"] for tokenizer in self.tokenizers), key=len)
+        known = all(single_token(tokenizer, text) is not None for tokenizer in self.tokenizers)
+        return {"input_ids": longest if known or len(longest) > 1 else []}
+
+
+def same_vocabulary(first: Any, second: Any) -> bool:
+    """Whether two tokenizers give the same words the same numbers. A model without one is taken to read as the other does."""
+    return first is None or second is None or first.get_vocab() == second.get_vocab()
+
+
+def read_by_both(
+    pairs: Iterable[tuple[int, Pair]], student: Any, teacher: Any, *, source: str, settings: PromptSettings | None = None
+) -> PromptPairs:
+    """Numbered pairs in the tokens of the student's tokenizer, with the same in the teacher's beside them.
+
+    Errors: `InputError` for positions given as token indices, and for what one of the tokenizers can't read.
+    """
+    settings, pairs = settings or PromptSettings(), list(pairs)
+    for number, pair in pairs:
+        refuse_token_indices(number, pair)
+        for tokenizer in (student, teacher):
+            refuse_unknown_words(pair, tokenizer)
+    ours, theirs = (settings.encode(settings.dataset(pairs, tokenizer, source=source), tokenizer) for tokenizer in (student, teacher))
+    return replace(ours, teacher=theirs)
+
+
+def refuse_token_indices(number: int, pair: Pair) -> None:
+    """Refuse positions that are the numbers of tokens, which are other words in other tokens."""
+    for name, where in pair.positions.items():
+        entries = [where] if isinstance(where, int | str) else list(where)
+        if any(isinstance(entry, int) for entry in entries):
+            raise InputError(
+                f"row {number}: position {name!r} is given by token index, but the models have different tokenizers; give a piece of the clean prompt."
+            )
+
+
+def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:
+    """A word-level tokenizer turns what it does not know into one token for all; refuse such prompts and name the words."""
+    for name in ("clean", "corrupt"):
+        text = getattr(pair, name)
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if not found["input_ids"]:
+            raise InputError(f"the {name} prompt is empty; write a prompt that ends where the answer should follow.")
+        unknown = tokenizer.unk_token_id
+        words = [
+            text[start:end].strip()
+            for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            if unknown is not None and token == unknown
+        ]
+        if words:
+            raise InputError(
+                f"this model's tokenizer does not know {', '.join(map(repr, dict.fromkeys(words)))} in the {name} prompt; use other words."
+            )
+
+
+def require_same_words(prompts: PromptPairs, student: Sequence[Position], teacher: Sequence[Position]) -> None:
+    """Refuse unknown positions, and those that are not the same words in two readings: all of a prompt, or words of more tokens in one."""
+    ours, theirs = (
+        torch.stack([side.position(name) for name in names]).any(0).sum(1) for side, names in ((prompts, student), (prompts.for_teacher, teacher))
+    )
+    if prompts.teacher is None:
+        return
+    remedy = "set alignment.positions to a position of one token in both, such as last"
+    if "all" in (*student, *teacher):
+        raise InputError(f"the models have different tokenizers, so the tokens of a whole prompt do not belong together one by one; {remedy}.")
+    if not torch.equal(ours, theirs):
+        raise InputError(
+            f"position {' + '.join(student)} of the student and {' + '.join(teacher)} of the teacher are different numbers of tokens in their "
+            f"tokenizers; {remedy}."
+        )
+
+
+def require_readings(prompts: PromptPairs, student: Any, teacher: Any) -> None:
+    """Refuse prompts in the tokens of one tokenizer for models that have two (given here)."""
+    if prompts.teacher is None and not same_vocabulary(student, teacher):
+        raise InputError(
+            "the models have different tokenizers, and these prompts are in the tokens of one; encode them with `workbench.tasks.tokenizers.read_by_both`."
+        )
