@@ -172,6 +172,21 @@ def gains(name: str, words: Mapping[str, str], first: str) -> str:
     return markdown(head, [row(student) for student in words if student in cells])
 
 
+def transfer(name: str, cell: tuple[str, int]) -> str:
+    """Accuracy on the other tasks after training on a study's own, and its change from the untrained student's."""
+    found: Mapping[str, Any] = summary(name)[cell]["transfer"]
+
+    def entries(condition: str) -> Iterable[str]:
+        for task in found:
+            of = found[task][condition]
+            yield with_interval(of["accuracy"])
+            yield DASH if condition in ("base", "teacher") else difference(of["change"]["over_seeds"])
+
+    conditions = [condition for condition in TITLES if condition in next(iter(found.values()))]
+    head = ["trained on theory of mind", *(title for task in found for title in (MIXTURE[task], "change"))]
+    return markdown(head, [[titled(condition), *entries(condition)] for condition in conditions])
+
+
 def boxes() -> str:
     """SmolLM2 on boxes: means over seeds with t intervals."""
     rows = storage.read_json(RESULTS / "smollm2_boxes/results.json")
@@ -219,6 +234,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     ),
     "study-lineage": lambda: gains("study_lineage", LINEAGE, "student"),
     "study-methods": lambda: gains("study_methods", VARIANTS, "what is changed"),
+    "study-few-heads": lambda: study("study_few_heads", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}),
+    "study-mind": lambda: study("study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}),
+    "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
     "study-entity": lambda: study("study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}),
     "boxes": boxes,
     "mixture": mixture,

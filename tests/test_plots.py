@@ -174,6 +174,7 @@ def test_rendered_pictures_hold_their_words(render: Callable[[go.Figure, str], b
         "heads": ["teacher", "student", "layer"], "matching change": ["before training", "after training", "L1H3 · A"], "loss bands": ["task loss (nats)"],
         "attention maps": ["L0H1", "w3"], "attention text": ["w69", "L2H2"], "circuit": ["2.1", "logits", "last"], "attribution": ["MLP", "final biases"],
         "lens": ["answer", "L1"], "CKA": ["teacher head", "L2H1"], "impacts": ["equal impact"], "CKA change": ["before training", "after training", "L2H1"], "convergence": ["circuit / CE", "optimizer step"], "operations": ["operations in the prompt"],
+        "looks": ["token looked at", "L0H1 (A) at last"], "study": ["full / CE", "accuracy on held-out test prompts"],
         "seeds": ["full / CE"], "results": ["circuit alone"], "faithfulness": ["CPR"], "lens curves": ["depth"], "losses": ["optimizer step"], "matching": ["L0H1 · C"],
     }  # fmt: skip
     drawn = figures()
