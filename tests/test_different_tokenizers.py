@@ -39,6 +39,7 @@ from workbench.patching.ablation import plain_logits
 from workbench.pretraining import word_tokenizer
 from workbench.recipe import read_recipe
 from workbench.runs import RunFolder
+from workbench.scores import Scores
 from workbench.sources import quiet
 from workbench.study import transfer
 from workbench.tasks.base import PromptPairs
@@ -261,7 +262,7 @@ def test_the_whole_road_with_permuted_ids_is_the_plain_one(
 ) -> None:
     """Circuits, matches by similarity, CKAs, accuracies, transfer: every file says the same (to rounding, for a softmax adds up in another order), and
     what was trained is the same to the bit."""
-    setting = ["--set", "training.task_loss=ce_truth", "--set", "matching.rule=similarity"]
+    setting = ["--set", "training.task_loss=ce_truth", "--set", "matching.rule=similarity", "--set", "data.multi_token=true"]
     for name, teacher in (("plain", model_folder("llama", seed=1)), ("permuted", permuted_folder)):
         assert run("evaluate", "--recipe", recipe, "--out", tmp_path / name, "--set", f"teacher={teacher}", *setting) == 0
     names = [path.relative_to(tmp_path / "plain") for path in sorted((tmp_path / "plain").rglob("*.json"))]
@@ -274,6 +275,10 @@ def test_the_whole_road_with_permuted_ids_is_the_plain_one(
         }, path
         for key, value in ours.items():
             assert not isinstance(value, float) or value == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), (path, key)
+    assert {row["whole_answers"] is None for row in json.loads((tmp_path / "plain" / "results.json").read_text())} == {False}
+    looks = [Scores.load(tmp_path / name / "scores" / "teacher-looks.safetensors").values for name in ("plain", "permuted")]
+    assert torch.allclose(*looks, atol=1e-5)
+    assert looks[0].max() > 100 * 1e-5
     for path in ("conditions/circuit_ce_cka-0/log.jsonl", "conditions/circuit_ce_cka-0/student/model.safetensors"):
         assert (tmp_path / "plain" / path).read_bytes() == (tmp_path / "permuted" / path).read_bytes(), path
     for path in sorted((tmp_path / "plain").rglob("conditions/*/outcomes.safetensors")) + sorted((tmp_path / "plain").rglob("transfer.safetensors")):

@@ -49,7 +49,7 @@ class Finding(Setting):
         self._examine(name, model, circuit, ranking)
         self._connect(name, model, circuit)
         if circuit.members:
-            attention_to_positions(model, self.prompts.discovery, circuit.members).save(self.folder.scores_file(name, "looks"))
+            attention_to_positions(model, prompts, circuit.members).save(self.folder.scores_file(name, "looks"))
         storage.write_json(self.folder.circuit_file(name), circuit.to_json())  # last: it says that this stage is done
         return circuit
 

@@ -81,7 +81,7 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
 def _whole_answers(experiment: Experiment, model: HookedModel) -> float | None:
     if not experiment.recipe.data.multi_token:
         return None
-    return float((sequence_preference(model, experiment.prompts.test) > 0).float().mean())
+    return float((sequence_preference(model, experiment.read_by(model, experiment.prompts.test)) > 0).float().mean())
 
 
 def _accuracies(report: CircuitReport) -> dict[str, Any]:
