@@ -11,6 +11,7 @@ import torch
 from workbench.circuits.circuit import Circuit, Member, whole_model
 from workbench.circuits.evaluation import evaluate_circuit
 from workbench.errors import InputError
+from workbench.explorer import needs
 from workbench.explorer.begin import forget, session_of
 from workbench.explorer.material import encoded
 from workbench.explorer.session import Session
@@ -51,6 +52,23 @@ def test_a_view_is_plain_json_and_complete(session: Session) -> None:
     assert {**session.handle({"do": "hello"})}["setup"]["models"][1] == {
         "side": "student", "name": session.subjects["student"].model.name, "layers": 2, "heads": 4, "kv_heads": 2,
     }  # fmt: skip
+
+
+def test_what_is_done_while_the_view_is_made_is_asked_for_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker ends just after the view has read what it knows: a view with gaps must say that something is pending, or no page would ask again."""
+    shown, patient = needs.shown, session.settle
+
+    def overtaken(*given: Any) -> dict[str, Any]:
+        found = shown(*given)
+        assert session._worker.wait(60.0)
+        return found
+
+    monkeypatch.setattr(needs, "shown", overtaken)
+    view = session.handle({"do": "toggle", "side": "teacher", "head": str(HEAD)}, patience=0.0)
+    assert view["circuits"]["teacher"]["on_prompts"] is None, "not there yet when it was read"
+    assert view["pending"] != []
+    monkeypatch.setattr(needs, "shown", shown)
+    assert patient()["circuits"]["teacher"]["on_prompts"] is not None
 
 
 def test_every_number_in_view_is_the_workbenchs_own(session: Session) -> None:

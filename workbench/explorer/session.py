@@ -217,6 +217,7 @@ class Session:
 
     def view(self) -> dict[str, Any]:
         """Everything on the page, of what is known now."""
+        pending, stopped = self._worker.pending(), self._worker.stopped()  # first: what is done meanwhile is asked for once more, never missed
         shown = needs.shown(self.state, self.subjects, self._worker.outcome, self.head_map)
         state = self.state
         return plain(
@@ -230,8 +231,8 @@ class Session:
                 "selected": {"side": state.side, "head": state.head},
                 "undo": self._past[-1].done if self._past else None,
                 "code": listing.python_lines(state, self.subjects[state.side]),
-                "pending": self._worker.pending(),
-                "stopped": self._worker.stopped(),
+                "pending": pending,
+                "stopped": stopped,
             }
         )  # fmt: skip
 
