@@ -237,6 +237,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-few-heads": lambda: study(
         "study_few_heads", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}
     ),
+    "study-mind": lambda: study("study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}),
+    "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
     "study-entity": lambda: study("study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}),
     "boxes": boxes,
     "mixture": mixture,
