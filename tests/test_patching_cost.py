@@ -3,6 +3,7 @@
 Memory is what PyTorch's allocator reports to the profiler, arithmetic what its operation counter counts: neither depends on the machine's mood.
 """
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +42,14 @@ def pairs() -> PromptPairs:
 
 
 def peak(work: Callable[[], object]) -> int:
-    """Most bytes that were allocated at one time during `work`, beyond those that were there."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
+    """Most bytes that were allocated at one time during `work`, beyond those that were there. What other tests left is not collected meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            work()
+    finally:
+        gc.enable()
     now = highest = 0
     assert found.profiler is not None
     assert found.profiler.kineto_results is not None

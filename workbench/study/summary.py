@@ -177,7 +177,7 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
     heads = cell["heads_trained"]
     title = (
         f"{cell['student']}, {cell['train_scenes']} scenes ({cell['train_prompts']} prompts), lambda {cell['weight']:g}; "
-        f"{heads['matched']} of {heads['of']} heads matched to {heads['teacher_heads_used']} of the teacher's, {heads['heads']} train"
+        f"{heads.get('matched', heads['heads'])} of {heads['of']} heads matched to {heads['teacher_heads_used']} of the teacher's, {heads['heads']} train"
     )
     head = (
         "condition",
