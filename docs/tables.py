@@ -31,9 +31,9 @@ MIXTURE = {
     "ioi": "indirect objects",
 }
 LINEAGE = {
-    "depth-4": "4 of 6 layers of its early checkpoint",
-    "depth-3": "3 of 6 layers of it",
-    "checkpoint-3-boxes": "that checkpoint itself",
+    "depth-4": "4 of 6 layers of an early checkpoint",
+    "depth-3": "3 of 6 layers of that checkpoint",
+    "checkpoint-3-boxes": "the early checkpoint itself",
     "checkpoint-4-boxes": "its checkpoint at 4 boxes",
     "unrelated": "an unrelated student",
 }
@@ -139,8 +139,8 @@ def study(name: str, cells: Mapping[tuple[str, int], str]) -> str:
     return markdown(["condition", *(title for each in columns for title in each)], rows)
 
 
-def gains(name: str, words: Mapping[str, str], first: str) -> str:
-    """One row a student of a study: circuit CE, CE + CKA and the difference of each part over seeds."""
+def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
+    """One row a cell of a study (a student and its training scenes): circuit CE, CE + CKA and the difference of each part over seeds."""
     head = (
         first,
         "heads trained",
@@ -153,10 +153,10 @@ def gains(name: str, words: Mapping[str, str], first: str) -> str:
         "CE + CKA",
         "difference",
     )
-    cells = {cell["student"]: cell for cell in storage.read_json(RESULTS / name / "summary.json")["cells"]}
+    cells = summary(name)
 
-    def row(student: str) -> list[str]:
-        cell = cells[student]
+    def row(which: tuple[str, int]) -> list[str]:
+        cell = cells[which]
         plain, aligned = (cell["conditions"][condition] for condition in ("circuit_ce", METHOD))
         before = cell["conditions"].get("base", plain)["cka"]["mean"]
         pairs = [
@@ -165,11 +165,11 @@ def gains(name: str, words: Mapping[str, str], first: str) -> str:
         ]
         control = [with_interval(cell["conditions"][RANDOM]["full"])] if controlled else []
         heads = f"{cell['heads_trained']['heads']} of {cell['heads_trained']['of']}"
-        return [words[student], heads, number(before, 2), *control, *pairs[0], *pairs[1]]
+        return [words[which], heads, number(before, 2), *control, *pairs[0], *pairs[1]]
 
     controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
     head = [each for each in head if controlled or each != "CE + random CKA"]
-    return markdown(head, [row(student) for student in words if student in cells])
+    return markdown(head, [row(which) for which in words])
 
 
 def transfer(name: str, cell: tuple[str, int]) -> str:
@@ -232,8 +232,13 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-scenes": lambda: study(
         "study_scenes", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}
     ),
-    "study-lineage": lambda: gains("study_lineage", LINEAGE, "student"),
-    "study-methods": lambda: gains("study_methods", VARIANTS, "what is changed"),
+    "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),
+    "study-lineage-data": lambda: gains(
+        "study_lineage_data",
+        {(name, count): f"{LINEAGE[name]}, {count:,} prompts" for name in ("depth-3", "unrelated") for count in (280, 1050)},
+        "student and data",
+    ),
+    "study-methods": lambda: gains("study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"),
     "study-few-heads": lambda: study(
         "study_few_heads", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}
     ),
