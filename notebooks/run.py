@@ -13,6 +13,8 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+"""A progress bar, or the explorer: nothing that a code host could show."""
 
 
 def executed(path: Path) -> Any:
@@ -28,11 +30,10 @@ def stripped(notebook: Any) -> Any:
         cell.metadata.clear()
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and WIDGET not in output.get("data", {})]
             for output in cell.outputs:
                 if "execution_count" in output or output["output_type"] == "execute_result":
                     output["execution_count"] = None  # the format wants the key
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its number differs from run to run
                 for kind in ("application/vnd.plotly.v1+json", "text/html"):
                     if "image/png" in output.get("data", {}):
                         output.data.pop(kind, None)

@@ -39,3 +39,6 @@ def test_there_are_notebooks_and_they_keep_nothing_volatile():
         saved = nbformat.read(path, as_version=4)
         kept = runner().stripped(nbformat.from_dict(saved.copy()))
         assert nbformat.writes(kept) == nbformat.writes(saved), f"{path.name} was saved by something else; run `make notebooks`"
+        text = path.read_text()
+        assert "%|" not in text, f"{path.name} keeps a progress bar; run `make notebooks`"
+        assert str(FOLDER.parent) not in text, f"{path.name} names a directory of the machine that ran it"
