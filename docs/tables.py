@@ -187,9 +187,9 @@ def transfer(name: str, cell: tuple[str, int]) -> str:
     return markdown(head, [[titled(condition), *entries(condition)] for condition in conditions])
 
 
-def boxes() -> str:
-    """SmolLM2 on boxes: means over seeds with t intervals."""
-    rows = storage.read_json(RESULTS / "smollm2_boxes/results.json")
+def run(name: str) -> str:
+    """The conditions of a run over several seeds: means with t intervals over seeds."""
+    rows = storage.read_json(RESULTS / name / "results.json")
     conditions = [condition for condition in TITLES if any(row["condition"] == condition for row in rows)]
 
     def row(condition: str) -> list[str]:
@@ -245,7 +245,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-mind": lambda: study("study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}),
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
     "study-entity": lambda: study("study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}),
-    "boxes": boxes,
+    "boxes": lambda: run("smollm2_boxes"),
+    "two-tokenizers": lambda: run("smollm2_to_bundled"),
     "mixture": mixture,
     "benchmarks": benchmarks,
 }

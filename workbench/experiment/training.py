@@ -70,16 +70,14 @@ class Experiment(Matching):
     @property
     def trainable_heads(self) -> list[Head]:
         """The student's heads of which `training.most` train: the matched ones, or its circuit."""
-        return (
-            list(self.folder.circuit("student").heads)
-            if self.recipe.training.heads == "circuit"
-            else [ours for ours, _ in self.folder.head_map().pairs]
-        )
+        if self.recipe.training.heads == "circuit":
+            return list(self.folder.circuit("student").heads)
+        return [ours for ours, _ in self.folder.head_map().pairs]
 
     def trained_heads(self) -> list[Head]:
         """The student's heads that train where a condition trains heads: those that matter most."""
         heads, most = self.trainable_heads, self.recipe.training.most
         if most is None or most >= len(heads):
             return heads
-        impacts = self._profiles("student", self.student)[self.recipe.matching.metric].mean()
+        impacts = self.folder.scores("student")[f"ablation-{self.recipe.matching.metric}"].mean()
         return sorted(heads, key=lambda head: float(impacts[head.layer, head.index]), reverse=True)[:most]
