@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench import statistics, storage
+from workbench.plan.road import plan_of
 from workbench.study.rows import TITLES
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "ablation-profile": "a loop over heads, all positions",
     "ablation-profile-last": "the same at the last token",
 }
+PLANNED = ("llama3_1b_entity", "llama3_3b_entity", "llama3_1b_tom", "llama3_3b_tom")
 MIXTURE = {
     "entity_tracking": "entity tracking, 7 boxes",
     "entity_operations": "with 0 to 12 operations",
@@ -227,6 +229,14 @@ def benchmarks() -> str:
     return markdown(("benchmark", "against", "ratio", "forwards", "time / bare matrix products"), rows)
 
 
+def plans() -> str:
+    """What the paper's own runs cost, as `workbench plan` says."""
+    head = "recipe", "hours", "peak memory", "teacher's outputs and students on disk"
+    totals = {name: plan_of(name).to_json()["total"] for name in PLANNED}
+    rows = [[f"`{name}`", f"{of['hours']:.1f}", f"{of['memory'] / 1e9:.0f} GB", f"{of['disk'] / 1e9:.0f} GB"] for name, of in totals.items()]
+    return markdown(head, rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "demo": demo,
     "study-scenes": lambda: study(
@@ -245,6 +255,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-mind": lambda: study("study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}),
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
     "study-entity": lambda: study("study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}),
+    "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
     "two-tokenizers": lambda: run("smollm2_to_bundled"),
     "mixture": mixture,
