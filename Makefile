@@ -17,7 +17,7 @@ test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on 
 	$(MAKE) --no-print-directory test-tl3
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
-	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/test_models.py tests/test_sources.py tests/test_readouts.py
+	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/models/test_models.py tests/models/test_sources.py tests/readouts/test_readouts.py
 
 notebooks: $(READY)  ## execute every notebook and save it with its pictures
 	$(BIN)/python notebooks/run.py --save
@@ -28,7 +28,7 @@ browser: $(READY)  ## the explorer in headless Chromium, in JupyterLab and on it
 
 ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one (installs the extra)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
-	$(BIN)/python -m pytest -rs tests/test_study_ray.py
+	$(BIN)/python -m pytest -rs tests/study/test_study_ray.py
 
 figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py

@@ -1,7 +1,9 @@
-"""All pairs of 12 x 12 teacher and 6 x 12 student heads at m = 512, d_head = 64, debiased, against a loop over pytorch-cka's `hsic`.
+"""All pairs of 12 x 12 teacher and 6 x 12 student heads at m = 512, d_head = 64, debiased, against a loop over
+pytorch-cka's `hsic`.
 
-The arithmetic: the loop forms two 512 x 512 Gram matrices a pair (2 * 512^2 * 64 * 2 operations, and eight passes over 512^2 numbers); in feature
-space a pair needs one 64 x 64 product of 512 rows (2 * 64^2 * 512 operations), sixteen times less, and the self-terms are done once a head.
+The arithmetic: the loop forms two 512 x 512 Gram matrices a pair (2 * 512^2 * 64 * 2 operations, and eight passes over
+512^2 numbers); in feature space a pair needs one 64 x 64 product of 512 rows (2 * 64^2 * 512 operations), sixteen times
+less, and the self-terms are done once a head.
 """
 
 from typing import Any
@@ -22,7 +24,11 @@ def run() -> dict[str, Any]:
     ours, theirs = (lambda: pairwise_linear_cka(x, y, estimator="debiased")), (lambda: _loop(x[:6], y[:12]))
     fast, slow = medians(ours, theirs, repeats=3)
     slow *= 72 * 144 / (6 * 12)  # the loop costs the same for each pair; a part of it is timed
-    return {"name": "cka-pairs", "ratio": slow / fast, "max_abs_difference": float((ours()[:6, :12] - theirs()).abs().max())}
+    return {
+        "name": "cka-pairs",
+        "ratio": slow / fast,
+        "max_abs_difference": float((ours()[:6, :12] - theirs()).abs().max()),
+    }
 
 
 def _loop(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

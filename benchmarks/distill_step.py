@@ -1,11 +1,13 @@
-"""A training step with alignment against the same step without: student of 6 layers, d_model 256, 8 heads; 32 prompts of 54 tokens; 12 pairs.
+"""A training step with alignment against the same step without: student of 6 layers, d_model 256, 8 heads; 32 prompts
+of 54 tokens; 12 pairs.
 
-The arithmetic: forward and backward of the student are 6 * (parameters of its blocks) * 32 * 54 operations; CKA of a pair at one token is three
-products of [32 x 32] features, twelve pairs together less than a millionth of that. What is left is the capture of the heads' outputs, and
-gathering the rows. With the teacher live, its forward comes on top, and nothing else.
+The arithmetic: forward and backward of the student are 6 * (parameters of its blocks) * 32 * 54 operations; CKA of a
+pair at one token is three products of [32 x 32] features, twelve pairs together less than a millionth of that. What is
+left is the capture of the heads' outputs, and gathering the rows. With the teacher live, its forward comes on top, and
+nothing else.
 
-Medians of interleaved steps on one thread, every step on the next batch, in seconds of processor time: on one thread that is the wall clock's
-without what other work on the machine takes away.
+Medians of interleaved steps on one thread, every step on the next batch, in seconds of processor time: on one thread
+that is the wall clock's without what other work on the machine takes away.
 """
 
 import time
@@ -16,24 +18,31 @@ import torch
 
 from benchmarks.subjects import llama, random_pairs
 from benchmarks.timing import medians
-from workbench.alignment import AlignedPair, hook_names
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, TeacherOutputs, computed
-from workbench.models import Student, Teacher
-from workbench.refs import Head
+from workbench.matching.aligned_pairs import AlignedPair
+from workbench.matching.head_rows import hook_names
+from workbench.models.hooked_model import Student, Teacher
+from workbench.values.refs import Head
 
 PROMPTS, TOKENS, BATCH = 96, 54, 32
 PAIRS = tuple(
-    AlignedPair(student=Head(place // 2, 3 * place % 8), teacher=Head(place, place % 12), student_positions=("last",), teacher_positions=("last",))
+    AlignedPair(
+        student=Head(place // 2, 3 * place % 8),
+        teacher=Head(place, place % 12),
+        student_positions=("last",),
+        teacher_positions=("last",),
+    )
     for place in range(12)
 )
 """Two heads in each layer of the student, one in each of the teacher's twelve."""
 
 
 def run(*, repeats: int = 15) -> dict[str, Any]:
-    """One result: the ratio with cached teacher activations, and what a live teacher adds as a multiple of its forward."""
+    """One result: the ratio with cached teacher activations, and what a live teacher adds as a multiple of its
+    forward."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,10 +57,13 @@ def _measured(repeats: int) -> dict[str, Any]:
     names = hook_names([pair.teacher for pair in PAIRS])
     cache = computed(teacher, prompts, names)
     plain, aligned, live = (
-        _steps(teacher_outputs, weight) for teacher_outputs, weight in ((cache, 0.0), (cache, 0.5), (LiveTeacher(teacher, prompts, names), 0.5))
+        _steps(teacher_outputs, weight)
+        for teacher_outputs, weight in ((cache, 0.0), (cache, 0.5), (LiveTeacher(teacher, prompts, names), 0.5))
     )
     forward = _forwards(teacher)
-    without, cached, with_teacher, alone = medians(plain, aligned, live, forward, repeats=repeats, clock=time.process_time)
+    without, cached, with_teacher, alone = medians(
+        plain, aligned, live, forward, repeats=repeats, clock=time.process_time
+    )
     return {
         "name": "distill-step",
         "ratio": round(cached / without, 3),
@@ -70,7 +82,9 @@ def _steps(outputs: TeacherOutputs, weight: float) -> Callable[[], object]:
     student = Student(llama(layers=6, heads=8, kv_heads=8, d_model=256, d_head=32).model)
     slices = TrainedSlices(student, slices_of_heads(student, [pair.student for pair in PAIRS]))
     config = TrainingConfig(batch=BATCH, weight=weight, steps=100_000)
-    training = Distillation(student, slices, random_pairs(PROMPTS, TOKENS), outputs, PAIRS if weight else (), config, seed=0)
+    training = Distillation(
+        student, slices, random_pairs(PROMPTS, TOKENS), outputs, PAIRS if weight else (), config, seed=0
+    )
     numbers = iter(range(config.steps))
 
     def step() -> object:

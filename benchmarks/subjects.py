@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PretrainedConfig
 
 from workbench import seeds
-from workbench.models import Teacher
+from workbench.models.hooked_model import Teacher
+from workbench.models.sources import quiet
 from workbench.pretraining import word_tokenizer
-from workbench.sources import quiet
 from workbench.tasks.base import PromptPairs, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 
@@ -17,8 +17,11 @@ VOCABULARY = 1000
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 
-def llama(*, layers: int, heads: int, kv_heads: int, d_model: int, d_head: int, vocabulary: int = VOCABULARY) -> Teacher:
-    """A random Llama-style model with an MLP of four times its width (Mistral's class: Llama's config ties d_head to d_model)."""
+def llama(
+    *, layers: int, heads: int, kv_heads: int, d_model: int, d_head: int, vocabulary: int = VOCABULARY
+) -> Teacher:
+    """A random Llama-style model with an MLP of four times its width (Mistral's class: Llama's config ties d_head to
+    d_model)."""
     return _saved(
         MistralConfig(
             vocab_size=vocabulary,
@@ -37,7 +40,17 @@ def llama(*, layers: int, heads: int, kv_heads: int, d_model: int, d_head: int, 
 
 def gpt2(*, layers: int, heads: int, d_model: int) -> Teacher:
     """A random GPT-2-style model."""
-    return _saved(GPT2Config(vocab_size=VOCABULARY, n_embd=d_model, n_layer=layers, n_head=heads, n_positions=256, initializer_range=0.06, **IDS))
+    return _saved(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=d_model,
+            n_layer=layers,
+            n_head=heads,
+            n_positions=256,
+            initializer_range=0.06,
+            **IDS,
+        )
+    )
 
 
 def _saved(config: PretrainedConfig) -> Teacher:
@@ -57,7 +70,12 @@ def random_pairs(prompts: int, length: int) -> PromptPairs:
     last[:, -1] = True
     answers = torch.randint(3, VOCABULARY // 2, (prompts,), generator=draw)
     return PromptPairs(
-        clean=clean, corrupt=corrupt, mask=mask, answers=answers, distractors=answers + VOCABULARY // 2, positions={"last": last, "all": mask}
+        clean=clean,
+        corrupt=corrupt,
+        mask=mask,
+        answers=answers,
+        distractors=answers + VOCABULARY // 2,
+        positions={"last": last, "all": mask},
     )
 
 

@@ -1,4 +1,5 @@
-"""Medians of interleaved repeats after one warm-up of each, and what a comparison of a fast way with a slow one reports."""
+"""Medians of interleaved repeats after one warm-up of each, and what a comparison of a fast way with a slow one
+reports."""
 
 import statistics
 import time
@@ -12,8 +13,11 @@ Product = tuple[int, int, int]
 """A matrix product: rows, inner width, columns."""
 
 
-def medians(*runs: Callable[[], object], repeats: int, warm: bool = False, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Median seconds of each, taken in turns so that a busy moment falls on all; after a warm-up, unless they are warm."""
+def medians(
+    *runs: Callable[[], object], repeats: int, warm: bool = False, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Median seconds of each, taken in turns so that a busy moment falls on all; after a warm-up, unless they are
+    warm."""
     for run in () if warm else runs:
         run()
     seconds: list[list[float]] = [[] for _ in runs]
@@ -34,15 +38,19 @@ def compared(
     *,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """One result. `products` are the matrix products that the question needs at least; their bare time here is the floor.
+    """One result. `products` are the matrix products that the question needs at least; their bare time here is the
+    floor.
 
-    `reference` gives the same effects (patched minus clean) as `ours`; it runs once for the numbers and `repeats` times for the clock.
+    `reference` gives the same effects (patched minus clean) as `ours`; it runs once for the numbers and `repeats` times
+    for the clock.
     """
     found, expected = ours(), reference()
     forward()
     _multiply(products)
     difference = float((found - expected).abs().max())
-    fast, slow, plain, floor = medians(ours, reference, forward, lambda: _multiply(products), repeats=repeats, warm=True)
+    fast, slow, plain, floor = medians(
+        ours, reference, forward, lambda: _multiply(products), repeats=repeats, warm=True
+    )
     return {
         "name": name,
         "ratio": round(slow / fast, 2),

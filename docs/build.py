@@ -1,4 +1,5 @@
-"""The parts of the site that are kept elsewhere: README as home page, notebooks, and a reference page for each public module (an mkdocs hook).
+"""The parts of the site that are kept elsewhere: README as home page, notebooks, and a reference page for each public
+module (an mkdocs hook).
 
 Everything is found by looking: rooms in the order of the README's map, modules and notebooks by glob.
 """
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
@@ -21,17 +23,13 @@ LINK = re.compile(r"(?P<open>!?\[(?P<text>[^\]]*)\]\()(?!https?:|#)(?P<path>[^)#
 
 
 def rooms() -> list[str]:
-    """The rooms of the house, lowest first: the README's map, then what it does not name."""
-    block = re.search(r"## The map of the house.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block is not None, "the README has no map"
-    named = [name for line in block[1].splitlines() for name in re.match(r"((?:[\w./]+,? )+)", line)[1].replace(",", " ").split()]  # pyright: ignore[reportOptionalSubscript]
-    mapped = [name.removesuffix("/").removesuffix(".py") for name in named]
-    there = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")} - {"__init__"}
-    return [*(name for name in mapped if name in there), *sorted(there - set(mapped))]
+    """The rooms of the house, lowest first."""
+    return list(yaml.safe_load((ROOT / "docs/rooms.yaml").read_text()))
 
 
 def modules(room: str) -> list[str]:
-    """The public modules of a room, dotted: its own text first, then its files; an `__init__` counts where it holds something."""
+    """The public modules of a room, dotted: its own text first, then its files; an `__init__` counts where it holds
+    something."""
     folder, single = PACKAGE / room, PACKAGE / f"{room}.py"
     if single.exists():
         return [f"workbench.{room}"]
@@ -47,7 +45,11 @@ def notebooks() -> list[Path]:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The navigation: home and method, notebooks, the reference room by room, changes."""
-    reference = [{room: [{module.removeprefix("workbench."): page_of(module)} for module in modules(room)]} for room in rooms() if modules(room)]
+    reference = [
+        {room: [{module.removeprefix("workbench."): page_of(module)} for module in modules(room)]}
+        for room in rooms()
+        if modules(room)
+    ]
     flat = [next(iter(entry.values()))[0] if len(next(iter(entry.values()))) == 1 else entry for entry in reference]
     assert config.nav is not None
     config.nav += [
@@ -86,9 +88,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _relinked(text: str, linked: set[str], *, up: str = "") -> str:
-    """Links to files of the repository lead to their page, or to a copy of the file (noted in `linked`); those to folders become plain text.
+    """Links to files of the repository lead to their page, or to a copy of the file (noted in `linked`); those to
+    folders become plain text.
 
-    `up` is the way from the text to the root of the repository (`../`); links that do not begin with it stay as they are.
+    `up` is the way from the text to the root of the repository (`../`); links that do not begin with it stay as they
+    are.
     """
 
     def new(found: re.Match[str]) -> str:
@@ -124,9 +128,17 @@ def _notebook(path: Path, config: MkDocsConfig, linked: set[str]) -> Iterator[Fi
 
 def _reference(config: MkDocsConfig) -> Iterator[File]:
     """An overview in the order of the map, and a page a module."""
-    lines = ["# Reference", "", "The rooms of the house, lowest first: each imports only from those above it in this list.", ""]
+    lines = [
+        "# Reference",
+        "",
+        "The rooms of the house, lowest first: each imports only from those above it in this list.",
+        "",
+    ]
     for room in rooms():
-        names = [f"[`{name.removeprefix('workbench.')}`]({page_of(name).removeprefix('reference/')})" for name in modules(room)]
+        names = [
+            f"[`{name.removeprefix('workbench.')}`]({page_of(name).removeprefix('reference/')})"
+            for name in modules(room)
+        ]
         lines += [f"- **{room}**: {' · '.join(names)}"] if names else []
     yield File.generated(config, "reference/index.md", content="\n".join(lines) + "\n")
     for room in rooms():
@@ -136,5 +148,7 @@ def _reference(config: MkDocsConfig) -> Iterator[File]:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Nothing is fetched from elsewhere: a picture from another host would be an error."""
-    assert not re.search(r"!\[[^\]]*\]\(https?:", markdown), "a page shows a picture of another host; keep it in assets/"
+    assert not re.search(r"!\[[^\]]*\]\(https?:", markdown), (
+        "a page shows a picture of another host; keep it in assets/"
+    )
     return markdown

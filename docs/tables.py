@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench import statistics, storage
+from workbench import storage
+from workbench.experiment.results import TITLES
 from workbench.plan.road import plan_of
-from workbench.study.rows import TITLES
+from workbench.values import statistics
 
 ROOT = Path(__file__).parents[1]
 RESULTS, MODELS = ROOT / "assets/results", ROOT / "assets/models"
@@ -93,7 +94,10 @@ def titled(condition: str) -> str:
 
 def summary(study: str) -> dict[tuple[str, int], Mapping[str, Any]]:
     """A study's cells by (student, training scenes)."""
-    return {(cell["student"], cell["train_scenes"]): cell for cell in storage.read_json(RESULTS / study / "summary.json")["cells"]}
+    return {
+        (cell["student"], cell["train_scenes"]): cell
+        for cell in storage.read_json(RESULTS / study / "summary.json")["cells"]
+    }
 
 
 def demo() -> str:
@@ -117,7 +121,12 @@ def demo() -> str:
         ]
         cka = over_floor(found["mean_cka"], found["cka_floor"])
         tests = [number(found["mcnemar"].get(other), 4) for other in ("full_ce", "circuit_ce")]
-        numbers = number(found["random_circuit_accuracy"]), number(found["faithfulness"], 2), cka, f"{found['trained_fraction']:.0%}"
+        numbers = (
+            number(found["random_circuit_accuracy"]),
+            number(found["faithfulness"], 2),
+            cka,
+            f"{found['trained_fraction']:.0%}",
+        )
         return [titled(found["condition"]), *parts, *numbers, *tests]
 
     return markdown(head, map(row, storage.read_json(RESULTS / "demo/results.json")))
@@ -127,7 +136,10 @@ def study(name: str, cells: Mapping[tuple[str, int], str]) -> str:
     """Conditions of a study's cells side by side, each cell under its words."""
     found = summary(name)
     columns = [
-        [f"{words}: full" if part == "full" else part for part in ("full", "circuit alone", "random circuit", "CKA (floor)")]
+        [
+            f"{words}: full" if part == "full" else part
+            for part in ("full", "circuit alone", "random circuit", "CKA (floor)")
+        ]
         for words in cells.values()
     ]
     conditions = [condition for condition in TITLES if condition in found[next(iter(cells))]["conditions"]]
@@ -135,14 +147,20 @@ def study(name: str, cells: Mapping[tuple[str, int], str]) -> str:
     def entries(condition: str, cell: Mapping[str, Any]) -> list[str]:
         values = cell["conditions"][condition]
         cka = over_floor(*(None if values[name] is None else values[name]["mean"] for name in ("cka", "cka_floor")))
-        return [with_interval(values["full"]), with_interval(values["circuit"]), number(values["random_circuit"]["mean"]), cka]
+        return [
+            with_interval(values["full"]),
+            with_interval(values["circuit"]),
+            number(values["random_circuit"]["mean"]),
+            cka,
+        ]
 
     rows = [[titled(name), *(entry for cell in cells for entry in entries(name, found[cell]))] for name in conditions]
     return markdown(["condition", *(title for each in columns for title in each)], rows)
 
 
 def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
-    """One row a cell of a study (a student and its training scenes): circuit CE, CE + CKA and the difference of each part over seeds."""
+    """One row a cell of a study (a student and its training scenes): circuit CE, CE + CKA and the difference of each
+    part over seeds."""
     head = (
         first,
         "heads trained",
@@ -162,7 +180,11 @@ def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
         plain, aligned = (cell["conditions"][condition] for condition in ("circuit_ce", METHOD))
         before = cell["conditions"].get("base", plain)["cka"]["mean"]
         pairs = [
-            [number(plain[part]["mean"]), number(aligned[part]["mean"]), difference(cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"])]
+            [
+                number(plain[part]["mean"]),
+                number(aligned[part]["mean"]),
+                difference(cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"]),
+            ]
             for part in ("full", "circuit")
         ]
         control = [with_interval(cell["conditions"][RANDOM]["full"])] if controlled else []
@@ -198,10 +220,14 @@ def run(name: str) -> str:
         mine = [each for each in rows if each["condition"] == condition]
         seeds = mine if condition != "base" else mine[:1]  # nothing is trained there, so seeds repeat it
         parts = [over_seeds([each[f"{part}_accuracy"] for each in seeds]) for part in ("full", "circuit")]
-        random, cka, floor = (mean([each[name] for each in mine]) for name in ("random_circuit_accuracy", "mean_cka", "cka_floor"))
+        random, cka, floor = (
+            mean([each[name] for each in mine]) for name in ("random_circuit_accuracy", "mean_cka", "cka_floor")
+        )
         return [titled(condition), *parts, number(random), over_floor(cka, floor), f"{mine[0]['trained_fraction']:.0%}"]
 
-    return markdown(("condition", "full", "circuit alone", "random circuit", "CKA (floor)", "trained"), map(row, conditions))
+    return markdown(
+        ("condition", "full", "circuit alone", "random circuit", "CKA (floor)", "trained"), map(row, conditions)
+    )
 
 
 def over_seeds(values: Sequence[float]) -> str:
@@ -211,12 +237,18 @@ def over_seeds(values: Sequence[float]) -> str:
 
 def mixture() -> str:
     """Accuracy of the mixture's models on every task."""
-    found = [storage.read_json(MODELS / f"mixture-{name}/accuracies.json") for name in ("teacher", "student", "unrelated-student")]
+    found = [
+        storage.read_json(MODELS / f"mixture-{name}/accuracies.json")
+        for name in ("teacher", "student", "unrelated-student")
+    ]
 
     def entry(of: Mapping[str, Any]) -> str:
         return f"{of['accuracy']:.3f} [{of['interval'][0]:.3f}, {of['interval'][1]:.3f}]"
 
-    rows = [[f"{words} ({found[0][task]['chance']:.2f})", *(entry(each[task]) for each in found)] for task, words in MIXTURE.items()]
+    rows = [
+        [f"{words} ({found[0][task]['chance']:.2f})", *(entry(each[task]) for each in found)]
+        for task, words in MIXTURE.items()
+    ]
     return markdown(("task (chance)", "teacher", "student of its lineage", "unrelated student"), rows)
 
 
@@ -224,7 +256,8 @@ def benchmarks() -> str:
     """The patching benchmarks of `make bench`."""
     found = {each["name"]: each for each in storage.read_json(ROOT / "benchmarks/results.json")}
     rows = [
-        [f"`{name}`", against, *(f"{found[name][key]:.1f}" for key in ("ratio", "forwards", "floor_ratio"))] for name, against in BENCHMARKS.items()
+        [f"`{name}`", against, *(f"{found[name][key]:.1f}" for key in ("ratio", "forwards", "floor_ratio"))]
+        for name, against in BENCHMARKS.items()
     ]
     return markdown(("benchmark", "against", "ratio", "forwards", "time / bare matrix products"), rows)
 
@@ -233,28 +266,43 @@ def plans() -> str:
     """What the paper's own runs cost, as `workbench plan` says."""
     head = "recipe", "hours", "peak memory", "teacher's outputs and students on disk"
     totals = {name: plan_of(name).to_json()["total"] for name in PLANNED}
-    rows = [[f"`{name}`", f"{of['hours']:.1f}", f"{of['memory'] / 1e9:.0f} GB", f"{of['disk'] / 1e9:.0f} GB"] for name, of in totals.items()]
+    rows = [
+        [f"`{name}`", f"{of['hours']:.1f}", f"{of['memory'] / 1e9:.0f} GB", f"{of['disk'] / 1e9:.0f} GB"]
+        for name, of in totals.items()
+    ]
     return markdown(head, rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "demo": demo,
     "study-scenes": lambda: study(
-        "study_scenes", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}
+        "study_scenes",
+        {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"},
     ),
     "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),
     "study-lineage-data": lambda: gains(
         "study_lineage_data",
-        {(name, count): f"{LINEAGE[name]}, {count:,} prompts" for name in ("depth-3", "unrelated") for count in (280, 1050)},
+        {
+            (name, count): f"{LINEAGE[name]}, {count:,} prompts"
+            for name in ("depth-3", "unrelated")
+            for count in (280, 1050)
+        },
         "student and data",
     ),
-    "study-methods": lambda: gains("study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"),
-    "study-few-heads": lambda: study(
-        "study_few_heads", {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"}
+    "study-methods": lambda: gains(
+        "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
-    "study-mind": lambda: study("study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}),
+    "study-few-heads": lambda: study(
+        "study_few_heads",
+        {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"},
+    ),
+    "study-mind": lambda: study(
+        "study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}
+    ),
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
-    "study-entity": lambda: study("study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}),
+    "study-entity": lambda: study(
+        "study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}
+    ),
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
     "two-tokenizers": lambda: run("smollm2_to_bundled"),

@@ -1,13 +1,16 @@
 """A template for a task of your own: which colour is the named thing? Copy it, change the words, declare it, check it.
 
-1. Write a frozen dataclass with `name`, `stages`, `chance` and `pairs`, as below. `pairs` draws from `seeds.chooser(seed, ...)` alone, takes only words
-   that are one token for the tokenizer, keeps clean and corrupt of equal length, and draws the splits from disjoint scenes (`split_by_hash`).
-2. Declare it in your package's pyproject.toml and install the package (`pip install -e .`); nothing in the workbench changes:
+1. Write a frozen dataclass with `name`, `stages`, `chance` and `pairs`, as below. `pairs` draws from
+   `seeds.chooser(seed, ...)` alone, takes only words that are one token for the tokenizer, keeps clean and corrupt of
+   equal length, and draws the splits from disjoint scenes (`split_by_hash`).
+2. Declare it in your package's pyproject.toml and install the package (`pip install -e .`); nothing in the workbench
+   changes:
 
        [project.entry-points."workbench.tasks"]
        colours = "your_package.your_own_task:Colours"
 
-3. `workbench check-task colours --tokenizer PATH_OF_YOUR_MODEL` names what is wrong; in a test: `assert check(Colours(), tokenizer).sound`.
+3. `workbench check-task colours --tokenizer PATH_OF_YOUR_MODEL` names what is wrong; in a test:
+   `assert check(Colours(), tokenizer).sound`.
 4. `data: {task: colours, options: {things: 4}}` in a recipe.
 """
 
@@ -34,7 +37,8 @@ class Colours:
 
     name: ClassVar[str] = "colours"
     stages: ClassVar[tuple[Stage, ...]] = (Stage(name="A", title="colour fetcher", position="last"),)
-    """From the logits down: which heads write into which, and at which named position they act. `last` is always there."""
+    """From the logits down: which heads write into which, and at which named position they act. `last` is always
+    there."""
     words: ClassVar[tuple[str, ...]] = (*words_of(CLAUSE), *words_of(QUESTION), *THINGS, *COLOURS)
     """Optional: every word, so that a word-level tokenizer for small models can be made of them."""
 
@@ -47,7 +51,10 @@ class Colours:
         """`scenes` pairs; the corrupt prompt gives the things other colours."""
         things, colours = single_token_words(tokenizer, THINGS), single_token_words(tokenizer, COLOURS)
         if len(things) < self.things or len(colours) < 2 * self.things:
-            raise InputError(f"colours needs {self.things} one-token things and {2 * self.things} colours; use a tokenizer with more whole words.")
+            raise InputError(
+                f"colours needs {self.things} one-token things and {2 * self.things} colours; use a tokenizer with "
+                "more whole words."
+            )
         draw, seen = seeds.chooser(seed, self.name, self.things, split), set()
         while len(seen) < scenes:
             named, painted = draw.sample(things, self.things), draw.sample(colours, 2 * self.things)

@@ -1,7 +1,8 @@
-"""Execute every notebook of this folder (a glob, no list): `python notebooks/run.py [--save] [BEGINNING ...]`; beginnings of names pick some.
+"""Execute every notebook of this folder (a glob, no list): `python notebooks/run.py [--save] [BEGINNING ...]`;
+beginnings of names pick some.
 
-`--save` writes the outputs back, figures as pictures that a code host shows, without timings, counters and progress bars. Without it nothing is
-written: that is how CI runs them, in their fast mode.
+`--save` writes the outputs back, figures as pictures that a code host shows, without timings, counters and progress
+bars. Without it nothing is written: that is how CI runs them, in their fast mode.
 """
 
 import os
@@ -30,7 +31,11 @@ def stripped(notebook: Any) -> Any:
         cell.metadata.clear()
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and WIDGET not in output.get("data", {})]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+            ]
             for output in cell.outputs:
                 if "execution_count" in output or output["output_type"] == "execute_result":
                     output["execution_count"] = None  # the format wants the key

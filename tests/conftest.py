@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from workbench.models import HookedModel, Student, Teacher
+from workbench.models.hooked_model import HookedModel, Student, Teacher
+from workbench.models.sources import quiet
 from workbench.pretraining import word_tokenizer
-from workbench.sources import quiet
 from workbench.tasks.base import PromptPairs, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 
@@ -42,16 +42,37 @@ def config_of(architecture: str, **sizes: int) -> Any:
     if architecture.startswith("llama"):
         kv_heads = {"llama": heads // 2, "llama-mha": heads, "llama-mqa": 1}[architecture]
         return LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, max_position_embeddings=256, initializer_range=0.2, **ids,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            **ids,
+        )
     if architecture == "gpt2":
-        return GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, n_positions=256, initializer_range=0.2, **ids)
+        return GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            n_positions=256,
+            initializer_range=0.2,
+            **ids,
+        )
     assert architecture == "neox"
     return GPTNeoXConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=256, initializer_range=0.2, **ids,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        **ids,
+    )
 
 
 ModelFolder = Callable[..., Path]
@@ -59,7 +80,8 @@ ModelFolder = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """`model_folder("llama", seed=0, layers=3)` -> a saved Hugging Face directory with random weights and the word-level tokenizer."""
+    """`model_folder("llama", seed=0, layers=3)` -> a saved Hugging Face directory with random weights and the
+    word-level tokenizer."""
     made: dict[Any, Path] = {}
 
     def make(architecture: str, *, seed: int = 0, **sizes: int) -> Path:
@@ -69,7 +91,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
             with torch.random.fork_rng(), quiet():
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config_of(architecture, **sizes))
-                for name, parameter in model.named_parameters():  # biases start at 0, norms at 1: give them values that a mistake would show
+                for (
+                    name,
+                    parameter,
+                ) in (
+                    model.named_parameters()
+                ):  # biases start at 0, norms at 1: give them values that a mistake would show
                     if name.endswith("bias") or "norm" in name or ".ln_" in name:
                         parameter.data += 0.1 * torch.randn_like(parameter)
                 model.save_pretrained(folder)
@@ -101,12 +128,15 @@ def load_student(model_folder: ModelFolder) -> Callable[..., Student]:
 def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3, seed: int = 0) -> PromptPairs:
     """Entity-tracking pairs for the word-level tokenizer."""
     tokenizer = word_tokenizer()
-    return encode(task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer)  # pyright: ignore[reportArgumentType]
+    return encode(
+        task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer
+    )  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail a test that changes grad mode, default dtype or global random state, or leaves hooks or training mode on a model.
+    """Fail a test that changes grad mode, default dtype or global random state, or leaves hooks or training mode on a
+    model.
 
     Python's own `random` is left out: beartype draws from it to choose which items of a list to check.
     """
@@ -118,7 +148,9 @@ def no_leaks() -> Iterator[None]:
         hooked = [name for name, point in model.model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
         if hooked or model.model.training:
             leaked.append(f"{model.name}: hooks {hooked[:3]}, training {model.model.training}")
-        if isinstance(model, Teacher) and any(parameter.requires_grad for _, parameter in model.model.named_parameters()):
+        if isinstance(model, Teacher) and any(
+            parameter.requires_grad for _, parameter in model.model.named_parameters()
+        ):
             leaked.append(f"{model.name}: a teacher's parameter takes gradients")
     assert not leaked, f"the test leaked: {leaked}"
 

@@ -1,4 +1,5 @@
-"""`workbench COMMAND`: parse -> recipe -> one call -> run folder. Each stage of the road is a command; `demo` walks all of it."""
+"""`workbench COMMAND`: parse -> recipe -> one call -> run folder. Each stage of the road is a command; `demo` walks all
+of it."""
 
 import argparse
 import json
@@ -15,9 +16,9 @@ from workbench import __version__, storage
 from workbench.distillation.processes import launched
 from workbench.errors import InputError
 from workbench.experiment import CONDITIONS, Experiment
+from workbench.experiment.recipe import Recipe, parse_config, read_recipe
+from workbench.experiment.runs import RunFolder
 from workbench.explorer import command as explorer
-from workbench.recipe import Recipe, parse_config, read_recipe
-from workbench.runs import RunFolder
 
 log = logging.getLogger("workbench")
 
@@ -64,56 +65,115 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _declare_stages(commands: Any) -> None:
-    _command(commands, demo, "the whole road on the bundled models: discover, match, distil under all conditions, compare, report", recipe="demo")
-    _command(commands, discover, "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by groups")
+    _command(
+        commands,
+        demo,
+        "the whole road on the bundled models: discover, match, distil under all conditions, compare, report",
+        recipe="demo",
+    )
+    _command(
+        commands,
+        discover,
+        "find the task's circuit in the teacher (and the student): ablation impact of every head, path patching by "
+        "groups",
+    )
     matching = _command(
-        commands, match, "match the student's circuit heads to the teacher's (eq 3 to 5), with each pair's CKA, and say if alignment will help"
+        commands,
+        match,
+        "match the student's circuit heads to the teacher's (eq 3 to 5), with each pair's CKA, and say if alignment "
+        "will help",
     )
     matching.add_argument(
-        "--against", default="assets/results/study_entity", help="the study whose trainings the forecast rests on (default: %(default)s)"
+        "--against",
+        default="assets/results/study_entity",
+        help="the study whose trainings the forecast rests on (default: %(default)s)",
     )
 
 
 def _declare_distill(commands: Any) -> None:
-    made = _command(commands, distill, "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)")
-    made.add_argument("--condition", default="circuit_ce_cka", choices=sorted(CONDITIONS), help="the arm of the table (default: %(default)s)")
+    made = _command(
+        commands,
+        distill,
+        "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)",
+    )
+    made.add_argument(
+        "--condition",
+        default="circuit_ce_cka",
+        choices=sorted(CONDITIONS),
+        help="the arm of the table (default: %(default)s)",
+    )
     made.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
 
 
 def _declare_evaluate(commands: Any) -> None:
-    summary = "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, faithfulness, CKA, McNemar"
+    summary = (
+        "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, "
+        "faithfulness, CKA, McNemar"
+    )
     _command(commands, evaluate, summary)
 
 
 def _declare_study(commands: Any) -> None:
-    summary = "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and when alignment helps"
+    summary = (
+        "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and "
+        "when alignment helps"
+    )
     made = _command(commands, study, summary, recipe="study_entity")
     made.add_argument(
-        "--launcher", choices=("local", "ray"), default="local", help="one training after another, or spread over Ray (default: %(default)s)"
+        "--launcher",
+        choices=("local", "ray"),
+        default="local",
+        help="one training after another, or spread over Ray (default: %(default)s)",
     )
-    made.add_argument("--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)")
+    made.add_argument(
+        "--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)"
+    )
 
 
 def _declare_plan(commands: Any) -> None:
-    summary = "what a recipe or a study costs: parameters, operations, memory, disk and hours of every stage, from the models' configs alone"
+    summary = (
+        "what a recipe or a study costs: parameters, operations, memory, disk and hours of every stage, from the "
+        "models' configs alone"
+    )
     made = commands.add_parser("plan", help=summary, description=summary[0].upper() + summary[1:] + ".")
     made.add_argument("recipe", help="a YAML file or a bundled recipe's name")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. training.steps=20 or student=PATH")
     made.add_argument(
-        "--config", action="append", default=[], metavar="MODEL=DIRECTORY", help="where the config.json of a model is, by the recipe's name of it"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a recipe key, e.g. training.steps=20 or student=PATH",
     )
     made.add_argument(
-        "--tokenizer", help="a directory, GGUF file or hub id to cut the prompts with (default: the teacher's, where it is a directory)"
+        "--config",
+        action="append",
+        default=[],
+        metavar="MODEL=DIRECTORY",
+        help="where the config.json of a model is, by the recipe's name of it",
     )
-    made.add_argument("--flops", type=float, default=312e12, help="peak operations a second of the accelerator (default: 312e12, an A100 in 16 bits)")
-    made.add_argument("--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)")
+    made.add_argument(
+        "--tokenizer",
+        help="a directory, GGUF file or hub id to cut the prompts with (default: the teacher's, where it is a "
+        "directory)",
+    )
+    made.add_argument(
+        "--flops",
+        type=float,
+        default=312e12,
+        help="peak operations a second of the accelerator (default: 312e12, an A100 in 16 bits)",
+    )
+    made.add_argument(
+        "--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)"
+    )
     made.add_argument("--json", action="store_true", help="print JSON in place of tables")
     _common(made, plan)
 
 
 def _declare_report(commands: Any) -> None:
     made = commands.add_parser(
-        "report", help="write report.html of a run folder: heat maps, matching, loss curves, table", description="Write report.html of a run folder."
+        "report",
+        help="write report.html of a run folder: heat maps, matching, loss curves, table",
+        description="Write report.html of a run folder.",
     )
     made.add_argument("--out", type=Path, required=True, help="the run folder")
     _common(made, report)
@@ -122,11 +182,14 @@ def _declare_report(commands: Any) -> None:
 def _declare_check_model(commands: Any) -> None:
     made = commands.add_parser(
         "check-model",
-        help="whether the workbench computes with your model exactly: the self-check of loading, and patching against hooked forwards",
+        help="whether the workbench computes with your model exactly: the self-check of loading, and patching against "
+        "hooked forwards",
         description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
     )
     made.add_argument("model", help="a directory, hub id, adapter or GGUF file")
-    made.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s")
+    made.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"), help="default: %(default)s"
+    )
     made.add_argument("--device", default="cpu", help="default: %(default)s")
     _common(made, check_model)
 
@@ -134,8 +197,10 @@ def _declare_check_model(commands: Any) -> None:
 def _declare_explore(commands: Any) -> None:
     made = commands.add_parser(
         "explore",
-        help="the interactive explorer as a page on this machine: heat maps, one head's attention and paths, circuits picked by hand",
-        description="Serve the explorer on loopback: heat maps, one head's attention and paths, circuits picked by hand and evaluated at once.",
+        help="the interactive explorer as a page on this machine: heat maps, one head's attention and paths, circuits "
+        "picked by hand",
+        description="Serve the explorer on loopback: heat maps, one head's attention and paths, circuits picked by "
+        "hand and evaluated at once.",
     )
     explorer.add_arguments(made)
     _common(made, explore)
@@ -147,25 +212,44 @@ def _declare_pretrain(commands: Any) -> None:
         help="train the bundled teacher and students, on entity tracking or on the mixture of tasks",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
-    made.add_argument("--bundle", choices=("entity", "mixture"), default="entity", help="which three models (default: %(default)s)")
-    made.add_argument("--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)")
     made.add_argument(
-        "--work", type=Path, default=Path("runs/pretrain"), help="where checkpoints go; a killed training goes on from there (default: %(default)s)"
+        "--bundle", choices=("entity", "mixture"), default="entity", help="which three models (default: %(default)s)"
     )
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3")
+    made.add_argument(
+        "--out", type=Path, default=Path("assets/models"), help="where the models go (default: %(default)s)"
+    )
+    made.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/pretrain"),
+        help="where checkpoints go; a killed training goes on from there (default: %(default)s)",
+    )
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3"
+    )
     _common(made, pretrain_models)
 
 
 def _declare_finetune(commands: Any) -> None:
     made = commands.add_parser(
         "finetune",
-        help="fine-tune a model on a task (or some of its layers alone): a teacher that can do it, or a shallower student of its lineage",
-        description="Fine-tune a model on a task by cross-entropy on the answers; a killed training goes on from its last checkpoint.",
+        help="fine-tune a model on a task (or some of its layers alone): a teacher that can do it, or a shallower "
+        "student of its lineage",
+        description="Fine-tune a model on a task by cross-entropy on the answers; a killed training goes on from its "
+        "last checkpoint.",
     )
-    made.add_argument("--recipe", required=True, help="a YAML file or a bundled recipe's name, e.g. smollm2_boxes_teacher")
+    made.add_argument(
+        "--recipe", required=True, help="a YAML file or a bundled recipe's name, e.g. smollm2_boxes_teacher"
+    )
     made.add_argument("--out", type=Path, required=True, help="where the model goes, as a Hugging Face directory")
     made.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. model=PATH or steps=100")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. model=PATH or steps=100",
+    )
     _common(made, finetune_model)
 
 
@@ -173,16 +257,28 @@ def _declare_check_task(commands: Any) -> None:
     made = commands.add_parser(
         "check-task",
         help="say what is wrong with a task: leaks, long answers, shortcuts, positions, seeds",
-        description="Draw a task's prompts and name every fault: leaks between splits, answers of several tokens, equal prompts, shortcuts, positions, seeds.",
+        description="Draw a task's prompts and name every fault: leaks between splits, answers of several tokens, "
+        "equal prompts, shortcuts, positions, seeds.",
     )
     made.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
-    made.add_argument("--tokenizer", help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)")
+    made.add_argument(
+        "--tokenizer",
+        help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)",
+    )
     made.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. counterfactual=order")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the task, e.g. counterfactual=order",
+    )
     _common(made, check_task)
 
 
-def _command(commands: Any, run: Callable[[argparse.Namespace], None], summary: str, *, recipe: str | None = None) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, run: Callable[[argparse.Namespace], None], summary: str, *, recipe: str | None = None
+) -> argparse.ArgumentParser:
     made = commands.add_parser(run.__name__, help=summary, description=summary[0].upper() + summary[1:] + ".")
     made.add_argument(
         "--recipe",
@@ -190,9 +286,21 @@ def _command(commands: Any, run: Callable[[argparse.Namespace], None], summary: 
         required=recipe is None,
         help="a YAML file or a bundled recipe's name" + (f" (default: {recipe})" if recipe else ""),
     )
-    made.add_argument("--out", type=Path, default=Path(f"runs/{recipe}") if recipe else None, required=recipe is None, help="the run folder")
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path(f"runs/{recipe}") if recipe else None,
+        required=recipe is None,
+        help="the run folder",
+    )
     made.add_argument("--resume", action="store_true", help="go on in a run folder that holds a run")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. training.steps=20 or student=PATH")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a recipe key, e.g. training.steps=20 or student=PATH",
+    )
     _common(made, run)
     return made
 
@@ -255,8 +363,8 @@ def match(options: argparse.Namespace) -> None:
 
 def distill(options: argparse.Namespace) -> None:
     """One condition, trained and evaluated."""
-    from workbench.study.arms import run_conditions
-    from workbench.study.rows import table
+    from workbench.experiment.arms import run_conditions
+    from workbench.experiment.results import table
 
     experiment = _experiment(options)
     results = run_conditions(experiment, [(options.condition, options.seed)], resume=options.resume)
@@ -266,8 +374,8 @@ def distill(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """All conditions and seeds."""
-    from workbench.study.arms import run_study
-    from workbench.study.rows import table
+    from workbench.experiment.arms import run_study
+    from workbench.experiment.results import table
 
     print("\n" + table(run_study(_experiment(options), resume=options.resume)))
 
@@ -304,8 +412,8 @@ def plan(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """The page of a run folder."""
-    from workbench.plots.run import run_report
-    from workbench.plots.study import study_report
+    from workbench.report.run import run_report
+    from workbench.report.study import study_report
 
     page = options.out / "report.html"
     if (options.out / "study.json").exists():
@@ -321,7 +429,7 @@ def report(options: argparse.Namespace) -> None:
 
 def check_model(options: argparse.Namespace) -> None:
     """What is supported of a model."""
-    from workbench import conformance
+    from workbench.patching import conformance
 
     found = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
     print(found.text())
@@ -350,12 +458,15 @@ def pretrain_models(options: argparse.Namespace) -> None:
 
 def finetune_model(options: argparse.Namespace) -> None:
     """A model fine-tuned on a task."""
-    from workbench.finetuning import FinetuningConfig, finetune
-    from workbench.recipe import read_yaml
+    from workbench.experiment.recipe import read_yaml
+    from workbench.pretraining.finetuning import FinetuningConfig, finetune
 
     config = parse_config(FinetuningConfig, read_yaml(options.recipe), overrides=_overrides(options.set))
     made = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
-    print(f"{options.out}: accuracy {made['test_accuracy']:.3f} on held-out test scenes of {config.task} after {made['steps']} steps")
+    print(
+        f"{options.out}: accuracy {made['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
+        f"{made['steps']} steps"
+    )
 
 
 def check_task(options: argparse.Namespace) -> None:

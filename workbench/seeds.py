@@ -1,7 +1,7 @@
 """Local random generators, derived from a seed and labels; nothing here touches global state.
 
-The same (seed, labels) gives the same stream on every machine, whatever ran before: a step that derives its own generator
-can be resumed, reordered or run alone.
+The same (seed, labels) gives the same stream on every machine, whatever ran before: a step that derives its own
+generator can be resumed, reordered or run alone.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ def chooser(seed: int, *labels: str | int) -> random.Random:
 
 @contextmanager
 def local(seed: int, *labels: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Torch's global generator seeded inside the context (dropout and initialisation know no other), and as it was after it."""
+    """Torch's global generator seeded inside the context (dropout and initialisation know no other), and as it was
+    after it."""
     devices = [] if torch.device(device).type == "cpu" else [torch.device(device)]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, *labels))

@@ -8,27 +8,29 @@ from pathlib import Path
 from PIL import Image
 from plotly import graph_objects as go
 
-from workbench.alignment import AlignedPair, PairCka, aligned_pairs, head_similarity, pair_ckas
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.discovery import DiscoveryConfig, backward_search
 from workbench.matching import MatchingConfig, match_heads
-from workbench.metrics import METRICS
-from workbench.models import HookedModel, Teacher
+from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
+from workbench.matching.head_similarity import head_similarity
+from workbench.matching.pair_cka import PairCka, pair_ckas
+from workbench.models.hooked_model import HookedModel, Teacher
 from workbench.patching.ablation import ablation_profiles, reference_means
 from workbench.patching.attribution import exact_edges
 from workbench.plots.attention import attention_maps, attention_text
-from workbench.plots.attribution import attribution_figure
 from workbench.plots.export import save_figure
 from workbench.plots.graph import circuit_graph
 from workbench.plots.lens import lens_curves, lens_figure
+from workbench.plots.logit_attribution import attribution_figure
 from workbench.plots.similarity import cka_matrix, impact_scatter
 from workbench.plots.theme import DARK, LIGHT, Theme
-from workbench.readouts.attribution import direct_logit_attribution
-from workbench.readouts.lens import lens_scores, logit_lens
+from workbench.readouts.logit_attribution import direct_logit_attribution
+from workbench.readouts.logit_lens import lens_scores, logit_lens
 from workbench.readouts.patterns import attention_patterns
 from workbench.storage import located
 from workbench.tasks.base import PromptPairs, Stage, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
+from workbench.values.metrics import METRICS
 
 HERE = Path(__file__).parent
 STAGES = (
@@ -49,15 +51,20 @@ class Scene:
         self.teacher, self.student = (Teacher.load(located(f"assets/models/{name}")) for name in ("teacher", "student"))
         self.pairs = self._prompts("calibration", 4, 0)
         self.circuits = {name: self._circuit(model) for name, model in self.models.items()}
-        means = {name: reference_means(model, self._prompts("calibration", 8, 1)) for name, model in self.models.items()}
+        means = {
+            name: reference_means(model, self._prompts("calibration", 8, 1)) for name, model in self.models.items()
+        }
         metrics = {"logit_difference": METRIC}
         self.impacts = {
-            name: ablation_profiles(model, self.pairs, means[name], metrics=metrics)["logit_difference"] for name, model in self.models.items()
+            name: ablation_profiles(model, self.pairs, means[name], metrics=metrics)["logit_difference"]
+            for name, model in self.models.items()
         }
         student, teacher = self.circuits["student"], self.circuits["teacher"]
         similar = head_similarity(self.student, self.teacher, self.pairs, student, teacher)
         config = MatchingConfig(rule="similarity", one_to_one=len(student.heads) <= len(teacher.heads))
-        self.head_map = match_heads(self.impacts["student"], self.impacts["teacher"], student, teacher, config, similarity=similar)
+        self.head_map = match_heads(
+            self.impacts["student"], self.impacts["teacher"], student, teacher, config, similarity=similar
+        )
 
     @property
     def models(self) -> dict[str, HookedModel]:
@@ -73,7 +80,10 @@ class Scene:
     def all_ckas(self) -> list[PairCka]:
         """CKA of every circuit head with every one of the other model, at the last token."""
         heads = product(self.circuits["student"].heads, self.circuits["teacher"].heads)
-        pairs = [AlignedPair(student=a, teacher=b, student_positions=("last",), teacher_positions=("last",)) for a, b in heads]
+        pairs = [
+            AlignedPair(student=a, teacher=b, student_positions=("last",), teacher_positions=("last",))
+            for a, b in heads
+        ]
         return pair_ckas(self.student, self.teacher, self.pairs, pairs)
 
     def matched_ckas(self) -> list[PairCka]:
@@ -89,12 +99,16 @@ def drawn(scene: Scene, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
     few = scene.pairs.rows(slice(0, 14))
     edges = exact_edges(scene.teacher, few, metric=METRIC, unit="logit difference", senders=circuit.heads)
     yield "circuit", circuit_graph(circuit, edges, theme=theme, title="The teacher's circuit for entity tracking")
-    yield "attention", attention_text(attention_patterns(scene.teacher, prompt, fetchers[:3], value_weighted=True), theme=theme)
+    yield (
+        "attention",
+        attention_text(attention_patterns(scene.teacher, prompt, fetchers[:3], value_weighted=True), theme=theme),
+    )
     yield "attention_maps", attention_maps(attention_patterns(scene.teacher, prompt, fetchers[:4]), theme=theme)
     yield "logit_attribution", attribution_figure(direct_logit_attribution(scene.teacher, scene.pairs), theme=theme)
     yield "logit_lens", lens_figure(logit_lens(scene.teacher, prompt, int(scene.pairs.answers[0])), theme=theme)
     curves = {
-        name: lens_scores(model, scene.pairs, metric=METRICS["probability"], unit="probability of the answer") for name, model in scene.models.items()
+        name: lens_scores(model, scene.pairs, metric=METRICS["probability"], unit="probability of the answer")
+        for name, model in scene.models.items()
     }
     yield "lens_curves", lens_curves(curves, theme=theme)
     yield "cka_matrix", cka_matrix(scene.all_ckas(), head_map=scene.head_map, theme=theme)

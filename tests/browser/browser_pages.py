@@ -1,4 +1,5 @@
-"""A headless Chromium, and what a page did while it was open: requests, console errors. Skipped with the reason where there is no Chromium."""
+"""A headless Chromium, and what a page did while it was open: requests, console errors. Skipped with the reason where
+there is no Chromium."""
 
 import shutil
 import subprocess
@@ -29,13 +30,17 @@ class Watched:
     def left_loopback(self) -> list[str]:
         """Requests to anywhere else."""
         return [
-            url for url in self.requests if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname not in ("127.0.0.1", "localhost")
+            url
+            for url in self.requests
+            if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname not in ("127.0.0.1", "localhost")
         ]
 
 
 def watched_page() -> Iterator[Watched]:
     """A page in headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+    )
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine (apt-get install -y chromium)")
     with playwright.sync_playwright() as started:
@@ -44,7 +49,12 @@ def watched_page() -> Iterator[Watched]:
         page.set_default_timeout(PATIENCE)
         seen = Watched(page)
         page.on("request", lambda request: seen.requests.append(request.url))
-        page.on("console", lambda message: seen.errors.append(f"{message.text} {message.location}") if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: (
+                seen.errors.append(f"{message.text} {message.location}") if message.type == "error" else None
+            ),
+        )
         page.on("pageerror", lambda error: seen.errors.append(str(error)))
         yield seen
         browser.close()
@@ -54,12 +64,15 @@ Serve = Callable[..., tuple["subprocess.Popen[str]", Callable[[str], str]]]
 
 
 def serving() -> Iterator[Serve]:
-    """Start a module as a server; returns the process and a function that waits for a line of its output with some text in it."""
+    """Start a module as a server; returns the process and a function that waits for a line of its output with some text
+    in it."""
     running: list[subprocess.Popen[str]] = []
 
     def start(*command: str, log: Path, **settings: Any) -> tuple["subprocess.Popen[str]", Callable[[str], str]]:
         with log.open("w") as output:
-            process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, text=True, **settings)
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, text=True, **settings
+            )
         running.append(process)
 
         def line_with(text: str) -> str:

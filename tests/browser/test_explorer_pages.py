@@ -1,5 +1,6 @@
-"""The explorer in a real browser, in JupyterLab and on the command line's page: a click on a head shows its attention, adding it moves the circuit's
-numbers, the exported lines reproduce what is shown; nothing is logged as an error, nothing is asked of any other machine. Times are printed, not asserted.
+"""The explorer in a real browser, in JupyterLab and on the command line's page: a click on a head shows its attention,
+adding it moves the circuit's numbers, the exported lines reproduce what is shown; nothing is logged as an error,
+nothing is asked of any other machine. Times are printed, not asserted.
 """
 
 import contextlib
@@ -44,7 +45,8 @@ def cell(head: str) -> str:
 
 
 def look_and_pick(page: Any, *, first: str = HEAD, second: str = OTHER) -> dict[str, float]:
-    """Click a head, see its attention, add it and another to the circuit, see the numbers move. Returns seconds by interaction."""
+    """Click a head, see its attention, add it and another to the circuit, see the numbers move. Returns seconds by
+    interaction."""
     settle(page)
     times: dict[str, float] = {}
     start = time.monotonic()
@@ -52,7 +54,10 @@ def look_and_pick(page: Any, *, first: str = HEAD, second: str = OTHER) -> dict[
     page.wait_for_selector(f'[data-in-view="{first}"]')
     page.wait_for_selector("[data-strip] [data-weight]")
     times["head -> attention"] = time.monotonic() - start
-    weights = [float(each) for each in page.locator("[data-strip] button").evaluate_all("nodes => nodes.map(node => node.dataset.weight)")]
+    weights = [
+        float(each)
+        for each in page.locator("[data-strip] button").evaluate_all("nodes => nodes.map(node => node.dataset.weight)")
+    ]
     assert sum(weights) == pytest.approx(1.0, abs=0.01), "the last token's attention, over all tokens"
     assert max(weights) > 0.05
     settle(page)
@@ -86,15 +91,23 @@ def reproduces(page: Any) -> None:
     found = exported(page)
     assert str(found["head"]) == OTHER
     assert number(page, "[data-share]") == pytest.approx(float(found["share"]), rel=0.01)
-    assert number(page, '[data-impact="counterfactual"]') == pytest.approx(float(found["counterfactual_impact"]), rel=0.01)
+    assert number(page, '[data-impact="counterfactual"]') == pytest.approx(
+        float(found["counterfactual_impact"]), rel=0.01
+    )
     tip = page.get_attribute(cell(OTHER), "data-tip")
-    assert float(tip.split("\n")[1].split(",")[0].replace("\N{MINUS SIGN}", "-")) == pytest.approx(float(found["scores"].mean()[0, 4]), rel=0.01)
+    assert float(tip.split("\n")[1].split(",")[0].replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+        float(found["scores"].mean()[0, 4]), rel=0.01
+    )
     assert number(page, RECOVERED) == pytest.approx(100 * found["report"].logit_difference_recovered, abs=0.51)
     assert [str(head) for head in found["circuit"].heads] == [OTHER, HEAD]
 
 
-def test_the_command_lines_page(watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, line_with = serve("-m", "workbench.cli", "explore", "--folder", str(tmp_path), log=tmp_path / "serve.log", cwd=ROOT)
+def test_the_command_lines_page(
+    watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, line_with = serve(
+        "-m", "workbench.cli", "explore", "--folder", str(tmp_path), log=tmp_path / "serve.log", cwd=ROOT
+    )
     page = watched.page
     page.goto(line_with("http://").split()[-1])
     times = look_and_pick(page)
@@ -179,14 +192,22 @@ def test_jupyterlab(watched: Watched, serve: Serve, tmp_path: Path, capsys: pyte
     nbformat.write(notebook, tmp_path / "work" / "explore.ipynb")
     folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     environment = {**os.environ, **folders, "IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=here"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        "--ServerApp.port=0",
+        "--IdentityProvider.token=here",
+    ]
     options += [f"--ServerApp.root_dir={tmp_path / 'work'}", "--LabApp.extension_manager=readonly"]
     _, line_with = serve("-m", "jupyterlab", *options, log=tmp_path / "lab.log", env=environment, cwd=tmp_path)
     address = line_with("http://127.0.0.1").split("http://127.0.0.1")[1].split("/")[0]
     page = watched.page
     page.goto(f"http://127.0.0.1{address}/lab/tree/explore.ipynb?token=here")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.locator(".jp-StatusBar-GroupItem, #jp-main-statusbar", has_text="| Idle").first.wait_for()  # before that, "Run" asks which kernel to take
+    page.locator(
+        ".jp-StatusBar-GroupItem, #jp-main-statusbar", has_text="| Idle"
+    ).first.wait_for()  # before that, "Run" asks which kernel to take
     run_all(page)
     times = look_and_pick(page)
     assert number(page, RECOVERED) != 0.0, "two heads of the circuit move its numbers"
@@ -196,7 +217,9 @@ def test_jupyterlab(watched: Watched, serve: Serve, tmp_path: Path, capsys: pyte
     run_all(page)
     page.wait_for_selector(f"{cell(HEAD)}.member")
     settle(page)
-    assert first.split("\n")[0] == page.locator('[data-circuit="teacher"]').inner_text().split("\n")[0], "the state survives re-running the cell"
+    assert first.split("\n")[0] == page.locator('[data-circuit="teacher"]').inner_text().split("\n")[0], (
+        "the state survives re-running the cell"
+    )
     report(capsys, "JupyterLab, bundled teacher", times)
     assert [error for error in watched.errors if "favicon" not in error] == []
     assert watched.left_loopback() == []

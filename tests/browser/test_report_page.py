@@ -1,4 +1,5 @@
-"""The report in a real browser: readable before its figures are drawn, all of them drawn in the end and before it is printed, nothing fetched."""
+"""The report in a real browser: readable before its figures are drawn, all of them drawn in the end and before it is
+printed, nothing fetched."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from browser_pages import Watched, watched_page
 from plotly import graph_objects as go
 
 from workbench.cli import main
-from workbench.plots.report import Section, report_html
+from workbench.report.page import Section, report_html
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
 watched = pytest.fixture(watched_page, name="watched")
@@ -18,12 +19,23 @@ DRAWN = "document.querySelectorAll('figure .main-svg').length"
 LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
 
 
-def test_the_report_of_a_run(watched: Watched, model_folder: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_of_a_run(
+    watched: Watched, model_folder: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {
-        "teacher": model_folder("llama", seed=1), "student": model_folder("llama", seed=2, layers=2), "data.boxes": 3, "data.reference_scenes": 4,
-        "data.discovery_scenes": 4, "data.train_scenes": 6, "data.test_scenes": 5, "discovery.heads": 2, "discovery.least_effect": 0.0, "training.steps": 4,
-        "training.batch": 6, "conditions": "[base,circuit_ce,circuit_ce_cka]",
-    }  # fmt: skip
+        "teacher": model_folder("llama", seed=1),
+        "student": model_folder("llama", seed=2, layers=2),
+        "data.boxes": 3,
+        "data.reference_scenes": 4,
+        "data.discovery_scenes": 4,
+        "data.train_scenes": 6,
+        "data.test_scenes": 5,
+        "discovery.heads": 2,
+        "discovery.least_effect": 0.0,
+        "training.steps": 4,
+        "training.batch": 6,
+        "conditions": "[base,circuit_ce,circuit_ce_cka]",
+    }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert main(["demo", "--recipe", "demo", "--out", str(tmp_path / "run"), *words]) == 0
     page = watched.page
@@ -44,7 +56,10 @@ def test_printing_draws_what_is_still_waiting(watched: Watched, tmp_path: Path) 
     """The page is held before its first figure by printing in the load event itself."""
     sections = [Section(heading=f"Figure {place}", figure=go.Figure(go.Scatter(y=[1, 3, place]))) for place in range(4)]
     html = report_html("Report", sections)
-    early = "<script>addEventListener('load', () => { dispatchEvent(new Event('beforeprint')); window.early = document.querySelectorAll('figure .main-svg').length; })</script>"
+    early = (
+        "<script>addEventListener('load', () => { dispatchEvent(new Event('beforeprint')); window.early = "
+        "document.querySelectorAll('figure .main-svg').length; })</script>"
+    )
     (tmp_path / "report.html").write_text(html.replace("<main>", early + "<main>"))
     page = watched.page
     page.goto((tmp_path / "report.html").as_uri())

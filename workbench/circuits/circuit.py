@@ -6,7 +6,7 @@ from typing import Any
 
 from workbench import seeds
 from workbench.errors import InputError
-from workbench.refs import Head, Position
+from workbench.values.refs import Head, Position
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,7 +53,10 @@ class Circuit:
     @property
     def scope(self) -> dict[Head, tuple[Position, ...]]:
         """Each head with the positions of all its roles."""
-        return {head: tuple(sorted({member.position for member in self.members if member.head == head})) for head in self.heads}
+        return {
+            head: tuple(sorted({member.position for member in self.members if member.head == head}))
+            for head in self.heads
+        }
 
     @property
     def everywhere(self) -> dict[Head, tuple[Position, ...]]:
@@ -63,7 +66,10 @@ class Circuit:
     @property
     def roles(self) -> dict[str, tuple[Head, ...]]:
         """Role -> its heads."""
-        return {role: tuple(m.head for m in self.members if m.role == role) for role in sorted({m.role for m in self.members})}
+        return {
+            role: tuple(m.head for m in self.members if m.role == role)
+            for role in sorted({m.role for m in self.members})
+        }
 
     def role_of(self, head: Head) -> str:
         """The roles of a head, joined by `+`; empty when it is not in the circuit."""
@@ -86,7 +92,10 @@ class Circuit:
 
     def _merged(self, other: "Circuit", members: set[Member], sign: str) -> "Circuit":
         if self.shape != other.shape:
-            raise InputError(f"circuits of models of shapes {self.shape} and {other.shape} can't be joined; compare circuits of one model.")
+            raise InputError(
+                f"circuits of models of shapes {self.shape} and {other.shape} can't be joined; compare circuits of one "
+                "model."
+            )
         return Circuit.of(members, shape=self.shape, method=f"({self.method}) {sign} ({other.method})")
 
     def jaccard(self, other: "Circuit") -> float:
@@ -106,7 +115,9 @@ class Circuit:
             members = [Member(Head.parse(m["head"]), m["role"], m["position"]) for m in value["members"]]
             return cls.of(members, shape=(int(value["shape"][0]), int(value["shape"][1])), method=value["method"])
         except (KeyError, TypeError, IndexError) as error:
-            raise InputError(f"this is not a circuit ({error!r}); it needs members (head, role, position), shape and method.") from None
+            raise InputError(
+                f"this is not a circuit ({error!r}); it needs members (head, role, position), shape and method."
+            ) from None
 
 
 def whole_model(shape: tuple[int, int]) -> Circuit:
@@ -116,7 +127,8 @@ def whole_model(shape: tuple[int, int]) -> Circuit:
 
 
 def random_circuit(circuit: Circuit, *, seed: int, draw: int = 0) -> Circuit:
-    """As many heads, drawn from outside the circuit (from all heads if too few are left), each taking over the roles of one of its heads."""
+    """As many heads, drawn from outside the circuit (from all heads if too few are left), each taking over the roles of
+    one of its heads."""
     layers, heads = circuit.shape
     everyone = [Head(layer, index) for layer in range(layers) for index in range(heads)]
     outside = [head for head in everyone if head not in set(circuit.heads)]

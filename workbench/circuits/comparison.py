@@ -1,4 +1,5 @@
-"""Two circuits of one model, or one circuit before and after training: which heads stayed, came and went, role by role."""
+"""Two circuits of one model, or one circuit before and after training: which heads stayed, came and went, role by
+role."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,14 +36,19 @@ class CircuitComparison:
     def from_json(cls, value: dict[str, Any]) -> "CircuitComparison":
         """Read what `to_json` gave."""
         names = ("shared", "gained", "lost")
-        roles = tuple(RoleChange(role=role["role"], **{name: tuple(role[name]) for name in names}) for role in value["roles"])
+        roles = tuple(
+            RoleChange(role=role["role"], **{name: tuple(role[name]) for name in names}) for role in value["roles"]
+        )
         return cls(jaccard=value["jaccard"], roles=roles, moved=tuple(value["moved"]))
 
 
 def compare(before: Circuit, after: Circuit) -> CircuitComparison:
     """Compare two circuits of models of one shape. Errors: `InputError` on different shapes."""
     if before.shape != after.shape:
-        raise InputError(f"circuits of models of shapes {before.shape} and {after.shape} have no heads in common; compare circuits of one model.")
+        raise InputError(
+            f"circuits of models of shapes {before.shape} and {after.shape} have no heads in common; compare circuits "
+            "of one model."
+        )
     names = sorted(set(before.roles) | set(after.roles))
     old, new = ({name: set(circuit.roles.get(name, ())) for name in names} for circuit in (before, after))
     both = sorted(set(before.heads) & set(after.heads))
@@ -51,7 +57,10 @@ def compare(before: Circuit, after: Circuit) -> CircuitComparison:
         jaccard=before.jaccard(after),
         roles=tuple(
             RoleChange(
-                role=name, shared=_written(old[name] & new[name]), gained=_written(new[name] - old[name]), lost=_written(old[name] - new[name])
+                role=name,
+                shared=_written(old[name] & new[name]),
+                gained=_written(new[name] - old[name]),
+                lost=_written(old[name] - new[name]),
             )
             for name in names
         ),

@@ -1,10 +1,12 @@
-"""Faithfulness over circuit size, with equal-size random circuits beside it, and its two areas (MIB; Mueller et al. 2025).
+"""Faithfulness over circuit size, with equal-size random circuits beside it, and its two areas (MIB; Mueller et al.
+2025).
 
     f(C) = (m(C) - m(empty)) / (m(model) - m(empty))
     CPR = integral of f over the share of heads, from none to all (higher: performance is recovered early)
     CMD = integral of |1 - f| (lower: the circuit behaves as the model)
 
-Everything outside a circuit is ablated: by its mean over reference prompts, or by the prompt's own corrupt run, as MIB does it; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
+Everything outside a circuit is ablated: by its mean over reference prompts, or by the prompt's own corrupt run, as MIB
+does it; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
 """
 
 from collections.abc import Sequence
@@ -17,12 +19,12 @@ from tqdm.auto import tqdm
 
 from workbench import seeds, storage
 from workbench.errors import InputError
-from workbench.metrics import Metric
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import Replacement, ablated_logits, described, kind_of
 from workbench.patching.progress import identity
-from workbench.refs import Head, Position
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric
+from workbench.values.refs import Head, Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,21 +108,36 @@ def default_sizes(total: int) -> tuple[int, ...]:
 class Faithfulness:
     """f of sets of heads that are kept at a position, all others ablated; each set is run once.
 
-    `file`: where the values are kept as they come, so that an interrupted evaluation goes on. Errors: `InputError` when the mean's prompts are among `pairs`, and when ablating every head does not change the metric (nothing to recover).
+    `file`: where the values are kept as they come, so that an interrupted evaluation goes on. Errors: `InputError` when
+    the mean's prompts are among `pairs`, and when ablating every head does not change the metric (nothing to recover).
     """
 
     def __init__(
-        self, model: HookedModel, pairs: PromptPairs, means: Replacement, *, metric: Metric, position: Position = "all", file: Path | None = None
+        self,
+        model: HookedModel,
+        pairs: PromptPairs,
+        means: Replacement,
+        *,
+        metric: Metric,
+        position: Position = "all",
+        file: Path | None = None,
     ) -> None:
         self.model, self.pairs, self.metric, self.position = model, pairs, metric, position
         self.means: Replacement = means
         self._known, self._file = dict[str, float](), file
-        self._identity = "" if file is None else identity(model, [pairs], described(means), position, getattr(metric, "__qualname__", repr(metric)))
+        self._identity = (
+            ""
+            if file is None
+            else identity(model, [pairs], described(means), position, getattr(metric, "__qualname__", repr(metric)))
+        )
         if file is not None and file.exists():
             self._known = self._read(file)
         self.full, self.empty = self._metric((), complement=False), self._metric(())
         if abs(self.full - self.empty) < 1e-9:
-            raise InputError("ablating every head does not change the metric: nothing to recover. Use prompts or a metric on which heads matter.")
+            raise InputError(
+                "ablating every head does not change the metric: nothing to recover. Use prompts or a metric on which "
+                "heads matter."
+            )
 
     def of(self, heads: Sequence[Head]) -> float:
         """(m(C) - m(empty)) / (m(model) - m(empty))."""
@@ -138,7 +155,9 @@ class Faithfulness:
     def _metric(self, heads: Sequence[Head], *, complement: bool = True) -> float:
         key = f"{'only' if complement else 'without'} {' '.join(map(str, sorted(heads)))}"
         if key not in self._known:
-            logits = ablated_logits(self.model, self.pairs, dict.fromkeys(heads, (self.position,)), self.means, complement=complement)
+            logits = ablated_logits(
+                self.model, self.pairs, dict.fromkeys(heads, (self.position,)), self.means, complement=complement
+            )
             self._known[key] = float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
             if self._file is not None:
                 storage.write_json(self._file, {"identity": self._identity, "values": self._known})
@@ -147,20 +166,34 @@ class Faithfulness:
     def _read(self, file: Path) -> dict[str, float]:
         described = storage.read_json(file)
         if described.get("identity") != self._identity:
-            raise InputError(f"{file} holds values of another model, other prompts or another ablation; delete it, or keep these elsewhere.")
+            raise InputError(
+                f"{file} holds values of another model, other prompts or another ablation; delete it, or keep these "
+                "elsewhere."
+            )
         return dict(described["values"])
 
 
 def faithfulness_curve(
-    faithfulness: Faithfulness, ranking: Sequence[Head], *, unit: str, sizes: Sequence[int] | None = None, random_rankings: int = 3, seed: int = 0
+    faithfulness: Faithfulness,
+    ranking: Sequence[Head],
+    *,
+    unit: str,
+    sizes: Sequence[int] | None = None,
+    random_rankings: int = 3,
+    seed: int = 0,
 ) -> FaithfulnessCurve:
-    """f of the first k heads of a ranking alone, and of the model without them, for several k; the same for random rankings. Heads that the ranking leaves out come last."""
+    """f of the first k heads of a ranking alone, and of the model without them, for several k; the same for random
+    rankings. Heads that the ranking leaves out come last."""
     model = faithfulness.model
     order = [*ranking, *(head for head in model.heads if head not in set(ranking))]
     chosen = default_sizes(len(order)) if sizes is None else tuple(sorted(set(sizes)))
-    shuffled = [seeds.chooser(seed, "random ranking", draw).sample(order, len(order)) for draw in range(random_rankings)]
+    shuffled = [
+        seeds.chooser(seed, "random ranking", draw).sample(order, len(order)) for draw in range(random_rankings)
+    ]
     kept, removed = [], []
-    with tqdm(total=2 * (1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False) as bar:
+    with tqdm(
+        total=2 * (1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False
+    ) as bar:
         for heads in (order, *shuffled):
             for measure, curves in ((faithfulness.of, kept), (faithfulness.without, removed)):
                 curves.append(tuple(_told(bar, measure(heads[:size])) for size in chosen))

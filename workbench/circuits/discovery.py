@@ -1,7 +1,8 @@
 """Finding a circuit: backward search by path patching, or the strongest heads by mean ablation.
 
-`backward_search` walks a task's stages from the logits down: the heads of a stage act at its position and write into the heads of the stage
-above (Prakash et al. 2024 for entity tracking: value fetchers, position transmitters, position detectors, structure readers).
+`backward_search` walks a task's stages from the logits down: the heads of a stage act at its position and write into
+the heads of the stage above (Prakash et al. 2024 for entity tracking: value fetchers, position transmitters, position
+detectors, structure readers).
 """
 
 import time
@@ -15,13 +16,13 @@ from pydantic.dataclasses import dataclass
 
 from workbench.circuits import selection
 from workbench.circuits.circuit import Circuit, Member
-from workbench.metrics import METRICS
-from workbench.models import HookedModel
-from workbench.patching.passage import Route
+from workbench.models.hooked_model import HookedModel
+from workbench.patching.engine.passage import Route
 from workbench.patching.path import Effect, Engine, activation_baselines, prepared, sweep_heads
-from workbench.refs import Head, Receiver
-from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs, Stage
+from workbench.values.metrics import METRICS
+from workbench.values.refs import Head, Receiver
+from workbench.values.scores import Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -35,13 +36,15 @@ class DiscoveryConfig:
     heads: Annotated[int, Field(ge=1)] = 6
     """Most heads of one group, or the size of the circuit with `mean_ablation`."""
     least_effect: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are left out."""
+    """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are
+    left out."""
     selection: Literal["interval", "top", "threshold", "elbow", "significance"] = "interval"
-    """How many of the ranked heads: at most `heads` in each case; `interval` and `threshold` those of at least `least_effect` (`interval`: with
-    their confidence interval on one side of 0), `elbow` those in front of the bend, `significance` those that pass a sign-flip test."""
+    """How many of the ranked heads: at most `heads` in each case; `interval` and `threshold` those of at least
+    `least_effect` (`interval`: with their confidence interval on one side of 0), `elbow` those in front of the bend,
+    `significance` those that pass a sign-flip test."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """`interval`: a head is taken only if this confidence interval of its mean effect lies wholly on the harmful side; `significance`: 1 minus
-    the false-discovery rate."""
+    """`interval`: a head is taken only if this confidence interval of its mean effect lies wholly on the harmful side;
+    `significance`: 1 minus the false-discovery rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))
@@ -65,8 +68,9 @@ def backward_search(
 ) -> Discovery:
     """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
 
-    A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's scores are kept, and read if
-    they are there; an interrupted search resumes inside the stage. Errors: `InputError` for a position that the prompts don't name.
+    A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's
+    scores are kept, and read if they are there; an interrupted search resumes inside the stage. Errors: `InputError`
+    for a position that the prompts don't name.
     """
     metric = METRICS[config.metric]
     start, seconds = time.perf_counter(), {}
@@ -81,15 +85,25 @@ def backward_search(
         if stage.into is not None and not groups[stage.into]:
             groups[stage.name] = []
             continue
-        receivers = [] if stage.into is None or stage.composition is None else [Receiver(head, stage.composition) for head in groups[stage.into]]
+        receivers = (
+            []
+            if stage.into is None or stage.composition is None
+            else [Receiver(head, stage.composition) for head in groups[stage.into]]
+        )
         there = "all" if stage.into is None else receiver_position(stage, position_of)
         route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
         file = None if files is None else files.get(stage.name)
-        scores[stage.name] = sweep_heads(patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect, file=file)
+        scores[stage.name] = sweep_heads(
+            patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect, file=file
+        )
         seconds[stage.name] = time.perf_counter() - start
         groups[stage.name] = chosen(scores[stage.name], config, least=least)
         members += [Member(head, stage.name, stage.position) for head in groups[stage.name]]
-    circuit = Circuit.of(members, shape=(model.n_layers, model.n_heads), method=f"path patching, {config.metric}, stages {' '.join(position_of)}")
+    circuit = Circuit.of(
+        members,
+        shape=(model.n_layers, model.n_heads),
+        method=f"path patching, {config.metric}, stages {' '.join(position_of)}",
+    )
     return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 
 
@@ -99,7 +113,9 @@ def receiver_position(stage: Stage, position_of: Mapping[str, str]) -> str:
     return position_of[stage.into] if stage.composition == "q" else stage.position
 
 
-def selected(scores: Scores, *, most: int, least: float, confidence: float, helpful: Literal["negative", "positive"] = "negative") -> list[Head]:
+def selected(
+    scores: Scores, *, most: int, least: float, confidence: float, helpful: Literal["negative", "positive"] = "negative"
+) -> list[Head]:
     """The strongest heads: at most `most`, mean effect beyond `least`, confidence interval on one side of zero.
 
     `negative`: patching a head that the task needs lowers the metric (path patching); `positive`: impacts of ablation.
@@ -109,7 +125,11 @@ def selected(scores: Scores, *, most: int, least: float, confidence: float, help
     weakest = sign * (high if helpful == "negative" else low)
     means = sign * scores.mean()
     order = scores.top(most, by="lowest" if helpful == "negative" else "highest")
-    return [head for head in order if float(means[head.layer, head.index]) >= least and float(weakest[head.layer, head.index]) > 0]
+    return [
+        head
+        for head in order
+        if float(means[head.layer, head.index]) >= least and float(weakest[head.layer, head.index]) > 0
+    ]
 
 
 def chosen(scores: Scores, config: DiscoveryConfig, *, least: float, needed: selection.Side = "negative") -> list[Head]:
@@ -128,7 +148,8 @@ def chosen(scores: Scores, config: DiscoveryConfig, *, least: float, needed: sel
 
 
 def ranking(scores: Mapping[str, Scores]) -> list[Head]:
-    """All heads of a search in one order: by their largest harmful effect in any stage, as a share of that stage's largest."""
+    """All heads of a search in one order: by their largest harmful effect in any stage, as a share of that stage's
+    largest."""
     best: dict[Head, float] = {}
     for part in scores.values():
         means = -part.mean()
@@ -143,15 +164,20 @@ def top_by_ablation(profile: Scores, config: DiscoveryConfig, *, position: str =
     span = abs(profile.baseline) if profile.baseline else float(profile.mean().abs().nan_to_num().max())
     heads = chosen(profile, config, least=config.least_effect * span, needed="positive")
     shape = (profile.values.shape[0], profile.values.shape[1])
-    return Circuit.of((Member(head, "ablation", position) for head in heads), shape=shape, method=f"mean ablation, {profile.unit}")
+    return Circuit.of(
+        (Member(head, "ablation", position) for head in heads), shape=shape, method=f"mean ablation, {profile.unit}"
+    )
 
 
 def stacked(scores: Mapping[str, Scores]) -> Scores | None:
-    """One map for all stages of a search: per head the strongest mean effect over the stages (NaN where none was measured)."""
+    """One map for all stages of a search: per head the strongest mean effect over the stages (NaN where none was
+    measured)."""
     if not scores:
         return None
     means = torch.stack([part.mean() for part in scores.values()])
     strongest = means.nan_to_num(0).abs().argmax(0, keepdim=True)
     values = means.gather(0, strongest)[0]
     kinds = sorted({part.unit.split(", path from")[0] for part in scores.values()})
-    return Scores.of_heads(values, unit=f"{' / '.join(kinds)} (patched minus clean), strongest over the stages {', '.join(scores)}")
+    return Scores.of_heads(
+        values, unit=f"{' / '.join(kinds)} (patched minus clean), strongest over the stages {', '.join(scores)}"
+    )

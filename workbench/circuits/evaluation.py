@@ -1,10 +1,12 @@
-"""What a circuit does alone: accuracy with every other head ablated, against the whole model and random circuits of equal size.
+"""What a circuit does alone: accuracy with every other head ablated, against the whole model and random circuits of
+equal size.
 
     faithfulness = accuracy of the circuit alone / accuracy of the full model
 
-Ablated heads take their mean over reference prompts (Prakash et al. 2024), or their output on the prompt's own corrupt counterpart (MIB). Scope
-`positions` (Prakash): every head is ablated everywhere, except circuit heads at their own positions. Scope `everywhere`: circuit heads are
-kept at all positions. Each of these gives different numbers, so each result says which.
+Ablated heads take their mean over reference prompts (Prakash et al. 2024), or their output on the prompt's own corrupt
+counterpart (MIB). Scope `positions` (Prakash): every head is ablated everywhere, except circuit heads at their own
+positions. Scope `everywhere`: circuit heads are kept at all positions. Each of these gives different numbers, so each
+result says which.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +16,12 @@ from typing import Any, Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench import metrics
 from workbench.circuits.circuit import Circuit, random_circuit
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import Kind, Replacement, ablated_logits, kind_of, plain_logits
-from workbench.scores import wilson_interval
 from workbench.tasks.base import PromptPairs
+from workbench.values import metrics
+from workbench.values.scores import wilson_interval
 
 EvaluationScope = Literal["positions", "everywhere"]
 
@@ -48,7 +50,8 @@ class CircuitReport:
     faithfulness: float | None
     """Circuit accuracy over full accuracy; None when the full model is never right."""
     logit_differences: Mapping[str, float]
-    """Mean logit of the answer minus that of the distractor: `full`, `circuit`, `random` (mean over the draws), `empty`."""
+    """Mean logit of the answer minus that of the distractor: `full`, `circuit`, `random` (mean over the draws),
+    `empty`."""
     logit_difference_recovered: float | None
     """(circuit - empty) / (full - empty) logit difference; None when the two ends are equal."""
 
@@ -60,11 +63,18 @@ class CircuitReport:
     def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
         """Read what `to_json` gave."""
         pairs = ("full_interval", "circuit_interval", "random_circuit_range")
-        return cls(**{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}})  # "mean": files from before there was a choice
+        return cls(
+            **{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}}
+        )  # "mean": files from before there was a choice
 
 
 def circuit_logits(
-    model: HookedModel, pairs: PromptPairs, circuit: Circuit, means: Replacement, *, scope: EvaluationScope = "positions"
+    model: HookedModel,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    means: Replacement,
+    *,
+    scope: EvaluationScope = "positions",
 ) -> Float[Tensor, "batch d_vocab"]:
     """Final logits of the circuit alone: all other heads ablated."""
     kept = circuit.scope if scope == "positions" else circuit.everywhere
@@ -97,11 +107,15 @@ def evaluate_circuit(
     seed: int = 0,
     ends: Ends | None = None,
 ) -> CircuitReport:
-    """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test prompts.
+    """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test
+    prompts.
 
-    `ends`: from `circuit_ends`, where many circuits are evaluated. Errors: `InputError` when prompts overlap the reference.
+    `ends`: from `circuit_ends`, where many circuits are evaluated. Errors: `InputError` when prompts overlap the
+    reference.
     """
-    return evaluate_with_outcomes(model, pairs, circuit, means, scope=scope, random_circuits=random_circuits, seed=seed, ends=ends)[0]
+    return evaluate_with_outcomes(
+        model, pairs, circuit, means, scope=scope, random_circuits=random_circuits, seed=seed, ends=ends
+    )[0]
 
 
 def evaluate_with_outcomes(
@@ -115,7 +129,8 @@ def evaluate_with_outcomes(
     seed: int = 0,
     ends: Ends | None = None,
 ) -> tuple[CircuitReport, dict[str, Bool[Tensor, " batch"]]]:
-    """The same, and which prompts are answered right by the full model and by the circuit alone (`full`, `circuit`), for paired tests."""
+    """The same, and which prompts are answered right by the full model and by the circuit alone (`full`, `circuit`),
+    for paired tests."""
     draws = [random_circuit(circuit, seed=seed, draw=draw) for draw in range(random_circuits)]
     full, empty = circuit_ends(model, pairs, circuit.shape, means) if ends is None else ends
     runs = {

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from workbench import seeds
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import EvaluationScope, circuit_logits
-from workbench.metrics import Metric
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import Replacement, ablated_logits
-from workbench.refs import Head
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric
+from workbench.values.refs import Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,14 @@ class Knockouts:
     """F(C - K) and F(M - K) on some prompts; each set is run once."""
 
     def __init__(
-        self, model: HookedModel, pairs: PromptPairs, circuit: Circuit, means: Replacement, *, metric: Metric, scope: EvaluationScope = "positions"
+        self,
+        model: HookedModel,
+        pairs: PromptPairs,
+        circuit: Circuit,
+        means: Replacement,
+        *,
+        metric: Metric,
+        scope: EvaluationScope = "positions",
     ) -> None:
         self.model, self.pairs, self.circuit, self.metric = model, pairs, circuit, metric
         self.means: Replacement = means
@@ -46,14 +53,20 @@ class Knockouts:
     def of_circuit(self, without: Iterable[Head] = ()) -> float:
         """F(C - K)."""
         return self._once(
-            False, frozenset(without), lambda gone: circuit_logits(self.model, self.pairs, self.circuit.without(gone), self.means, scope=self.scope)
+            False,
+            frozenset(without),
+            lambda gone: circuit_logits(
+                self.model, self.pairs, self.circuit.without(gone), self.means, scope=self.scope
+            ),
         )
 
     def of_model(self, without: Iterable[Head] = ()) -> float:
         """F(M - K): heads of K ablated where the circuit's scope has them act."""
         kept = self.circuit.scope if self.scope == "positions" else self.circuit.everywhere
         return self._once(
-            True, frozenset(without), lambda gone: ablated_logits(self.model, self.pairs, {head: kept[head] for head in gone}, self.means)
+            True,
+            frozenset(without),
+            lambda gone: ablated_logits(self.model, self.pairs, {head: kept[head] for head in gone}, self.means),
         )
 
     def _once(self, whole: bool, gone: frozenset[Head], run: Callable[[frozenset[Head]], Any]) -> float:
@@ -64,7 +77,8 @@ class Knockouts:
 
 
 def minimality(knockouts: Knockouts, *, draws: int = 5, seed: int = 0) -> dict[Head, float]:
-    """For each head the largest relative fall that knocking it out too causes, over random sets K of its own groups (the empty set among them)."""
+    """For each head the largest relative fall that knocking it out too causes, over random sets K of its own groups
+    (the empty set among them)."""
     circuit, draw = knockouts.circuit, seeds.chooser(seed, "minimality")
     scores: dict[Head, float] = {}
     for head in tqdm(circuit.heads, desc="minimality", unit="head", leave=False):
@@ -85,7 +99,8 @@ def minimal(knockouts: Knockouts, *, least: float = 0.01, draws: int = 5, seed: 
 
 
 def completeness(knockouts: Knockouts, *, draws: int = 10, seed: int = 0) -> tuple[Knockout, ...]:
-    """Random sets of the circuit's heads (each head in or out by a coin), and every single group, knocked out of circuit and model."""
+    """Random sets of the circuit's heads (each head in or out by a coin), and every single group, knocked out of
+    circuit and model."""
     circuit, draw = knockouts.circuit, seeds.chooser(seed, "completeness")
     sets = list(circuit.roles.values())
     sets += [tuple(head for head in circuit.heads if draw.random() < 0.5) for _ in range(draws)]

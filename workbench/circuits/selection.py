@@ -1,6 +1,8 @@
-"""From scores to heads: how many of the ranked heads make the circuit. Every rule takes `Scores` over (layer, head) and a sign.
+"""From scores to heads: how many of the ranked heads make the circuit. Every rule takes `Scores` over (layer, head) and
+a sign.
 
-`needed="negative"`: a negative score means that the task needs the head (path patching); `positive`: impacts of ablation.
+`needed="negative"`: a negative score means that the task needs the head (path patching); `positive`: impacts of
+ablation.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,8 +16,8 @@ from scipy import stats
 from torch import Tensor
 
 from workbench import seeds
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 Side = Literal["negative", "positive"]
 
@@ -42,7 +44,8 @@ def by_threshold(scores: Scores, least: float, *, needed: Side = "negative") -> 
 
 
 def by_elbow(scores: Scores, *, needed: Side = "negative") -> list[Head]:
-    """Heads in front of the elbow: the point of the ranked, positive means that lies farthest below the line from the first to the last.
+    """Heads in front of the elbow: the point of the ranked, positive means that lies farthest below the line from the
+    first to the last.
 
     Source: the "kneedle" idea of Satopaa et al. 2011. With fewer than three positive means all of them are taken.
     """
@@ -55,10 +58,14 @@ def by_elbow(scores: Scores, *, needed: Side = "negative") -> list[Head]:
     return order[: int((line - heights).argmax())]
 
 
-def by_significance(scores: Scores, *, needed: Side = "negative", rate: float = 0.05, permutations: int = 9999, seed: int = 0) -> list[Head]:
-    """Heads whose mean effect differs from 0 on the needed side, with the false-discovery rate held at `rate` (Benjamini-Hochberg).
+def by_significance(
+    scores: Scores, *, needed: Side = "negative", rate: float = 0.05, permutations: int = 9999, seed: int = 0
+) -> list[Head]:
+    """Heads whose mean effect differs from 0 on the needed side, with the false-discovery rate held at `rate`
+    (Benjamini-Hochberg).
 
-    p values come from a sign-flip permutation test over the examples (`Scores.permutation_p_values`). Note that a head may be significant and small.
+    p values come from a sign-flip permutation test over the examples (`Scores.permutation_p_values`). Note that a head
+    may be significant and small.
     """
     p = importance(scores, needed).permutation_p_values(permutations=permutations, seed=seed, side="greater")
     measured = ~p.isnan()
@@ -70,7 +77,8 @@ def by_significance(scores: Scores, *, needed: Side = "negative", rate: float = 
 def bootstrap_stability(
     choose: Callable[[Int[Tensor, " rows"]], Iterable[Head]], examples: int, *, resamples: int = 20, seed: int = 0
 ) -> list[float]:
-    """Jaccard overlap of the heads that `choose(rows)` takes on resampled prompts with those on all prompts; `rows` are example indices."""
+    """Jaccard overlap of the heads that `choose(rows)` takes on resampled prompts with those on all prompts; `rows` are
+    example indices."""
     whole, found = set(choose(torch.arange(examples))), []
     for draw in range(resamples):
         rows = torch.randint(0, examples, (examples,), generator=seeds.generator(seed, "bootstrap", draw))

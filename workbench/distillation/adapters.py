@@ -1,10 +1,13 @@
-"""Low-rank training of heads (LoRA, Hu et al. 2021): each trained matrix of a head is W + (alpha / rank) B A, and only A and B train.
+"""Low-rank training of heads (LoRA, Hu et al. 2021): each trained matrix of a head is W + (alpha / rank) B A, and only
+A and B train.
 
-    A [rank in], B [out rank]; B starts at 0, A as in peft. Of W_Q, W_K, W_V a head owns output rows, of W_O input columns.
+    A [rank in], B [out rank]; B starts at 0, A as in peft.
+    Of W_Q, W_K, W_V a head owns output rows, of W_O input columns.
 
-peft adapts whole matrices, so an adapter of its own would write into every head of a layer. Here each head has its own factors over its own
-slice, and nothing outside it moves. All of them together are an ordinary LoRA adapter in which most of B (of W_O: of A) is zero:
-`save_adapter` writes it as peft's directory, which `transformers`, peft and `Student.load` read.
+peft adapts whole matrices, so an adapter of its own would write into every head of a layer. Here each head has its own
+factors over its own slice, and nothing outside it moves. All of them together are an ordinary LoRA adapter in which
+most of B (of W_O: of A) is zero: `save_adapter` writes it as peft's directory, which `transformers`, peft and
+`Student.load` read.
 """
 
 import math
@@ -17,23 +20,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from workbench import seeds, sources, storage
+from workbench import seeds, storage
 from workbench.distillation.masks import TrainedSlices
 from workbench.errors import InputError
-from workbench.export import WRAPPER
-from workbench.models import Student, WeightSlice
+from workbench.models import sources
+from workbench.models.export import WRAPPER
+from workbench.models.hooked_model import Student, WeightSlice
 
 
 class LowRankSlices(TrainedSlices):
     """Leaves are the two factors of each matrix slice (`...|A`, `...|B`); biases do not train."""
 
-    def __init__(self, student: Student, slices: Iterable[WeightSlice], *, rank: int, alpha: float = 16.0, seed: int = 0) -> None:
+    def __init__(
+        self, student: Student, slices: Iterable[WeightSlice], *, rank: int, alpha: float = 16.0, seed: int = 0
+    ) -> None:
         parts = list(slices)
         parameters = student.parameters()
-        super().__init__(student, [part for part in parts if part.parameter not in parameters or parameters[part.parameter][part.index].ndim == 2])
+        super().__init__(
+            student,
+            [
+                part
+                for part in parts
+                if part.parameter not in parameters or parameters[part.parameter][part.index].ndim == 2
+            ],
+        )
         self.rank, self.alpha, self.student = rank, alpha, student
         self._base = {key: leaf.detach() for key, leaf in self.leaves.items()}
-        self.leaves = {f"{key}|{name}": nn.Parameter(value) for key in self._base for name, value in self._initial(key, seed).items()}
+        self.leaves = {
+            f"{key}|{name}": nn.Parameter(value)
+            for key in self._base
+            for name, value in self._initial(key, seed).items()
+        }
 
     @property
     def scale(self) -> float:
@@ -55,7 +72,8 @@ class LowRankSlices(TrainedSlices):
         return self.leaves[f"{key}|A"], self.leaves[f"{key}|B"]
 
     def collect_gradients(self) -> None:
-        """The chain rule from each slice's gradient G [out in]: dA = scale B^T G, dB = scale G A^T; clears the model's gradients."""
+        """The chain rule from each slice's gradient G [out in]: dA = scale B^T G, dB = scale G A^T; clears the model's
+        gradients."""
         gradients = self._take_gradients()
         for key, part in self.slices.items():
             gradient, (down, up) = gradients[part.parameter], self.factors(key)
@@ -76,9 +94,11 @@ class LowRankSlices(TrainedSlices):
 
 
 def save_adapter(slices: LowRankSlices, directory: Path, *, base: str | Path) -> None:
-    """Write the factors as a peft LoRA directory for the untrained student at `base`; a matrix with k trained heads has rank k * rank.
+    """Write the factors as a peft LoRA directory for the untrained student at `base`; a matrix with k trained heads has
+    rank k * rank.
 
-    Errors: `InputError` without peft, and for an architecture that stores queries, keys and values in one matrix (save the student instead).
+    Errors: `InputError` without peft, and for an architecture that stores queries, keys and values in one matrix (save
+    the student instead).
     """
     sources.require_package("peft", "adapters")
     from peft import LoraConfig
@@ -110,7 +130,8 @@ def save_adapter(slices: LowRankSlices, directory: Path, *, base: str | Path) ->
 
 
 def _stacked(slices: LowRankSlices, keys: list[str]) -> tuple[Float[Tensor, "ranks inner"], Float[Tensor, "out ranks"]]:
-    """The factors of a matrix's heads as those of one adapter: one block of ranks a head, zero outside its rows (W_O: its columns)."""
+    """The factors of a matrix's heads as those of one adapter: one block of ranks a head, zero outside its rows (W_O:
+    its columns)."""
     part = slices.slices[keys[0]]
     whole = slices.student.parameters()[part.parameter]
     out, inner = whole.shape[::-1] if part.inputs_first else whole.shape
@@ -128,9 +149,14 @@ def _stacked(slices: LowRankSlices, keys: list[str]) -> tuple[Float[Tensor, "ran
 def _require_modules(slices: LowRankSlices, members: Mapping[str, list[str]]) -> None:
     original = getattr(slices.student.model, "original_model", None)
     if original is None:
-        raise InputError("only a student loaded through TransformerBridge (TransformerLens 4) can be saved as an adapter.")
+        raise InputError(
+            "only a student loaded through TransformerBridge (TransformerLens 4) can be saved as an adapter."
+        )
     with torch.device("meta"):
         known = dict(AutoModelForCausalLM.from_config(original.config).named_modules())
     fused = [module for module in members if not isinstance(known.get(module), nn.Linear)]
     if fused:
-        raise InputError(f"{fused[0]} is no matrix of its own in this architecture, so peft can't adapt it; save the merged student instead.")
+        raise InputError(
+            f"{fused[0]} is no matrix of its own in this architecture, so peft can't adapt it; save the merged student "
+            "instead."
+        )

@@ -9,14 +9,16 @@ from workbench.distillation.config import TrainingConfig
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, TeacherOutputs, teacher_cache
 from workbench.distillation.teacher_shards import teacher_shards
-from workbench.models import Student, Teacher
-from workbench.refs import Head
+from workbench.models.hooked_model import Student, Teacher
 from workbench.tasks.base import PromptPairs
+from workbench.values.refs import Head
 
 TeacherSource = Literal["memory", "shards", "live"]
 
 
-def trained_slices(student: Student, heads: Sequence[Head] | None, config: TrainingConfig, *, train_kv: bool, seed: int) -> TrainedSlices:
+def trained_slices(
+    student: Student, heads: Sequence[Head] | None, config: TrainingConfig, *, train_kv: bool, seed: int
+) -> TrainedSlices:
     """The heads' slices, or low-rank changes of them; None: every parameter, whole."""
     if heads is None:
         return TrainedSlices(student, slices_of_everything(student))
@@ -26,7 +28,9 @@ def trained_slices(student: Student, heads: Sequence[Head] | None, config: Train
     return LowRankSlices(student, parts, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
 
 
-def teacher_outputs(source: TeacherSource, teacher: Teacher, prompts: PromptPairs, names: Sequence[str], folder: Path) -> TeacherOutputs:
+def teacher_outputs(
+    source: TeacherSource, teacher: Teacher, prompts: PromptPairs, names: Sequence[str], folder: Path
+) -> TeacherOutputs:
     """The teacher's outputs on the training prompts, with the activations of these hooks; caches lie in `folder`."""
     match source:
         case "memory":

@@ -1,14 +1,16 @@
 """Back-propagation of a step's losses: the batch whole, or in micro-batches on one or several processes.
 
-The task loss is a mean over prompts, so the gradients of equal pieces average to the batch's, to rounding. CKA is no mean over prompts: a
-row's gradient depends on all rows, and the mean of the pieces' CKA is another number (the biased estimator is far higher at small m). So a
-split batch is aligned as GradCache does it (Gao et al. 2021): a first pass without graph collects the student's rows from all pieces and
-processes; the alignment's gradient with respect to these rows is computed once, on the whole batch; then each piece's forward is repeated with
-its graph, and its rows are back-propagated against their part of that gradient. That is the chain rule: the gradient is the unsplit batch's
-to rounding, at the price of a forward up to the last aligned layer, which a process with one piece does not pay: it keeps its first graph.
+The task loss is a mean over prompts, so the gradients of equal pieces average to the batch's, to rounding. CKA is no
+mean over prompts: a row's gradient depends on all rows, and the mean of the pieces' CKA is another number (the biased
+estimator is far higher at small m). So a split batch is aligned as GradCache does it (Gao et al. 2021): a first pass
+without graph collects the student's rows from all pieces and processes; the alignment's gradient with respect to these
+rows is computed once, on the whole batch; then each piece's forward is repeated with its graph, and its rows are
+back-propagated against their part of that gradient. That is the chain rule: the gradient is the unsplit batch's to
+rounding, at the price of a forward up to the last aligned layer, which a process with one piece does not pay: it keeps
+its first graph.
 
-What cannot be equal: dropout, whose masks are drawn piece by piece (the same in both passes). `alignment_batch: micro` skips the first pass
-and averages the pieces' own alignment losses: cheaper, and another objective.
+What cannot be equal: dropout, whose masks are drawn piece by piece (the same in both passes). `alignment_batch: micro`
+skips the first pass and averages the pieces' own alignment losses: cheaper, and another objective.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +48,8 @@ class Losses:
 
 
 def backward(objective: Objective, index: Index, weight: float, processes: Processes, dropout: Dropout) -> Losses:
-    """Add the gradient of task loss + `weight` * alignment loss on a batch to the student's parameters; returns the losses.
+    """Add the gradient of task loss + `weight` * alignment loss on a batch to the student's parameters; returns the
+    losses.
 
     With several processes each adds its share: the sum over the processes is the gradient.
     """
@@ -64,7 +67,9 @@ def backward(objective: Objective, index: Index, weight: float, processes: Proce
     return _averaged(objective, pieces, mine, weight, processes, dropout)
 
 
-def _averaged(objective: Objective, pieces: Sequence[Index], mine: range, weight: float, processes: Processes, dropout: Dropout) -> Losses:
+def _averaged(
+    objective: Objective, pieces: Sequence[Index], mine: range, weight: float, processes: Processes, dropout: Dropout
+) -> Losses:
     """Each piece by itself, its losses divided by the number of pieces."""
     share, found = 1 / len(pieces), []
     for piece in mine:
@@ -75,12 +80,15 @@ def _averaged(objective: Objective, pieces: Sequence[Index], mine: range, weight
         losses.total.backward()
         found.append(losses.detached())
     task, alignment = (
-        None if getattr(found[0], name) is None else _total([getattr(each, name) for each in found], processes) for name in ("task", "alignment")
+        None if getattr(found[0], name) is None else _total([getattr(each, name) for each in found], processes)
+        for name in ("task", "alignment")
     )
     return _losses(task, alignment, _total([each.ckas for each in found], processes), weight)
 
 
-def _by_chain_rule(objective: Objective, pieces: Sequence[Index], mine: range, weight: float, processes: Processes, dropout: Dropout) -> Losses:
+def _by_chain_rule(
+    objective: Objective, pieces: Sequence[Index], mine: range, weight: float, processes: Processes, dropout: Dropout
+) -> Losses:
     """The alignment on the whole batch, its gradient handed to the pieces."""
     kept: dict[int, tuple[Tensor | None, Rows]] = {}
     rows: dict[int, Rows] = {}
@@ -105,19 +113,28 @@ def _by_chain_rule(objective: Objective, pieces: Sequence[Index], mine: range, w
 def _whole_alignment(
     objective: Objective, pieces: Sequence[Index], rows: dict[int, Rows], weight: float, processes: Processes
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " pairs"], dict[int, list[Tensor]]]:
-    """(alignment loss, CKA of each pair, each own piece's gradient of `weight` * alignment with respect to its rows)."""
+    """(alignment loss, CKA of each pair, each own piece's gradient of `weight` * alignment with respect to its
+    rows)."""
     counts = torch.tensor([objective.row_counts(piece) for piece in pieces])
     starts = counts.cumsum(0) - counts
     own = next(iter(rows.values()))
     whole = [matrix.new_zeros(int(total), matrix.shape[1]) for matrix, total in zip(own, counts.sum(0), strict=True)]
-    places = {piece: [slice(int(s), int(s + c)) for s, c in zip(starts[piece], counts[piece], strict=True)] for piece in rows}
+    places = {
+        piece: [slice(int(s), int(s + c)) for s, c in zip(starts[piece], counts[piece], strict=True)] for piece in rows
+    }
     for piece, matrices in rows.items():
         for full, where, matrix in zip(whole, places[piece], matrices, strict=True):
             full[where] = matrix.detach()
-    leaves = [full.requires_grad_() for full in processes.summed(whole)]  # zeros elsewhere: a sum gathers pieces of any length
+    leaves = [
+        full.requires_grad_() for full in processes.summed(whole)
+    ]  # zeros elsewhere: a sum gathers pieces of any length
     alignment, ckas = objective.alignment(leaves, objective.teacher_rows(torch.cat(list(pieces))))
     slopes = torch.autograd.grad(weight * alignment, leaves, materialize_grads=True)
-    return alignment.detach(), ckas, {piece: [slope[where] for slope, where in zip(slopes, places[piece], strict=True)] for piece in rows}
+    return (
+        alignment.detach(),
+        ckas,
+        {piece: [slope[where] for slope, where in zip(slopes, places[piece], strict=True)] for piece in rows},
+    )
 
 
 def _losses(task: Tensor | None, alignment: Tensor | None, ckas: Tensor, weight: float) -> Losses:

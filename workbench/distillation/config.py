@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from workbench.alignment import Activation
 from workbench.distillation.losses import Pairs, TaskLoss
+from workbench.matching.head_rows import Activation
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import Measure
 
@@ -19,8 +19,9 @@ class TrainingConfig:
     """One training run. The paper leaves most of these open; each is a setting with its default stated here."""
 
     task_loss: TaskLoss = "ce_teacher"
-    """Cross-entropy on the teacher's labels (the paper) or on the ground truth; KL to the teacher's distribution, forward or reverse; the
-    Jensen-Shannon divergence from it; or none. From a teacher with another tokenizer only its labels, among the prompts' answers as words."""
+    """Cross-entropy on the teacher's labels (the paper) or on the ground truth; KL to the teacher's distribution,
+    forward or reverse; the Jensen-Shannon divergence from it; or none. From a teacher with another tokenizer only its
+    labels, among the prompts' answers as words."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the KL and Jensen-Shannon losses."""
     weight: Annotated[float, Field(ge=0)] = 0.0
@@ -36,16 +37,20 @@ class TrainingConfig:
     measure_options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the measure by name (see `workbench.similarity.measures`), e.g. `{fraction: 0.2}` of rbf_cka."""
     pairs: Pairs = "sum"
-    """Whether the loss is the sum over pairs (the paper) or their mean, which makes lambda independent of how many there are."""
+    """Whether the loss is the sum over pairs (the paper) or their mean, which makes lambda independent of how many
+    there are."""
     activation: Activation = "z"
-    """What of a head is aligned: `hook_z`, its output in the residual stream (`result`), or its attention probabilities (`pattern`)."""
+    """What of a head is aligned: `hook_z`, its output in the residual stream (`result`), or its attention probabilities
+    (`pattern`)."""
     heads: Literal["matched", "circuit"] = "matched"
     """Whose slices train where a condition trains heads: the matched ones, or the student's whole circuit."""
     most: Annotated[int, Field(ge=1)] | None = None
-    """At most so many of those heads train, the ones of the largest mean ablation impact (`matching.metric`). Every matched pair is aligned all
-    the same: what a few heads write is judged by all that read it. None: all of them train."""
+    """At most so many of those heads train, the ones of the largest mean ablation impact (`matching.metric`). Every
+    matched pair is aligned all the same: what a few heads write is judged by all that read it. None: all of them
+    train."""
     lora_rank: Annotated[int, Field(ge=1)] | None = None
-    """Train a low-rank change of each of these heads' matrices in place of the whole slices (biases then stay); None: the whole slices."""
+    """Train a low-rank change of each of these heads' matrices in place of the whole slices (biases then stay); None:
+    the whole slices."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """The change is `lora_alpha / lora_rank` times the product of its two factors."""
     steps: Annotated[int, Field(ge=1)] = 150
@@ -54,8 +59,8 @@ class TrainingConfig:
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches into which a process splits its share of a step's batch."""
     alignment_batch: Literal["whole", "micro"] = "whole"
-    """Whether the alignment sees the whole batch of a step, which a split batch pays with a second forward, or averages over micro-batches,
-    which is another objective with a smaller m."""
+    """Whether the alignment sees the whole batch of a step, which a split batch pays with a second forward, or averages
+    over micro-batches, which is another objective with a smaller m."""
     precision: Literal["full", "bf16"] = "full"
     """`bf16`: the student's forward under autocast to bfloat16; weights, losses and alignment stay in float32."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -66,7 +71,8 @@ class TrainingConfig:
     """Largest norm of the gradient of the trained slices."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between evaluations on the validation prompts, which are neither training nor test prompts; None: no evaluation."""
+    """Steps between evaluations on the validation prompts, which are neither training nor test prompts; None: no
+    evaluation."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many evaluations in a row without a better one than the best; None: never."""
     restore_best: bool = False

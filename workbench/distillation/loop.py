@@ -1,7 +1,7 @@
 """The distillation loop: task loss plus lambda times alignment of matched heads (eq 7), on the trained slices only.
 
-Each step's losses go to a JSONL log. A run that was killed resumes from its last checkpoint to the same bits: batches, dropout, learning rate
-and lambda are functions of (seed, step), and early stopping reads the log.
+Each step's losses go to a JSONL log. A run that was killed resumes from its last checkpoint to the same bits: batches,
+dropout, learning rate and lambda are functions of (seed, step), and early stopping reads the log.
 """
 
 import hashlib
@@ -19,29 +19,38 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench import seeds, storage
-from workbench.alignment import AlignedPair, require_fitting
-from workbench.distillation import batches, checkpoint
+from workbench.distillation import schedules
 from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.backward import backward
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.objective import Objective
-from workbench.distillation.processes import Processes, launched
-from workbench.distillation.reports import StepReport, best_evaluation, exhausted, read_log
+from workbench.distillation.processes import Processes, launched, shard
+from workbench.distillation.reports import (
+    StepReport,
+    Validation,
+    best_evaluation,
+    exhausted,
+    read_log,
+    require_apart,
+    validated,
+)
 from workbench.distillation.schedules import alignment_weight, share_of_rate
-from workbench.distillation.sharding import shard
 from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.distillation.tracking import require_installed, tracking
-from workbench.distillation.validation import Validation, require_apart, validated
 from workbench.errors import InputError
-from workbench.models import Student
+from workbench.matching.aligned_pairs import AlignedPair
+from workbench.matching.head_rows import require_fitting
+from workbench.models.hooked_model import Student
 from workbench.similarity.measures import checked_options
+from workbench.storage import checkpoint
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.tokenizers import require_same_words
 
 
 class Distillation:
-    """One training run of a student; `run()` goes from the last checkpoint (with `resume`) or from the start to the last step."""
+    """One training run of a student; `run()` goes from the last checkpoint (with `resume`) or from the start to the
+    last step."""
 
     def __init__(
         self,
@@ -61,7 +70,9 @@ class Distillation:
         self.student, self.slices, self.prompts, self.config, self.seed = student, slices, prompts, config, seed
         self.pairs, self.validation = tuple(pairs), validation
         self.objective = Objective(student, prompts, teacher, pairs, config)
-        self.optimizer = torch.optim.AdamW(list(slices.leaves.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            list(slices.leaves.values()), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         self._share_of_rate = share_of_rate(config, self.optimizer)
         self.identity = self._identity()
         if self.processes.shards:
@@ -83,7 +94,8 @@ class Distillation:
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     def run(self, folder: Path, *, resume: bool = False, label: str = "distilling") -> list[StepReport]:
-        """Train to the last step, or until patience ends; writes `log.jsonl` and `checkpoint.safetensors` (and `best.safetensors`) into `folder`.
+        """Train to the last step, or until patience ends; writes `log.jsonl` and `checkpoint.safetensors` (and
+        `best.safetensors`) into `folder`.
 
         Errors: `InputError` on a NaN loss.
         """
@@ -97,18 +109,26 @@ class Distillation:
                 keep(reports[-1])
                 if self.config.restore_best and best_evaluation(reports) == (step + 1, reports[-1].accuracy):
                     self._save(best, step + 1)
-                if (step + 1) % self.config.checkpoint_every == 0 or step + 1 == self.config.steps or exhausted(reports, patience):
+                if (
+                    (step + 1) % self.config.checkpoint_every == 0
+                    or step + 1 == self.config.steps
+                    or exhausted(reports, patience)
+                ):
                     self._save(state, step + 1)
         self.processes.wait()
         if self.config.restore_best:
-            self.slices.load(checkpoint.load(best, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity)[1])
+            self.slices.load(
+                checkpoint.load(best, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity)[1]
+            )
         return reports
 
     def _begun(self, state: Path, log: Path, resume: bool) -> list[StepReport]:
         """Restore the last checkpoint, if wanted and there, and the log up to it."""
         reports: list[StepReport] = []
         if resume and state.exists():
-            start, values = checkpoint.load(state, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity)
+            start, values = checkpoint.load(
+                state, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity
+            )
             self.slices.load(values)
             reports = read_log(log, first=start)
         self.processes.wait()
@@ -125,7 +145,9 @@ class Distillation:
             self.student.training(),
             (folder / "log.jsonl").open("a", buffering=1) if is_main else nullcontext() as file,
             tracking(self.config, folder, label, device=self.student.device) as trackers,
-            tqdm(total=self.config.steps, initial=start, desc=label, unit="step", leave=False, disable=not is_main) as bar,
+            tqdm(
+                total=self.config.steps, initial=start, desc=label, unit="step", leave=False, disable=not is_main
+            ) as bar,
         ):
 
             def keep(report: StepReport) -> None:
@@ -139,7 +161,9 @@ class Distillation:
 
     def _save(self, path: Path, step: int) -> None:
         if self.processes.is_main:
-            checkpoint.save(path, step=step, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity)
+            checkpoint.save(
+                path, step=step, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity
+            )
 
     def _evaluated(self, report: StepReport) -> StepReport:
         every = self.config.evaluate_every
@@ -152,7 +176,10 @@ class Distillation:
         index, weight = self.batch_index(step), alignment_weight(self.config, step)
         found = backward(self.objective, index, weight, self.processes, partial(self._dropout, step))
         if not math.isfinite(found.total.item()):
-            raise InputError(f"the loss is {found.total.item()} at step {step}: lower `learning_rate` or `weight`; the last checkpoint is kept.")
+            raise InputError(
+                f"the loss is {found.total.item()} at step {step}: lower `learning_rate` or `weight`; the last "
+                "checkpoint is kept."
+            )
         norm = self._gradient_norm()
         rate = self.config.learning_rate * self._share_of_rate(step)
         for group in self.optimizer.param_groups:
@@ -164,7 +191,9 @@ class Distillation:
             loss=found.total.item(),
             task_loss=None if found.task is None else found.task.item(),
             alignment_loss=None if found.alignment is None else found.alignment.item(),
-            ckas=dict(zip(map(str, self.pairs), found.ckas.tolist(), strict=True)) if found.alignment is not None else {},
+            ckas=dict(zip(map(str, self.pairs), found.ckas.tolist(), strict=True))
+            if found.alignment is not None
+            else {},
             gradient_norm=norm,
             learning_rate=rate,
             weight=weight,
@@ -174,7 +203,9 @@ class Distillation:
         """Collect the slices' gradients, sum them over the processes and clip; returns the norm before clipping."""
         self.slices.collect_gradients()
         leaves = [] if self.slices.sharded else [leaf for leaf in self.slices.leaves.values() if leaf.grad is not None]
-        for leaf, gradient in zip(leaves, self.processes.summed([leaf.grad for leaf in leaves if leaf.grad is not None]), strict=True):
+        for leaf, gradient in zip(
+            leaves, self.processes.summed([leaf.grad for leaf in leaves if leaf.grad is not None]), strict=True
+        ):
             leaf.grad = gradient
         return float(nn.utils.clip_grad_norm_(list(self.slices.leaves.values()), self.config.clip))
 
@@ -183,10 +214,11 @@ class Distillation:
 
     def batch_index(self, step: int) -> Int[Tensor, " batch"]:
         """The prompts of a step."""
-        return batches.batch_index(len(self.prompts), self.config.batch, step, seed=self.seed)
+        return schedules.batch_index(len(self.prompts), self.config.batch, step, seed=self.seed)
 
     def losses(self, index: Int[Tensor, " batch"]) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " pairs"]]:
-        """(task loss, alignment loss, CKA of each pair) of some prompts, in the autograd graph; None for a loss that is left out."""
+        """(task loss, alignment loss, CKA of each pair) of some prompts, in the autograd graph; None for a loss that is
+        left out."""
         return self.objective.losses(index)
 
 
@@ -209,10 +241,16 @@ def _require_sound(
         require_same_words(prompts, pair.student_positions, pair.teacher_positions)
     checked_options(config.measure, config.measure_options)
     if len(prompts) < config.batch:
-        raise InputError(f"{len(prompts)} training prompts are fewer than a batch of {config.batch}; lower `batch` or use more scenes.")
+        raise InputError(
+            f"{len(prompts)} training prompts are fewer than a batch of {config.batch}; lower `batch` or use more "
+            "scenes."
+        )
     if len(teacher) != len(prompts):
-        raise InputError(f"the teacher cache holds {len(teacher)} prompts, the training set {len(prompts)}; build it for these prompts.")
-    batches.require_divisible(config.batch, accumulate=config.accumulate, processes=processes.count)
+        raise InputError(
+            f"the teacher cache holds {len(teacher)} prompts, the training set {len(prompts)}; build it for these "
+            "prompts."
+        )
+    schedules.require_divisible(config.batch, accumulate=config.accumulate, processes=processes.count)
     require_installed(config.trackers)
     _require_evaluations(config, prompts, validation)
 
@@ -220,20 +258,29 @@ def _require_sound(
 def _require_shardable(config: TrainingConfig) -> None:
     if config.task_loss == "none":
         raise InputError(
-            "without a task loss nothing that a block puts out is in the loss, and FSDP then does not gather its weights for the backward pass; "
+            "without a task loss nothing that a block puts out is in the loss, and FSDP then does not gather its "
+            "weights for the backward pass; "
             "launch this condition with --multi_gpu."
         )
     if config.activation == "result":
-        raise InputError("activation `result` needs W_O outside the forward, which FSDP has sharded then; align `z`, or launch with --multi_gpu.")
+        raise InputError(
+            "activation `result` needs W_O outside the forward, which FSDP has sharded then; align `z`, or launch with "
+            "--multi_gpu."
+        )
 
 
 def _require_evaluations(config: TrainingConfig, prompts: PromptPairs, validation: Validation | None) -> None:
     if config.evaluate_every is None:
         if config.patience is not None or config.restore_best:
-            raise InputError("`patience` and `restore_best` need evaluations; set `evaluate_every` and give validation prompts.")
+            raise InputError(
+                "`patience` and `restore_best` need evaluations; set `evaluate_every` and give validation prompts."
+            )
         return
     if config.evaluate_every > config.steps:
         raise InputError(f"`evaluate_every` is {config.evaluate_every}, but there are {config.steps} steps; lower it.")
     if validation is None:
-        raise InputError("`evaluate_every` is set but there are no validation prompts; give some that are neither trained nor tested on.")
+        raise InputError(
+            "`evaluate_every` is set but there are no validation prompts; give some that are neither trained nor "
+            "tested on."
+        )
     require_apart(validation, prompts)

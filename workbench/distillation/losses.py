@@ -2,9 +2,9 @@
 
     L = L_task(y, y_hat) + lambda * SUM over matched pairs (1 - CKA(K_s, K_t))
 
-A sum over pairs, not a mean (which is a setting), of CKA or any other measure of `workbench.similarity`. L_task is cross-entropy on the
-teacher's labels; beside it stand cross-entropy on the ground truth, KL on the teacher's distribution (the classical distillation loss), its
-reverse, and the Jensen-Shannon divergence.
+A sum over pairs, not a mean (which is a setting), of CKA or any other measure of `workbench.similarity`. L_task is
+cross-entropy on the teacher's labels; beside it stand cross-entropy on the ground truth, KL on the teacher's
+distribution (the classical distillation loss), its reverse, and the Jensen-Shannon divergence.
 """
 
 import math
@@ -29,19 +29,27 @@ def cross_entropy(logits: Float[Tensor, "batch d_vocab"], labels: Int[Tensor, " 
     return functional.cross_entropy(logits.float(), labels)
 
 
-def kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0) -> Scalar:
+def kl_to_teacher(
+    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0
+) -> Scalar:
     """Mean KL(teacher || student) at a temperature, times its square (Hinton et al. 2015), in nats."""
     student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def reverse_kl_to_teacher(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0) -> Scalar:
-    """Mean KL(student || teacher) at a temperature, times its square, in nats (Gu et al. 2024, MiniLLM): seeks the teacher's modes."""
+def reverse_kl_to_teacher(
+    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0
+) -> Scalar:
+    """Mean KL(student || teacher) at a temperature, times its square, in nats (Gu et al. 2024, MiniLLM): seeks the
+    teacher's modes."""
     return kl_to_teacher(teacher, logits, temperature=temperature)
 
 
-def jensen_shannon(logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0) -> Scalar:
-    """Mean Jensen-Shannon divergence at a temperature, times its square, in nats: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
+def jensen_shannon(
+    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0
+) -> Scalar:
+    """Mean Jensen-Shannon divergence at a temperature, times its square, in nats: (KL(p || m) + KL(q || m)) / 2 with m
+    = (p + q) / 2.
 
     Symmetric; at most ln 2 (times the squared temperature).
     """
@@ -67,8 +75,8 @@ def alignment_loss(
     options: Options = NONE,
     pairs: Pairs = "sum",
 ) -> tuple[Scalar, Float[Tensor, " pairs"]]:
-    """SUM (or mean) over pairs of (1 - similarity), and each pair's similarity. `rows`: (student, teacher) of each pair, rows of the same
-    prompts in the same order.
+    """SUM (or mean) over pairs of (1 - similarity), and each pair's similarity. `rows`: (student, teacher) of each
+    pair, rows of the same prompts in the same order.
 
     Pairs of equal shape are computed in one batch.
     """

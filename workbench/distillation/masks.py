@@ -1,7 +1,8 @@
 """What is trained: the slices of the parameters that belong to some heads, or everything.
 
-Each slice becomes a leaf of its own that the optimizer holds: gradients are copied into it after backward, and its new value is written back
-into the model after the step. So weight decay, momentum and clipping see the slices alone, and nothing outside them changes by a bit.
+Each slice becomes a leaf of its own that the optimizer holds: gradients are copied into it after backward, and its new
+value is written back into the model after the step. So weight decay, momentum and clipping see the slices alone, and
+nothing outside them changes by a bit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,21 +11,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from workbench.distillation.sharding import is_sharded, keep_own, whole, whole_gradient
+from workbench.distillation.processes import is_sharded, keep_own, whole, whole_gradient
 from workbench.errors import InputError
-from workbench.models import Matrix, Student, WeightSlice
-from workbench.refs import Head
+from workbench.models.hooked_model import Matrix, Student, WeightSlice
+from workbench.values.refs import Head
 
 
 class TrainedSlices:
-    """Leaves for the trained parts of a student, by name. Only their parameters take gradients while `gradients()` is open."""
+    """Leaves for the trained parts of a student, by name. Only their parameters take gradients while `gradients()` is
+    open."""
 
     def __init__(self, student: Student, slices: Iterable[WeightSlice]) -> None:
         self._parameters = student.parameters()
         self.slices: dict[str, WeightSlice] = {}
         for part in slices:
             if part.parameter not in self._parameters:
-                raise InputError(f"the student has no parameter {part.parameter!r}; take slices from `student.head_slices`.")
+                raise InputError(
+                    f"the student has no parameter {part.parameter!r}; take slices from `student.head_slices`."
+                )
             self.slices[_key(part)] = part
         self.leaves = {key: nn.Parameter(self._view(part).detach().clone()) for key, part in self.slices.items()}
 
@@ -48,7 +52,8 @@ class TrainedSlices:
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Let exactly the touched parameters take gradients; the former flags come back on exit and gradients are dropped."""
+        """Let exactly the touched parameters take gradients; the former flags come back on exit and gradients are
+        dropped."""
         touched = {part.parameter for part in self.slices.values()}
         flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         try:
@@ -62,12 +67,14 @@ class TrainedSlices:
 
     @property
     def sharded(self) -> bool:
-        """Whether the student's parameters are: gradients are then summed over the processes when they are collected."""
+        """Whether the student's parameters are: gradients are then summed over the processes when they are
+        collected."""
         return any(is_sharded(self._parameters[part.parameter]) for part in self.slices.values())
 
     @torch.no_grad()
     def onto(self, student: Student) -> None:
-        """Go on with the same weights in other tensors: the same student once it is sharded, or a fresh one, which takes the leaves' values."""
+        """Go on with the same weights in other tensors: the same student once it is sharded, or a fresh one, which
+        takes the leaves' values."""
         self._parameters = student.parameters()
         if not self.sharded:
             self.write_back()
@@ -81,7 +88,9 @@ class TrainedSlices:
 
     def _take_gradients(self) -> dict[str, Tensor | None]:
         """The whole gradient of each touched parameter; the model's are cleared."""
-        names = {part.parameter: None for part in self.slices.values()}  # in order: gathering is a step that all processes take together
+        names = {
+            part.parameter: None for part in self.slices.values()
+        }  # in order: gathering is a step that all processes take together
         gradients = {name: whole_gradient(self._parameters[name]) for name in names}
         for name in names:
             self._parameters[name].grad = None
@@ -94,7 +103,9 @@ class TrainedSlices:
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
         """Slices by key into the model, a sharded parameter once for all of its slices."""
-        gathered = {part.parameter: None for part in self.slices.values() if is_sharded(self._parameters[part.parameter])}
+        gathered = {
+            part.parameter: None for part in self.slices.values() if is_sharded(self._parameters[part.parameter])
+        }
         full = {name: whole(self._parameters[name]) for name in gathered}
         for key, part in self.slices.items():
             full.get(part.parameter, self._parameters[part.parameter])[part.index].copy_(values[key])
@@ -105,7 +116,10 @@ class TrainedSlices:
     def load(self, values: dict[str, Tensor]) -> None:
         """Set leaves and model to saved values. Errors: `InputError` when they belong to other slices."""
         if set(values) != set(self.leaves):
-            raise InputError("this checkpoint trains other slices than this run; start afresh, or resume with the configuration that wrote it.")
+            raise InputError(
+                "this checkpoint trains other slices than this run; start afresh, or resume with the configuration "
+                "that wrote it."
+            )
         for key, leaf in self.leaves.items():
             leaf.copy_(values[key])
         self.write_back()
@@ -117,7 +131,8 @@ def _key(part: WeightSlice) -> str:
 
 
 def slices_of_heads(student: Student, heads: Sequence[Head], *, train_kv: bool = True) -> list[WeightSlice]:
-    """The slices of these heads. With grouped-query attention `train_kv` says whether the shared key-value group is trained too."""
+    """The slices of these heads. With grouped-query attention `train_kv` says whether the shared key-value group is
+    trained too."""
     matrices: tuple[Matrix, ...] = ("q", "k", "v", "o") if train_kv else ("q", "o")
     return [part for head in heads for part in student.head_slices(head, matrices)]
 

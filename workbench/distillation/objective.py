@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.alignment import AlignedPair, head_rows, hook_names, output_weights, place
 from workbench.distillation import losses
 from workbench.distillation.answers import answer_words
 from workbench.distillation.config import TrainingConfig
-from workbench.distillation.sharding import is_sharded
+from workbench.distillation.processes import is_sharded
 from workbench.distillation.teacher_cache import TeacherOutputs
-from workbench.models import Student
+from workbench.matching.aligned_pairs import AlignedPair
+from workbench.matching.head_rows import head_rows, hook_names, output_weights, place
+from workbench.models.hooked_model import Student
 from workbench.tasks.base import PromptPairs
 
 Index = Int[Tensor, " batch"]
@@ -24,11 +25,26 @@ Index = Int[Tensor, " batch"]
 class Objective:
     """The two losses of a student against a teacher's outputs, by place in the training set."""
 
-    def __init__(self, student: Student, prompts: PromptPairs, teacher: TeacherOutputs, pairs: Sequence[AlignedPair], config: TrainingConfig) -> None:
-        self.student, self.prompts, self.teacher, self.pairs, self.config = student, prompts, teacher, tuple(pairs), config
+    def __init__(
+        self,
+        student: Student,
+        prompts: PromptPairs,
+        teacher: TeacherOutputs,
+        pairs: Sequence[AlignedPair],
+        config: TrainingConfig,
+    ) -> None:
+        self.student, self.prompts, self.teacher, self.pairs, self.config = (
+            student,
+            prompts,
+            teacher,
+            tuple(pairs),
+            config,
+        )
         self.aligned = config.weight > 0
         self._names = hook_names([pair.student for pair in pairs], config.activation) if self.aligned else []
-        self._words = answer_words(prompts) if prompts.teacher is not None and config.task_loss == "ce_teacher" else None
+        self._words = (
+            answer_words(prompts) if prompts.teacher is not None and config.task_loss == "ce_teacher" else None
+        )
         self._teacher_names = hook_names([pair.teacher for pair in pairs], config.activation) if self.aligned else []
 
     def losses(self, index: Index) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " pairs"]]:
@@ -48,7 +64,8 @@ class Objective:
 
     @torch.no_grad()
     def rows_alone(self, index: Index) -> list[Float[Tensor, "_ _"]]:
-        """The student's rows of each pair without a graph, from a forward that ends at the last aligned layer (a sharded student's can't end early)."""
+        """The student's rows of each pair without a graph, from a forward that ends at the last aligned layer (a
+        sharded student's can't end early)."""
         prompts = self.prompts.rows(index)
         sharded = is_sharded(next(iter(self.student.parameters().values())))
         with self._autocast():
@@ -60,8 +77,13 @@ class Objective:
 
     def teacher_rows(self, index: Index) -> list[Float[Tensor, "_ _"]]:
         """The teacher's rows of each pair, prompt by prompt."""
-        prompts, weights = self.prompts.rows(index).for_teacher, self.teacher.output_weights if self.config.activation == "result" else None
-        found = {name: value.to(self.student.device) for name, value in self.teacher.rows(index, self._teacher_names).items()}
+        prompts, weights = (
+            self.prompts.rows(index).for_teacher,
+            self.teacher.output_weights if self.config.activation == "result" else None,
+        )
+        found = {
+            name: value.to(self.student.device) for name, value in self.teacher.rows(index, self._teacher_names).items()
+        }
         return [head_rows(weights, found, pair.teacher, place(prompts, pair.teacher_positions)) for pair in self.pairs]
 
     def row_counts(self, index: Index) -> list[int]:
@@ -72,7 +94,9 @@ class Objective:
     def alignment(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Float[Tensor, " pairs"]]:
         """(SUM or mean over pairs of 1 - similarity, similarity of each pair) from the rows of both sides."""
         config, rows = self.config, list(zip(student, teacher, strict=True))
-        return losses.alignment_loss(rows, estimator=config.estimator, measure=config.measure, options=config.measure_options, pairs=config.pairs)
+        return losses.alignment_loss(
+            rows, estimator=config.estimator, measure=config.measure, options=config.measure_options, pairs=config.pairs
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.student.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -88,7 +112,9 @@ class Objective:
 
     def _labels(self, index: Index) -> Index:
         """The teacher's answers in the student's tokens."""
-        return self.teacher.labels_of(index) if self._words is None else self._words.labels(self.teacher.logits_of(index))
+        return (
+            self.teacher.labels_of(index) if self._words is None else self._words.labels(self.teacher.logits_of(index))
+        )
 
     def _task_loss(self, logits: Float[Tensor, "batch d_vocab"], index: Index, prompts: PromptPairs) -> Tensor | None:
         match self.config.task_loss:

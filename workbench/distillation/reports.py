@@ -1,11 +1,17 @@
-"""The log of a training run: one JSON line a step, and what is read from it (the best evaluation, early stopping, steps to an accuracy)."""
+"""The log of a training run: one JSON line a step, what is read from it, and the evaluation on validation prompts that
+it holds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from workbench.errors import InputError
+from workbench.models.hooked_model import Student
+from workbench.tasks.base import PromptPairs
+from workbench.values import metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +58,54 @@ def best_evaluation(reports: Sequence[StepReport]) -> tuple[int, float] | None:
 def exhausted(reports: Sequence[StepReport], patience: int | None) -> bool:
     """Whether `patience` evaluations have passed since the best one."""
     best = best_evaluation(reports)
-    return patience is not None and best is not None and sum(taken > best[0] for taken, _ in evaluations(reports)) >= patience
+    return (
+        patience is not None
+        and best is not None
+        and sum(taken > best[0] for taken, _ in evaluations(reports)) >= patience
+    )
 
 
 def steps_to_reach(reports: Sequence[StepReport], accuracy: float) -> int | None:
-    """Optimizer steps to the first evaluation of at least this accuracy (so to a multiple of `evaluate_every`); None where none reaches it."""
+    """Optimizer steps to the first evaluation of at least this accuracy (so to a multiple of `evaluate_every`); None
+    where none reaches it."""
     return next((taken for taken, found in evaluations(reports) if found >= accuracy), None)
+
+
+Validation = PromptPairs | Callable[[Student], float]
+"""Prompts whose accuracy is taken, or a function of the student in eval mode (higher is better)."""
+
+
+def validated(student: Student, validation: Validation, *, batch: int = 256) -> float:
+    """The validation accuracy (or what the function gives) of a student that is in training; it is in training mode
+    again afterwards."""
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            return (
+                _accuracy(student, validation, batch)
+                if isinstance(validation, PromptPairs)
+                else float(validation(student))
+            )
+    finally:
+        student.model.train()
+
+
+def _accuracy(student: Student, prompts: PromptPairs, batch: int) -> float:
+    right = [
+        metrics.accuracy(student.final_logits(part.clean, part.mask), part.answers, part.distractors).sum()
+        for part in prompts.batches(batch)
+    ]
+    return float(sum(map(float, right)) / len(prompts))
+
+
+def require_apart(validation: Validation, training: PromptPairs) -> None:
+    """Refuse validation prompts that are trained on, and an empty set of them."""
+    if not isinstance(validation, PromptPairs):
+        return
+    if len(validation) == 0:
+        raise InputError("there are no validation prompts; give some, or leave `evaluate_every` out.")
+    shared = len(validation.prompts() & training.prompts())
+    if shared:
+        raise InputError(
+            f"{shared} of the {len(validation)} validation prompts are also training prompts; validate on others."
+        )

@@ -1,7 +1,9 @@
-"""The teacher's activations by hook name, its logits and its labels: from one file, held in memory, or from the teacher as it runs.
+"""The teacher's activations by hook name, its logits and its labels: from one file, held in memory, or from the teacher
+as it runs.
 
-A set that does not fit in memory goes to `teacher_shards`. The key is the content: the teacher's weights, the prompts, the hook names. Another teacher, other prompts or other hooks make another file,
-so a cache is never stale. A damaged file is reported and built again. The teacher runs on its own reading of the prompts (`PromptPairs.for_teacher`).
+A set that does not fit in memory goes to `teacher_shards`. The key is the content: the teacher's weights, the prompts,
+the hook names. Another teacher, other prompts or other hooks make another file, so a cache is never stale. A damaged
+file is reported and built again. The teacher runs on its own reading of the prompts (`PromptPairs.for_teacher`).
 """
 
 import hashlib
@@ -15,9 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench import hooks, storage
+from workbench import storage
 from workbench.errors import InputError
-from workbench.models import Teacher
+from workbench.models import hooks
+from workbench.models.hooked_model import Teacher
 from workbench.tasks.base import PromptPairs
 
 LOGITS = "logits"
@@ -109,22 +112,30 @@ def require_cached(names: Sequence[str], held: Collection[str]) -> None:
     """Errors: `InputError` for a hook that was not cached."""
     for name in names:
         if name not in held:
-            raise InputError(f"hook {name!r} is not in this teacher cache, which holds {sorted(held)}; build it with that name.")
+            raise InputError(
+                f"hook {name!r} is not in this teacher cache, which holds {sorted(held)}; build it with that name."
+            )
 
 
 def cache_key(teacher_fingerprint: str, pairs: PromptPairs, names: Sequence[str]) -> str:
     """SHA-256 of teacher, prompts and hook names."""
-    return hashlib.sha256("|".join([teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names)]).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        "|".join([teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names)]).encode()
+    ).hexdigest()[:32]
 
 
-def teacher_cache(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, batch: int = 256) -> TeacherCache:
+def teacher_cache(
+    teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, batch: int = 256
+) -> TeacherCache:
     """Load the cache for this teacher, these prompts and these hooks from `folder`, or compute and keep it."""
     hooks.checked(teacher.model, names)
     path = folder / f"{cache_key(teacher.fingerprint(), pairs, names)}.safetensors"
     if path.exists():
         try:
             tensors, _ = storage.read_tensors(path)
-            return TeacherCache(logits=tensors.pop(LOGITS), activations=tensors, output_weights=output_weights(teacher, names))
+            return TeacherCache(
+                logits=tensors.pop(LOGITS), activations=tensors, output_weights=output_weights(teacher, names)
+            )
         except InputError:
             path.unlink()
     cache = computed(teacher, pairs, names, batch=batch)
@@ -136,7 +147,9 @@ def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batc
     """Run the teacher on the clean prompts and keep what `teacher_cache` would keep."""
     logits: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for part in tqdm(list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch", leave=False):
+    for part in tqdm(
+        list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch", leave=False
+    ):
         final, activations = teacher.activations(part.clean, part.mask, names)
         logits.append(final)
         for name in names:

@@ -1,11 +1,13 @@
-"""The teacher's outputs on disk, in shards that are memory-mapped: for sets that memory does not hold, and training without a resident teacher.
+"""The teacher's outputs on disk, in shards that are memory-mapped: for sets that memory does not hold, and training
+without a resident teacher.
 
     FOLDER/<key>/index.json          what was cached, and each shard's rows and SHA-256
     FOLDER/<key>/00000.safetensors   activations by hook name, logits and labels of some prompts
     FOLDER/<key>/weights.safetensors W_O of the cached layers
 
-A shard enters the index after it has been written, so an interrupted build goes on at the next one. Every shard is verified when the cache is
-opened: a build makes a damaged one again, `TeacherShards.open` (which has no teacher) refuses it.
+A shard enters the index after it has been written, so an interrupted build goes on at the next one. Every shard is
+verified when the cache is opened: a build makes a damaged one again, `TeacherShards.open` (which has no teacher)
+refuses it.
 """
 
 from collections.abc import Sequence
@@ -17,10 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench import hooks, storage
+from workbench import storage
 from workbench.distillation.teacher_cache import LOGITS, cache_key, computed, output_weights, require_cached
 from workbench.errors import InputError
-from workbench.models import Teacher
+from workbench.models import hooks
+from workbench.models.hooked_model import Teacher
 from workbench.tasks.base import PromptPairs
 
 LABELS = "labels"
@@ -47,13 +50,25 @@ class TeacherShards:
         """
         index = storage.read_json(folder / INDEX)
         if index["prompts"] != prompts.for_teacher.fingerprint():
-            raise InputError(f"{folder} holds the teacher's outputs on other prompts; build a cache for these with `teacher_shards`.")
+            raise InputError(
+                f"{folder} holds the teacher's outputs on other prompts; build a cache for these with `teacher_shards`."
+            )
         held = sum(shard["stop"] - shard["start"] for shard in index["shards"])
         if held < index["count"]:
-            raise InputError(f"{folder} holds {held} of {index['count']} prompts: its build was interrupted; go on with `teacher_shards`.")
-        damaged = [entry["file"] for entry in [*index["shards"], *filter(None, [index["weights"]])] if not _is_sound(folder, entry)]
+            raise InputError(
+                f"{folder} holds {held} of {index['count']} prompts: its build was interrupted; go on with "
+                "`teacher_shards`."
+            )
+        damaged = [
+            entry["file"]
+            for entry in [*index["shards"], *filter(None, [index["weights"]])]
+            if not _is_sound(folder, entry)
+        ]
         if damaged:
-            raise InputError(f"{', '.join(damaged)} in {folder} is missing or damaged; make it again with `teacher_shards`, which needs the teacher.")
+            raise InputError(
+                f"{', '.join(damaged)} in {folder} is missing or damaged; make it again with `teacher_shards`, which "
+                "needs the teacher."
+            )
         return cls(folder, index)
 
     def __len__(self) -> int:
@@ -82,10 +97,14 @@ class TeacherShards:
         return found
 
 
-def teacher_shards(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, shard: int = 1024, batch: int = 256) -> TeacherShards:
-    """Open the cache for this teacher, these prompts and these hooks in `folder`, after building what of it is missing or damaged.
+def teacher_shards(
+    teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, shard: int = 1024, batch: int = 256
+) -> TeacherShards:
+    """Open the cache for this teacher, these prompts and these hooks in `folder`, after building what of it is missing
+    or damaged.
 
-    `shard`: prompts in a file. `batch`: prompts in a forward; where it divides `shard`, the numbers are those of `teacher_cache`.
+    `shard`: prompts in a file. `batch`: prompts in a forward; where it divides `shard`, the numbers are those of
+    `teacher_cache`.
     """
     hooks.checked(teacher.model, names)
     place = folder / cache_key(teacher.fingerprint(), pairs, names)
@@ -97,7 +116,10 @@ def teacher_shards(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], f
             continue
         part = pairs.rows(slice(start, start + index["shard"]))
         written = _written(place / f"{number:05d}.safetensors", computed(teacher, part, names, batch=batch))
-        index["shards"][number:] = [{**written, "start": start, "stop": start + len(part)}, *index["shards"][number + 1 :]]
+        index["shards"][number:] = [
+            {**written, "start": start, "stop": start + len(part)},
+            *index["shards"][number + 1 :],
+        ]
         storage.write_json(place / INDEX, index)
     return TeacherShards(place, index)
 
@@ -107,7 +129,14 @@ def _begun(place: Path, pairs: PromptPairs, names: Sequence[str], shard: int) ->
     try:
         return storage.read_json(place / INDEX)
     except InputError:
-        return {"prompts": pairs.for_teacher.fingerprint(), "count": len(pairs), "names": sorted(names), "shard": shard, "weights": {}, "shards": []}
+        return {
+            "prompts": pairs.for_teacher.fingerprint(),
+            "count": len(pairs),
+            "names": sorted(names),
+            "shard": shard,
+            "weights": {},
+            "shards": [],
+        }
 
 
 def _keep_weights(place: Path, index: dict[str, Any], teacher: Teacher, names: Sequence[str]) -> None:

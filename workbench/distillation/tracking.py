@@ -1,4 +1,5 @@
-"""The training log in TensorBoard, Weights & Biases or trackio, through accelerate's trackers; the JSONL file is written in any case."""
+"""The training log in TensorBoard, Weights & Biases or trackio, through accelerate's trackers; the JSONL file is
+written in any case."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +29,16 @@ class Tracking:
 
 def scalars(report: StepReport) -> dict[str, float]:
     """A report's numbers by name, without the losses that the run leaves out."""
-    plain = {name: value for name, value in asdict(report).items() if name not in ("step", "ckas") and value is not None}
+    plain = {
+        name: value for name, value in asdict(report).items() if name not in ("step", "ckas") and value is not None
+    }
     return {**plain, **{f"cka/{pair}": value for pair, value in report.ckas.items()}}
 
 
 @contextmanager
 def tracking(config: TrainingConfig, folder: Path, label: str, *, device: torch.device) -> Iterator[Tracking]:
-    """The trackers that the configuration names, in `folder`, closed at the end. Errors: `InputError` for one whose package is missing."""
+    """The trackers that the configuration names, in `folder`, closed at the end. Errors: `InputError` for one whose
+    package is missing."""
     if not config.trackers:
         yield Tracking()
         return
@@ -42,7 +46,9 @@ def tracking(config: TrainingConfig, folder: Path, label: str, *, device: torch.
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=list(config.trackers), project_dir=folder, cpu=device.type == "cpu")
-    accelerator.init_trackers("circuit-distillation", config=_flat(asdict(config)), init_kwargs=_options(config.trackers, folder, label))
+    accelerator.init_trackers(
+        "circuit-distillation", config=_flat(asdict(config)), init_kwargs=_options(config.trackers, folder, label)
+    )
     try:
         yield Tracking(accelerator)
     finally:
@@ -55,7 +61,8 @@ def require_installed(trackers: Sequence[str]) -> None:
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise InputError(
-                f'the tracker {name!r} needs its package: pip install "circuit-distillation-workbench[trackers]", or pip install {name}.'
+                f'the tracker {name!r} needs its package: pip install "circuit-distillation-workbench[trackers]", or '
+                f"pip install {name}."
             )
 
 
@@ -65,4 +72,6 @@ def _options(trackers: Sequence[str], folder: Path, label: str) -> dict[str, dic
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in config.items()}
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in config.items()
+    }

@@ -1,7 +1,8 @@
-"""The road, stage by stage: discover in teacher and student, match, distil under a condition, evaluate. Each stage writes into a run folder
-and is skipped when its files are there.
+"""The road, stage by stage: discover in teacher and student, match, distil under a condition, evaluate. Each stage
+writes into a run folder and is skipped when its files are there.
 
-`Experiment` is the whole road; each class below it can do the stages up to its own: `Setting` -> `Finding` -> `Matching` -> `Experiment`.
+`Experiment` is the whole road; each class below it can do the stages up to its own: `Setting` -> `Finding` ->
+`Matching` -> `Experiment`.
 """
 
 from workbench.experiment.conditions import CONDITIONS, ConditionSpec

@@ -9,12 +9,12 @@ from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.looks import attention_to_positions
 from workbench.experiment.setting import Setting
-from workbench.metrics import METRICS
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablation_profiles, plain_logits
 from workbench.patching.attribution import exact_edges
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.metrics import METRICS
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 log = logging.getLogger("workbench")
 
@@ -64,29 +64,47 @@ class Finding(Setting):
             plain_logits(model, prompts)
             forward = time.perf_counter() - start
             taken = ", ".join(f"{stage} {seconds / forward:.0f}" for stage, seconds in found.seconds.items())
-            log.info("%s: searched in %.0f s; in plain forwards, up to stage: %s", name, max(found.seconds.values()), taken)
+            log.info(
+                "%s: searched in %.0f s; in plain forwards, up to stage: %s", name, max(found.seconds.values()), taken
+            )
         return found.circuit, discovery.ranking(found.scores)
 
     def _examine(self, name: str, model: HookedModel, circuit: Circuit, ranking: Sequence[Head]) -> None:
-        """The circuit on test prompts: its report, and faithfulness over the size of the ranking, beside random ones."""
+        """The circuit on test prompts: its report, and faithfulness over the size of the ranking, beside random
+        ones."""
         if not self.recipe.evaluation.curve or (self.recipe.data.pairs is not None and not self.prompts.has_test):
             return
         metric, file = self.recipe.discovery.metric, self.folder.examined_file(name)
         report, _ = self.evaluate(model, circuit)
         partial = file.with_suffix(".partial")
-        whole = curves.Faithfulness(model, self.read_by(model, self.prompts.test), self.outside(model), metric=METRICS[metric], file=partial)
-        curve = curves.faithfulness_curve(whole, ranking, unit=metric.replace("_", " "), random_rankings=self.recipe.evaluation.random_circuits)
+        whole = curves.Faithfulness(
+            model, self.read_by(model, self.prompts.test), self.outside(model), metric=METRICS[metric], file=partial
+        )
+        curve = curves.faithfulness_curve(
+            whole, ranking, unit=metric.replace("_", " "), random_rankings=self.recipe.evaluation.random_circuits
+        )
         storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})
         partial.unlink(missing_ok=True)
         log.info(
-            "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random %.2f)",
-            name, report.circuit_accuracy, report.full_accuracy, report.random_circuit_accuracy, curve.cpr, curve.random_cpr[0], curve.cmd, curve.random_cmd[0],
-        )  # fmt: skip
+            "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random "
+            "%.2f)",
+            name,
+            report.circuit_accuracy,
+            report.full_accuracy,
+            report.random_circuit_accuracy,
+            curve.cpr,
+            curve.random_cpr[0],
+            curve.cmd,
+            curve.random_cmd[0],
+        )
 
     def _connect(self, name: str, model: HookedModel, circuit: Circuit) -> None:
         """Exact path effects of the circuit's heads on each other and on the logits, where the recipe wants them."""
         if self.recipe.evaluation.edges and circuit.heads:
-            prompts, metric = self.read_by(model, self.prompts.discovery).rows(slice(0, self.recipe.evaluation.edges)), self.recipe.discovery.metric
+            prompts, metric = (
+                self.read_by(model, self.prompts.discovery).rows(slice(0, self.recipe.evaluation.edges)),
+                self.recipe.discovery.metric,
+            )
             unit, file = metric.replace("_", " "), self.folder.scores_file(name, "edges")
             exact_edges(model, prompts, metric=METRICS[metric], unit=unit, senders=circuit.heads, file=file)
 
@@ -94,4 +112,6 @@ class Finding(Setting):
         wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})
         files = {metric: self.folder.scores_file(name, f"ablation-{metric}") for metric in wanted}
         metrics = {metric: METRICS[metric] for metric in wanted}
-        return ablation_profiles(model, self.read_by(model, self.prompts.discovery), self.means(model), metrics=metrics, files=files)
+        return ablation_profiles(
+            model, self.read_by(model, self.prompts.discovery), self.means(model), metrics=metrics, files=files
+        )

@@ -7,26 +7,19 @@ from dataclasses import replace
 import torch
 
 from workbench import storage
-from workbench.alignment import (
-    AlignedPair,
-    PairCka,
-    aligned_influence,
-    aligned_pairs,
-    circuit_ckas,
-    floor_warning,
-    head_similarities,
-    pair_ckas,
-    require_fitting,
-)
 from workbench.errors import InputError
 from workbench.experiment.conditions import ConditionSpec
 from workbench.experiment.finding import Finding
 from workbench.experiment.setting import NO_STUDENT
 from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rule
-from workbench.models import HookedModel
-from workbench.scores import Scores
+from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
+from workbench.matching.head_rows import require_fitting
+from workbench.matching.head_similarity import circuit_ckas, head_similarities
+from workbench.matching.pair_cka import PairCka, aligned_influence, floor_warning, pair_ckas
+from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.tokenizers import require_same_words
+from workbench.values.scores import Scores
 
 log = logging.getLogger("workbench")
 
@@ -35,7 +28,8 @@ class Matching(Finding):
     """A recipe whose circuits can be found and matched."""
 
     def match(self) -> HeadMap:
-        """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with its floor."""
+        """Match the student's circuit to the teacher's by ablation impact; writes the head map and each pair's CKA with
+        its floor."""
         if self.recipe.student is None:
             raise InputError(NO_STUDENT)
         self.require_alignable()
@@ -46,7 +40,9 @@ class Matching(Finding):
         ckas = self.ckas(self.student, head_map, self.prompts.discovery)
         storage.write_json(self.folder.path / "ckas.json", [cka.to_json() for cka in ckas])
         log.info("%s", head_map.summary())
-        impacts = {name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()}
+        impacts = {
+            name: self._profiles(name, model)[self.recipe.matching.metric] for name, model in self.models().items()
+        }
         found, floor = aligned_influence(head_map, ckas, impacts["student"], impacts["teacher"])
         storage.write_json(self.folder.path / "circuit_alignment.json", {**found.to_json(), "floor": floor})
         log.info("influence-weighted alignment of the matched heads: %.2f (prompts shuffled: %.2f)", found.value, floor)
@@ -56,10 +52,15 @@ class Matching(Finding):
         return head_map
 
     def require_alignable(self) -> None:
-        """Where the models have different tokenizers: refuse, before anything is searched, what could not be aligned afterwards."""
+        """Where the models have different tokenizers: refuse, before anything is searched, what could not be aligned
+        afterwards."""
         alignment, prompts = self.recipe.alignment, self.prompts.discovery
         require_fitting(alignment.measure, alignment.activation, prompts)
-        acts = [stage.position for stage in self.prompts.stages] if self.recipe.discovery.method == "path_patching" else ["all"]
+        acts = (
+            [stage.position for stage in self.prompts.stages]
+            if self.recipe.discovery.method == "path_patching"
+            else ["all"]
+        )
         own = [*acts, *(alignment.broadened.get(name, name) for name in acts)]
         for name in own if alignment.positions == "own" else [alignment.positions]:
             require_same_words(prompts, [name], [name])
@@ -68,28 +69,45 @@ class Matching(Finding):
         """The pairs of a map with their positions."""
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
         alignment = self.recipe.alignment
-        return aligned_pairs(head_map, *circuits, self.prompts.test, positions=alignment.positions, broadened=alignment.broadened)
+        return aligned_pairs(
+            head_map, *circuits, self.prompts.test, positions=alignment.positions, broadened=alignment.broadened
+        )
 
     def ckas(self, student: HookedModel, head_map: HeadMap, prompts: PromptPairs) -> list[PairCka]:
         """Debiased CKA of each pair on some prompts with its shuffled floor."""
-        return pair_ckas(student, self.teacher, prompts, self.aligned(head_map), activation=self.recipe.alignment.activation)
+        return pair_ckas(
+            student, self.teacher, prompts, self.aligned(head_map), activation=self.recipe.alignment.activation
+        )
 
     def circuit_ckas(self, student: HookedModel, prompts: PromptPairs) -> Scores:
-        """Debiased CKA of all pairs of circuit heads on some prompts, and the same with the prompts shuffled: [student teacher draw]."""
+        """Debiased CKA of all pairs of circuit heads on some prompts, and the same with the prompts shuffled: [student
+        teacher draw]."""
         circuits = self.folder.circuit("student"), self.folder.circuit("teacher")
-        return circuit_ckas(student, self.teacher, prompts, *circuits, activation=self.recipe.alignment.activation, positions=self._compared_at)
+        return circuit_ckas(
+            student,
+            self.teacher,
+            prompts,
+            *circuits,
+            activation=self.recipe.alignment.activation,
+            positions=self._compared_at,
+        )
 
     @property
     def _compared_at(self) -> str:
-        """Where all pairs of circuit heads are compared: where the student's acts; with two tokenizers where the recipe aligns."""
+        """Where all pairs of circuit heads are compared: where the student's acts; with two tokenizers where the recipe
+        aligns."""
         return "own" if self.prompts.discovery.teacher is None else self.recipe.alignment.positions
 
     def head_map_of(self, spec: ConditionSpec, seed: int) -> HeadMap:
-        """The map that a condition aligns by: the matched one, or another one (by another rule, or drawn with the seed) of the same student heads."""
+        """The map that a condition aligns by: the matched one, or another one (by another rule, or drawn with the seed)
+        of the same student heads."""
         matched = self.folder.head_map()
         if spec.aligns in (None, "matched"):
             return matched
-        other, ours = self._matched(replace_rule(self.recipe.matching, spec.aligns), seed), {match.student for match in matched.matches}
+        other, ours = (
+            self._matched(replace_rule(self.recipe.matching, spec.aligns), seed),
+            {match.student for match in matched.matches},
+        )
         return replace(other, matches=tuple(match for match in other.matches if match.student in ours))
 
     def _matched(self, config: MatchingConfig, seed: int) -> HeadMap:
@@ -99,10 +117,24 @@ class Matching(Finding):
         if "similarity" in config.distances:
             activation, positions = self.recipe.alignment.activation, self._compared_at
             similarities = head_similarities(
-                self.student, self.teacher, prompts, *circuits, activation=activation, measure=config.measure, positions=positions
+                self.student,
+                self.teacher,
+                prompts,
+                *circuits,
+                activation=activation,
+                measure=config.measure,
+                positions=positions,
             )
             similarity = similarities(torch.arange(len(prompts)))
-        return match_heads(impacts["student"], impacts["teacher"], *circuits, config, seed=seed, similarity=similarity, similarities=similarities)
+        return match_heads(
+            impacts["student"],
+            impacts["teacher"],
+            *circuits,
+            config,
+            seed=seed,
+            similarity=similarity,
+            similarities=similarities,
+        )
 
 
 def mean_cka_and_floor(values: Sequence[PairCka]) -> tuple[float | None, float | None]:

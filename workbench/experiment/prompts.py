@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from workbench.errors import InputError
-from workbench.recipe import Recipe
+from workbench.experiment.recipe import Recipe
 from workbench.storage import located
 from workbench.tasks.base import PromptPairs, Split, Stage, Task
 from workbench.tasks.pairs import Pair, numbered_pairs
@@ -45,7 +45,8 @@ class Prompts:
         """For path patching, ablation impacts and matching."""
         if len(self._calibration[1]) == 0:
             raise InputError(
-                f"no pairs are left for discovery after {self.data.reference_scenes} reference rows; give more rows, or set data.reference to corrupt."
+                f"no pairs are left for discovery after {self.data.reference_scenes} reference rows; give more rows, "
+                "or set data.reference to corrupt."
             )
         return self._calibration[1]
 
@@ -56,7 +57,8 @@ class Prompts:
 
     @functools.cached_property
     def validation(self) -> PromptPairs | None:
-        """For the evaluations during training, if the recipe has any: scenes of the training split that are not trained on."""
+        """For the evaluations during training, if the recipe has any: scenes of the training split that are not trained
+        on."""
         if not self.data.validation_scenes:
             return None
         scenes, count = self.data.train_scenes, self.data.validation_scenes
@@ -72,7 +74,13 @@ class Prompts:
     @property
     def has_test(self) -> bool:
         """Whether a file of pairs has rows left for testing."""
-        return len(self._rows) > self.data.reference_scenes + self.data.discovery_scenes + self.data.train_scenes + self.data.validation_scenes
+        return (
+            len(self._rows)
+            > self.data.reference_scenes
+            + self.data.discovery_scenes
+            + self.data.train_scenes
+            + self.data.validation_scenes
+        )
 
     @functools.cached_property
     def _rows(self) -> PromptPairs:
@@ -90,7 +98,10 @@ class Prompts:
         """Rows of the file of pairs."""
         rows = self._rows.rows(slice(start, start + count))
         if len(rows) == 0:
-            raise InputError(f"{self.data.pairs} has {len(self._rows)} rows, none left for {use}; lower the numbers of `data` or give more rows.")
+            raise InputError(
+                f"{self.data.pairs} has {len(self._rows)} rows, none left for {use}; lower the numbers of `data` or "
+                "give more rows."
+            )
         return rows
 
     def _task(self, split: Split, scenes: int) -> PromptPairs:
@@ -120,5 +131,8 @@ class Prompts:
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the backward search: the recipe's, else the task's."""
         if self.recipe.stages is not None:
-            return tuple(Stage(name=s.name, title=s.title, position=s.position, into=s.into, composition=s.composition) for s in self.recipe.stages)
+            return tuple(
+                Stage(name=s.name, title=s.title, position=s.position, into=s.into, composition=s.composition)
+                for s in self.recipe.stages
+            )
         return self.task.stages if self.data.pairs is None else (Stage(name="A", title="direct", position="last"),)

@@ -4,8 +4,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from workbench import sources
-from workbench.alignment import hook_names
 from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.assembly import teacher_outputs, trained_slices
 from workbench.distillation.config import TrainingConfig
@@ -14,8 +12,10 @@ from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.experiment.conditions import CONDITIONS, ConditionSpec
 from workbench.experiment.matching import Matching
-from workbench.models import Student
-from workbench.refs import Head
+from workbench.matching.head_rows import hook_names
+from workbench.models import sources
+from workbench.models.hooked_model import Student
+from workbench.values.refs import Head
 
 log = logging.getLogger("workbench")
 
@@ -38,7 +38,8 @@ class Experiment(Matching):
         )
 
     def require_trainable(self, conditions: Iterable[str]) -> None:
-        """Refuse, before anything is searched, conditions whose task loss compares what different tokenizers don't share."""
+        """Refuse, before anything is searched, conditions whose task loss compares what different tokenizers don't
+        share."""
         for spec in (CONDITIONS[name] for name in conditions):
             if spec.trains is not None:
                 require_own_vocabulary(self.training_config(spec).task_loss, self.prompts.train)
@@ -51,12 +52,24 @@ class Experiment(Matching):
         config, pairs = self.training_config(spec), self.aligned(self.head_map_of(spec, seed)) if spec.aligns else ()
         heads = None if spec.trains == "all" else self.trained_heads()
         slices = trained_slices(student, heads, config, train_kv=self.recipe.train_kv, seed=seed)
-        log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)
+        log.info(
+            "  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction
+        )
         names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
         with processes.main_first():
-            outputs = teacher_outputs(self.recipe.teacher_outputs, self.teacher, self.prompts.train, names, sources.cache_root() / "teacher")
+            outputs = teacher_outputs(
+                self.recipe.teacher_outputs, self.teacher, self.prompts.train, names, sources.cache_root() / "teacher"
+            )
         run = Distillation(
-            student, slices, self.prompts.train, outputs, pairs, config, seed=seed, validation=self.prompts.validation, processes=processes
+            student,
+            slices,
+            self.prompts.train,
+            outputs,
+            pairs,
+            config,
+            seed=seed,
+            validation=self.prompts.validation,
+            processes=processes,
         )
         folder = self.folder.condition(condition, seed)
         run.run(folder, resume=resume, label=f"{condition}, seed {seed}")

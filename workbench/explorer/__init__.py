@@ -1,4 +1,5 @@
-"""The interactive explorer: one session (pure Python), two thin transports (a Jupyter widget, a loopback page), one page."""
+"""The interactive explorer: one session (pure Python), two thin transports (a Jupyter widget, a loopback page), one
+page."""
 
 from workbench.explorer.begin import explore, forget
 from workbench.explorer.session import Session

@@ -10,7 +10,7 @@ from workbench.explorer.material import Given, Material, key_of, material_of_pai
 from workbench.explorer.session import Session
 from workbench.explorer.state import Side
 from workbench.matching import HeadMap
-from workbench.models import HookedModel, Teacher
+from workbench.models.hooked_model import HookedModel, Teacher
 from workbench.tasks.base import Task
 from workbench.tasks.tokenizers import SharedWords, refuse_token_indices, same_vocabulary
 
@@ -42,21 +42,37 @@ def explore(
     name: str = "explorer",
     theme: Literal["auto", "light", "dark"] = "auto",
 ) -> "Explorer":
-    """The explorer as a Jupyter widget: a model, or a teacher beside its student (`after`: the student after distillation).
+    """The explorer as a Jupyter widget: a model, or a teacher beside its student (`after`: the student after
+    distillation).
 
-    The prompts come from a `task` (by name with `options`, or as an object) or are your own `pairs` (a file, a dataset, or `Pair`s), with `reference` pairs for
-    mean ablation. `head_map`: the matches to show as partners. `circuits`: what to begin with. Saved circuits go to `folder`.
-    The state is kept under `name`: running the cell again goes on where it was, as long as models and prompts are the same. While the explorer
-    computes in the background, other calls of the workbench on the same models wait for it. Errors: `InputError` for what can't be explored.
+    The prompts come from a `task` (by name with `options`, or as an object) or are your own `pairs` (a file, a dataset,
+    or `Pair`s), with `reference` pairs for mean ablation. `head_map`: the matches to show as partners. `circuits`: what
+    to begin with. Saved circuits go to `folder`. The state is kept under `name`: running the cell again goes on where
+    it was, as long as models and prompts are the same. While the explorer computes in the background, other calls of
+    the workbench on the same models wait for it. Errors: `InputError` for what can't be explored.
     """
     try:
         from workbench.explorer.widget import Explorer
     except ImportError:
-        raise InputError('the explorer in Jupyter needs anywidget: pip install ".[explorer]"; without Jupyter use `workbench explore`.') from None
+        raise InputError(
+            'the explorer in Jupyter needs anywidget: pip install ".[explorer]"; without Jupyter use `workbench '
+            "explore`."
+        ) from None
     session = session_of(
-        teacher, student, after=after, task=task, options=options, pairs=pairs, reference=reference, prompts=prompts, seed=seed,
-        head_map=head_map, circuits=circuits, folder=folder, name=name,
-    )  # fmt: skip
+        teacher,
+        student,
+        after=after,
+        task=task,
+        options=options,
+        pairs=pairs,
+        reference=reference,
+        prompts=prompts,
+        seed=seed,
+        head_map=head_map,
+        circuits=circuits,
+        folder=folder,
+        name=name,
+    )
     return Explorer(session, theme=theme)
 
 
@@ -76,7 +92,8 @@ def session_of(
     folder: str | Path = ".",
     name: str | None = None,
 ) -> Session:
-    """The session behind `explore`, without a widget; with a `name` the one that is kept under it, where it is about the same things."""
+    """The session behind `explore`, without a widget; with a `name` the one that is kept under it, where it is about
+    the same things."""
     given: dict[Side, HookedModel | str | Path | None] = {"teacher": teacher, "student": student, "after": after}
     models: dict[Side, HookedModel] = {side: _model(model) for side, model in given.items() if model is not None}
     if pairs is not None and task is not None:
@@ -109,7 +126,9 @@ def _model(model: HookedModel | str | Path) -> HookedModel:
     return model if isinstance(model, HookedModel) else Teacher.load(model)
 
 
-def _of_task(task: Task | str | None, options: Mapping[str, Any], models: Sequence[HookedModel], prompts: int, seed: int) -> Material:
+def _of_task(
+    task: Task | str | None, options: Mapping[str, Any], models: Sequence[HookedModel], prompts: int, seed: int
+) -> Material:
     """Prompts of a task in words that all models know."""
     how: dict[str, Any] = {"prompts": prompts, "seed": seed}
     tokenizer = models[0].tokenizer
@@ -124,7 +143,10 @@ def _of_task(task: Task | str | None, options: Mapping[str, Any], models: Sequen
             return material_of_task(name, options, tokenizer, **how)
         except InputError as refused:
             last = refused
-    raise InputError(f"{models[0].name} can't read the prompts of {' or '.join(TASKS)} ({last}); give `pairs` of your own, or a `task`.")
+    raise InputError(
+        f"{models[0].name} can't read the prompts of {' or '.join(TASKS)} ({last}); give `pairs` of your own, or a "
+        "`task`."
+    )
 
 
 def _several_tokenizers(models: Sequence[HookedModel]) -> bool:
@@ -142,4 +164,7 @@ def _readable(material: Material, models: Sequence[HookedModel]) -> Material:
 def _identity(models: Mapping[Side, HookedModel], material: Material) -> str:
     """What a session is about: the models' weights and all prompts."""
     drawn = [material.shown, material.evaluated, *([material.reference] if material.reference else [])]
-    return repr([(side, model.fingerprint()) for side, model in models.items()] + [[key_of(pair) for pair in each.pairs] for each in drawn])
+    return repr(
+        [(side, model.fingerprint()) for side, model in models.items()]
+        + [[key_of(pair) for pair in each.pairs] for each in drawn]
+    )

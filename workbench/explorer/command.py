@@ -20,14 +20,24 @@ BUNDLED = ("assets/models/teacher", "assets/models/student")
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of `workbench explore`."""
-    command.add_argument("teacher", nargs="?", help="a directory, hub id, adapter or GGUF file (default: the bundled teacher beside its student)")
+    command.add_argument(
+        "teacher",
+        nargs="?",
+        help="a directory, hub id, adapter or GGUF file (default: the bundled teacher beside its student)",
+    )
     command.add_argument("--student", help="a second model beside it")
     command.add_argument("--after", help="a third one: the student after distillation")
-    command.add_argument("--task", help="prompts of a task, e.g. ioi (default: entity_tracking, or ioi where the model lacks its words)")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. boxes=3")
+    command.add_argument(
+        "--task", help="prompts of a task, e.g. ioi (default: entity_tracking, or ioi where the model lacks its words)"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the task, e.g. boxes=3"
+    )
     command.add_argument("--pairs", help="your own pairs instead: a JSONL, CSV or Parquet file")
     command.add_argument("--reference", help="pairs for the means of mean ablation, with --pairs")
-    command.add_argument("--prompts", type=int, default=PROMPTS, help="how many pairs are drawn of a task (default: %(default)s)")
+    command.add_argument(
+        "--prompts", type=int, default=PROMPTS, help="how many pairs are drawn of a task (default: %(default)s)"
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
     command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
@@ -42,9 +52,18 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> Explo
     teacher, student = (options.teacher, options.student) if options.teacher else map(located, BUNDLED)
     circuits = {"teacher": Circuit.from_json(storage.read_json(Path(options.circuit)))} if options.circuit else None
     session = session_of(
-        teacher, student, after=options.after, task=options.task, options=settings, pairs=options.pairs, reference=options.reference,
-        prompts=options.prompts, seed=options.seed, circuits=circuits, folder=options.folder,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+        teacher,
+        student,
+        after=options.after,
+        task=options.task,
+        options=settings,
+        pairs=options.pairs,
+        reference=options.reference,
+        prompts=options.prompts,
+        seed=options.seed,
+        circuits=circuits,  # pyright: ignore[reportArgumentType]
+        folder=options.folder,
+    )
     return ExplorerServer(session, port=options.port)
 
 

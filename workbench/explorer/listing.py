@@ -1,4 +1,5 @@
-"""The Python lines that reproduce the view, by the same calls that made it (a test runs them and compares the numbers)."""
+"""The Python lines that reproduce the view, by the same calls that made it (a test runs them and compares the
+numbers)."""
 
 import re
 from collections.abc import Iterator
@@ -12,17 +13,17 @@ IMPORTS = {
     "islice": "itertools",
     "Circuit, Member": "workbench.circuits.circuit",
     "evaluate_circuit": "workbench.circuits.evaluation",
-    "METRICS": "workbench.metrics",
-    "Teacher": "workbench.models",
+    "METRICS": "workbench.values.metrics",
+    "Teacher": "workbench.models.hooked_model",
     "ablation_profiles": "workbench.patching.ablation",
     "counterfactual_outputs": "workbench.patching.ablation",
     "reference_means": "workbench.patching.ablation",
     "activation_patch": "workbench.patching.activation",
     "exact_edges": "workbench.patching.attribution",
     "path_patch": "workbench.patching.path",
-    "direct_logit_attribution": "workbench.readouts.attribution",
+    "direct_logit_attribution": "workbench.readouts.logit_attribution",
     "attention_patterns": "workbench.readouts.patterns",
-    "Head, Receiver": "workbench.refs",
+    "Head, Receiver": "workbench.values.refs",
     "encode, to_dataset": "workbench.tasks.base",
     "Pair": "workbench.tasks.pairs",
     "numbered_pairs": "workbench.tasks.pairs",
@@ -35,7 +36,9 @@ IMPORTS = {
 
 def python_lines(state: State, subject: Subject) -> str:
     """A script for the model in view: its heat map, the head in view, its circuit alone."""
-    body = "\n".join([*_begin(state, subject), "", *_map(state, subject), *_head(state, subject), "", *_circuit(state, subject)])
+    body = "\n".join(
+        [*_begin(state, subject), "", *_map(state, subject), *_head(state, subject), "", *_circuit(state, subject)]
+    )
     return f"{_imports(body)}\n\n{body}\n"
 
 
@@ -80,7 +83,10 @@ def _map(state: State, subject: Subject) -> Iterator[str]:
         yield f'scores = activation_patch(model, swept, "z", metric=metric, unit=unit, positions=({state.acts!r},))'
     else:
         yield from _stand_in(state.method, "swept", subject)
-        yield f"scores = ablation_profiles(model, swept, stand_in, metrics={{unit: metric}}, position={state.acts!r})[unit]"
+        yield (
+            f"scores = ablation_profiles(model, swept, stand_in, metrics={{unit: metric}}, "
+            f"position={state.acts!r})[unit]"
+        )
     order = "lowest" if state.method in ("path", "activation") else "highest"
     yield f"print(scores.unit, *scores.top(8, by={order!r}))"
 
@@ -94,27 +100,39 @@ def _stand_in(kind: str, prompts: str, subject: Subject) -> Iterator[str]:
     else:
         python = "[]" if subject.material.reference is None else subject.material.reference.python
         yield f"reference = encoded({python})"
-        yield f"stand_in = reference_means(model, reference, per_position=reference.clean.shape[1] == {prompts}.clean.shape[1])"
+        yield (
+            "stand_in = reference_means(model, reference, per_position=reference.clean.shape[1] == "
+            f"{prompts}.clean.shape[1])"
+        )
 
 
 def _head(state: State, subject: Subject) -> Iterator[str]:
     if state.head is None:
         return
     yield ""
-    yield f"# {state.head}: where it looks, what it writes to the logits, what its ablation costs, who it reads from, who it feeds"
+    yield (
+        f"# {state.head}: where it looks, what it writes to the logits, what its ablation costs, who it reads from, "
+        "who it feeds"
+    )
     yield f"head = Head({state.head.layer}, {state.head.index})"
     yield f"attention = attention_patterns(model, prompts.clean[0], [head], value_weighted={state.weighted})"
     yield "attribution = direct_logit_attribution(model, prompts)"
     yield "share = attribution.heads.at(head)"
     for kind in ("zero", "counterfactual", "mean") if subject.material.reference else ("zero", "counterfactual"):
         yield from _stand_in(kind, "prompts", subject)
-        profile = f"ablation_profiles(model, prompts, stand_in, metrics={{unit: metric}}, heads=[head], position={state.position!r})"
+        profile = (
+            f"ablation_profiles(model, prompts, stand_in, metrics={{unit: metric}}, heads=[head], "
+            f"position={state.position!r})"
+        )
         yield f"{kind}_impact = {profile}[unit].at(head)"
     yield "into = [Receiver(head, part) for part in 'qkv']"
     yield 'reads = path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=into)'
     yield 'strongest = reads.top(8, by="magnitude")'
     yield "through = {"
-    yield '    part: path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=[Receiver(head, part)], senders=strongest)'
+    yield (
+        '    part: path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=[Receiver(head, '
+        "part)], senders=strongest)"
+    )
     yield "    for part in 'qkv'"
     yield "}"
     yield "feeds = exact_edges(model, prompts, metric=metric, unit=unit, senders=[head], freeze_mlps=False)"
@@ -126,7 +144,9 @@ def _circuit(state: State, subject: Subject) -> Iterator[str]:
     yield from _members(circuit)
     yield f"evaluated = encoded({subject.material.evaluated.python})"
     yield from _stand_in(state.outside, "evaluated", subject)
-    yield f"report = evaluate_circuit(model, evaluated, circuit, stand_in, random_circuits={5 if state.compared else 0})"
+    yield (
+        f"report = evaluate_circuit(model, evaluated, circuit, stand_in, random_circuits={5 if state.compared else 0})"
+    )
     yield "print(report.circuit_accuracy, report.full_accuracy, report.faithfulness, report.logit_difference_recovered)"
 
 

@@ -1,4 +1,5 @@
-"""The prompts of a session, as text: pairs to pick from, pairs to evaluate circuits on, and reference prompts of the mean ablation.
+"""The prompts of a session, as text: pairs to pick from, pairs to evaluate circuits on, and reference prompts of the
+mean ablation.
 
 From a task they are drawn of different splits (calibration to look at, test to evaluate, train for the means); a
 user's own pairs serve to look at and to evaluate, and their means need `reference` pairs of their own.
@@ -13,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 from workbench.errors import InputError
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs, Task, encode, single_token, to_dataset
 from workbench.tasks.pairs import Pair, Split, numbered_pairs
 from workbench.tasks.registry import task_named, task_names
@@ -27,7 +28,8 @@ Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """Pairs, and the Python expression that gives them again (over `tokenizer`, and over `pairs` or `reference` where they were given in memory)."""
+    """Pairs, and the Python expression that gives them again (over `tokenizer`, and over `pairs` or `reference` where
+    they were given in memory)."""
 
     pairs: tuple[Pair, ...]
     python: str
@@ -68,7 +70,8 @@ def key_of(pair: Pair) -> Key:
 def material_of_task(
     task: Task | str, options: Mapping[str, Any], tokenizer: Any, *, prompts: int, seed: int, spelled: str = "tokenizer"
 ) -> Material:
-    """Prompts drawn from a task, by its name or as an object: as many to look at as to evaluate, twice as many for the means.
+    """Prompts drawn from a task, by its name or as an object: as many to look at as to evaluate, twice as many for the
+    means.
 
     `spelled`: the tokenizer in Python.
     """
@@ -93,13 +96,20 @@ def material_of_task(
 
 def _options(task: Task) -> dict[str, Any]:
     """The settings of a task that differ from its defaults."""
-    return {field.name: getattr(task, field.name) for field in fields(task) if getattr(task, field.name) != field.default}  # pyright: ignore[reportArgumentType]
+    settings = fields(task)  # pyright: ignore[reportArgumentType]
+    return {each.name: getattr(task, each.name) for each in settings if getattr(task, each.name) != each.default}
 
 
 def material_of_pairs(pairs: Given, reference: Given | None) -> Material:
     """A user's own pairs."""
     shown, title = _given(pairs, "pairs"), Path(str(pairs)).name if isinstance(pairs, str | Path) else "own pairs"
-    return Material(title=title, shown=shown, evaluated=shown, reference=None if reference is None else _given(reference, "reference"), chance=None)
+    return Material(
+        title=title,
+        shown=shown,
+        evaluated=shown,
+        reference=None if reference is None else _given(reference, "reference"),
+        chance=None,
+    )
 
 
 def _given(source: Given, name: str) -> Drawn:
@@ -109,12 +119,16 @@ def _given(source: Given, name: str) -> Drawn:
     else:
         found, python = tuple(source), f"list({name})"
     if not found or not all(isinstance(pair, Pair) for pair in found):
-        raise InputError(f"`{name}` holds no pairs; give a JSONL file, a dataset, or `Pair(clean=..., corrupt=..., answer=..., distractor=...)`s.")
+        raise InputError(
+            f"`{name}` holds no pairs; give a JSONL file, a dataset, or `Pair(clean=..., corrupt=..., answer=..., "
+            "distractor=...)`s."
+        )
     return Drawn(pairs=found, python=python)
 
 
 def encoded(pairs: Sequence[Pair], model: HookedModel) -> PromptPairs:
-    """Pairs as tensors for a model. Errors: `InputError` for unequal lengths, unknown words, and answers of several tokens."""
+    """Pairs as tensors for a model. Errors: `InputError` for unequal lengths, unknown words, and answers of several
+    tokens."""
     for pair in pairs:
         refuse_unknown_words(pair, model.tokenizer)
     return encode(to_dataset(enumerate(pairs), model.tokenizer, source="the pairs"), model.tokenizer).to(model.device)
@@ -127,7 +141,10 @@ def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:
     """
     for name in ("clean", "corrupt", "answer", "distractor"):
         if not isinstance(text.get(name), str) or not text[name].strip():
-            raise InputError(f"the {name.replace('clean', 'clean prompt').replace('corrupt', 'corrupt prompt')} is empty; fill it in.")
+            raise InputError(
+                f"the {name.replace('clean', 'clean prompt').replace('corrupt', 'corrupt prompt')} is empty; fill it "
+                "in."
+            )
     answer, distractor = (_spaced(text[name], text["clean"], tokenizer) for name in ("answer", "distractor"))
     pair = Pair(clean=text["clean"], corrupt=text["corrupt"], answer=answer, distractor=distractor, positions={})
     refuse_unknown_words(pair, tokenizer)
@@ -140,4 +157,8 @@ def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:
 
 def _spaced(word: str, prompt: str, tokenizer: Any) -> str:
     spaced = f" {word.strip()}"
-    return spaced if not prompt[-1].isspace() and not word[0].isspace() and single_token(tokenizer, spaced) is not None else word
+    return (
+        spaced
+        if not prompt[-1].isspace() and not word[0].isspace() and single_token(tokenizer, spaced) is not None
+        else word
+    )

@@ -1,4 +1,5 @@
-"""What a state needs to be shown: the parts to compute, what is looked at first coming first, and what they say once they are there.
+"""What a state needs to be shown: the parts to compute, what is looked at first coming first, and what they say once
+they are there.
 
 A part's key holds all that its value depends on, so whatever has been seen before is there at once.
 """
@@ -14,8 +15,8 @@ from workbench.explorer.subject import LISTED, Subject, nearest_heads
 from workbench.explorer.words import METHODS
 from workbench.explorer.work import Outcome, Part
 from workbench.matching import HeadMap
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 Subjects = Mapping[Side, Subject]
 Key = tuple[Hashable, ...]
@@ -44,7 +45,11 @@ def parts(state: State, subjects: Subjects) -> list[Part]:
 def prediction_part(state: State, subject: Subject) -> Part:
     """Tokens, predictions, metrics."""
     pair = state.pair
-    return Part(key=("predictions", subject.side, key_of(pair)), label=f"{subject.side}: predictions", run=lambda: subject.predictions(pair))
+    return Part(
+        key=("predictions", subject.side, key_of(pair)),
+        label=f"{subject.side}: predictions",
+        run=lambda: subject.predictions(pair),
+    )
 
 
 def map_part(state: State, subject: Subject) -> Part:
@@ -76,14 +81,20 @@ def attribution_part(state: State, subject: Subject) -> Part:
     """What every head and MLP writes to the logit difference."""
     pair = state.pair
     return Part(
-        key=("attribution", subject.side, key_of(pair)), label=f"{subject.side}: direct logit attribution", run=lambda: subject.attribution(pair)
+        key=("attribution", subject.side, key_of(pair)),
+        label=f"{subject.side}: direct logit attribution",
+        run=lambda: subject.attribution(pair),
     )
 
 
 def path_parts(state: State, subject: Subject, head: Head) -> tuple[Part, Part, Part]:
     """Who a head reads from (through q, k and v together, and through each) and who it feeds."""
     side, pair, over, metric = subject.side, state.pair, key_of(state.pair), state.metric
-    reads = Part(key=("reads", side, over, head, metric), label=f"{head}: who it reads from", run=lambda: subject.reads(pair, head, metric=metric))
+    reads = Part(
+        key=("reads", side, over, head, metric),
+        label=f"{head}: who it reads from",
+        run=lambda: subject.reads(pair, head, metric=metric),
+    )
     singly = Part(
         key=("reads singly", side, over, head, metric),
         label=f"{head}: through q, k, v",
@@ -125,21 +136,32 @@ def random_part(state: State, subject: Subject) -> Part:
 
 
 def partner_parts(state: State, subjects: Subjects) -> list[Part]:
-    """Similarity of all heads of the teacher with those of the model in view (of each student, when the teacher is in view)."""
+    """Similarity of all heads of the teacher with those of the model in view (of each student, when the teacher is in
+    view)."""
     students: list[Side] = [side for side in subjects if side != "teacher" and state.side in ("teacher", side)]
     teacher = subjects["teacher"]
     return [
-        Part(key=("similarity", side), label=f"{side}: similarity of heads", run=partial(subjects[side].similarity, teacher)) for side in students
+        Part(
+            key=("similarity", side),
+            label=f"{side}: similarity of heads",
+            run=partial(subjects[side].similarity, teacher),
+        )
+        for side in students
     ]
 
 
 def shown(state: State, subjects: Subjects, known: Known, head_map: HeadMap | None) -> dict[str, Any]:
-    """What is known of everything in view, by its place on the page; what is not there yet is null, what failed says why."""
+    """What is known of everything in view, by its place on the page; what is not there yet is null, what failed says
+    why."""
     return {
         "prompts": {side: _said(known, prediction_part(state, subject)) for side, subject in subjects.items()},
         "maps": _maps(state, subjects, known),
         "circuits": {side: _circuit(state, subject, known) for side, subject in subjects.items()},
-        "attribution": _said(known, attribution_part(state, subjects[state.side]), lambda found: view.of_attribution(found, LISTED_SHARES)),
+        "attribution": _said(
+            known,
+            attribution_part(state, subjects[state.side]),
+            lambda found: view.of_attribution(found, LISTED_SHARES),
+        ),
         "head": None if state.head is None else _head(state, subjects, state.head, known, head_map),
     }
 
@@ -154,14 +176,21 @@ def _said(known: Known, part: Part, read: Callable[[Any], Any] = lambda value: v
 
 def _maps(state: State, subjects: Subjects, known: Known) -> dict[str, Any]:
     order = METHODS[state.method].order
-    panels = {side: _said(known, map_part(state, subject), partial(view.of_map, order=order)) for side, subject in subjects.items()}
+    panels = {
+        side: _said(known, map_part(state, subject), partial(view.of_map, order=order))
+        for side, subject in subjects.items()
+    }
     measured = [panel for panel in panels.values() if panel and "error" not in panel]
     return {"panels": panels, "largest": view.common_scale(measured), "order": order}
 
 
 def _circuit(state: State, subject: Subject, known: Known) -> dict[str, Any]:
     on_pair, on_prompts = circuit_parts(state, subject)
-    found = {"on_pair": _said(known, on_pair), "on_prompts": _said(known, on_prompts), "random": _said(known, random_part(state, subject))}
+    found = {
+        "on_pair": _said(known, on_pair),
+        "on_prompts": _said(known, on_prompts),
+        "random": _said(known, random_part(state, subject)),
+    }
     return {**view.of_circuit(state.circuits[subject.side]), **found}
 
 
@@ -175,7 +204,9 @@ def _head(state: State, subjects: Subjects, head: Head, known: Known, head_map: 
     return {
         "head": head,
         "side": state.side,
-        "score": None if scores is None or scores.error is not None else float(scores.value.mean()[head.layer, head.index]),
+        "score": None
+        if scores is None or scores.error is not None
+        else float(scores.value.mean()[head.layer, head.index]),
         "member": head in state.circuits[state.side].heads,
         "attention": _said(known, attention),
         "share": _said(known, attribution_part(state, subject), lambda found: view.of_share(found, head)),
@@ -186,7 +217,9 @@ def _head(state: State, subjects: Subjects, head: Head, known: Known, head_map: 
     }
 
 
-def _partners(state: State, subjects: Subjects, head: Head, known: Known, head_map: HeadMap | None) -> list[dict[str, Any]]:
+def _partners(
+    state: State, subjects: Subjects, head: Head, known: Known, head_map: HeadMap | None
+) -> list[dict[str, Any]]:
     """The heads of the other models that are most alike, and the one that the given head map names."""
     found = []
     for part in partner_parts(state, subjects):
@@ -209,4 +242,8 @@ def _partners(state: State, subjects: Subjects, head: Head, known: Known, head_m
 
 def _mapped(side: Side, head: Head, head_map: HeadMap | None) -> list[str]:
     pairs = head_map.pairs if head_map else ()
-    return [str(theirs if side != "teacher" else ours) for ours, theirs in pairs if head == (ours if side != "teacher" else theirs)]
+    return [
+        str(theirs if side != "teacher" else ours)
+        for ours, theirs in pairs
+        if head == (ours if side != "teacher" else theirs)
+    ]

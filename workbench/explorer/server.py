@@ -1,7 +1,8 @@
 """`workbench explore`: the session's page on loopback, for people without Jupyter.
 
-Only this machine reaches it (127.0.0.1), only who has the token in the URL, only under its own name (Host; against DNS rebinding), and only from its own
-page (Origin, and JSON, which no foreign form can post). The page loads nothing from elsewhere, and its policy forbids it to.
+Only this machine reaches it (127.0.0.1), only who has the token in the URL, only under its own name (Host; against DNS
+rebinding), and only from its own page (Origin, and JSON, which no foreign form can post). The page loads nothing from
+elsewhere, and its policy forbids it to.
 """
 
 import hmac
@@ -22,7 +23,8 @@ FILES = {"/explorer.js": "text/javascript", "/page.js": "text/javascript", "/exp
 LARGEST = 1 << 20
 """Bytes of a command at most."""
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
+    "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -66,7 +68,9 @@ class ExplorerServer(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
-            raise InputError(f"port {port} can't be used ({error.strerror}); choose another with --port, or leave it out.") from None
+            raise InputError(
+                f"port {port} can't be used ({error.strerror}); choose another with --port, or leave it out."
+            ) from None
         self.names = tuple(f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost"))
 
     @property
@@ -95,7 +99,11 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             body, kind, status = f"{refused}\n".encode(), "text/plain", refused.status
         self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}.items():
+        for name, value in {
+            **HEADERS,
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -111,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, "requests from other pages are not answered")
         given = self.headers.get("X-Workbench-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         if not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            raise Refused(HTTPStatus.FORBIDDEN, "the token is missing or wrong; open the address that `workbench explore` printed")
+            raise Refused(
+                HTTPStatus.FORBIDDEN, "the token is missing or wrong; open the address that `workbench explore` printed"
+            )
 
     def _file(self) -> tuple[bytes, str]:
         path = urlsplit(self.path).path

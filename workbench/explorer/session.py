@@ -1,9 +1,11 @@
-"""A session: the state, and what it takes to show it. A command comes in, a JSON view goes out; the page and the transports know nothing else.
+"""A session: the state, and what it takes to show it. A command comes in, a JSON view goes out; the page and the
+transports know nothing else.
 
-Commands are objects with a key `do`: `hello` (the view with all choices), `poll`, `pick` (index), `type` (clean, corrupt, answer, distractor), `set`
-(method, metric, position, average, outside, weighted: any of them), `select` (side, head), `toggle` (side, head), `clear` (side), `compare`, `undo`, `stop`, `resume`,
-`save` (name). Bad input changes nothing and is answered in the view's `error`. What takes longer than `patience` goes on in the background; `pending` names
-it, and `poll` asks again.
+Commands are objects with a key `do`: `hello` (the view with all choices), `poll`, `pick` (index), `type` (clean,
+corrupt, answer, distractor), `set` (method, metric, position, average, outside, weighted: any of them), `select` (side,
+head), `toggle` (side, head), `clear` (side), `compare`, `undo`, `stop`, `resume`, `save` (name). Bad input changes
+nothing and is answered in the view's `error`. What takes longer than `patience` goes on in the background; `pending`
+names it, and `poll` asks again.
 """
 
 import threading
@@ -23,9 +25,9 @@ from workbench.explorer.view import plain
 from workbench.explorer.words import METRIC_TITLES, OUTSIDE_TITLES, choices, colours
 from workbench.explorer.work import Worker
 from workbench.matching import HeadMap
-from workbench.models import HookedModel
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.models.hooked_model import HookedModel
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 PATIENCE = 0.15
 """Seconds that a command waits for what it asks for, before it is answered with what there is."""
@@ -54,7 +56,8 @@ class Session:
         folder: Path = Path(),
         patience: float = PATIENCE,
     ) -> None:
-        """`folder`: where circuits are saved. Errors: `InputError` for a circuit of another shape, and for prompts that a model can't read."""
+        """`folder`: where circuits are saved. Errors: `InputError` for a circuit of another shape, and for prompts that
+        a model can't read."""
         self.material, self.head_map, self.folder, self.patience = material, head_map, folder, patience
         self.subjects: dict[Side, Subject] = {side: Subject(side, model, material) for side, model in models.items()}
         begun: dict[Side, Circuit] = {side: empty_circuit(subject.shape) for side, subject in self.subjects.items()}
@@ -73,11 +76,13 @@ class Session:
             raise InputError(f"there is a circuit for the {side}, but no such model; {nearest(side, self.subjects)}")
         if circuit.shape != self.subjects[side].shape:
             raise InputError(
-                f"the {side}'s circuit is of a model of shape {circuit.shape}, the model has {self.subjects[side].shape}; give its own circuit."
+                f"the {side}'s circuit is of a model of shape {circuit.shape}, the model has "
+                f"{self.subjects[side].shape}; give its own circuit."
             )
 
     def handle(self, command: Mapping[str, Any], *, patience: float | None = None) -> dict[str, Any]:
-        """Carry out a command and return the view. Never raises on bad input: the view's `error` says what was wrong and what to do."""
+        """Carry out a command and return the view. Never raises on bad input: the view's `error` says what was wrong
+        and what to do."""
         error, notice = None, None
         with self._lock:
             try:
@@ -166,7 +171,9 @@ class Session:
         for side in self.subjects:
             if side == command.get("side"):
                 return side
-        raise InputError(f"there is no model {command.get('side')!r} here; {nearest(str(command.get('side')), self.subjects)}")
+        raise InputError(
+            f"there is no model {command.get('side')!r} here; {nearest(str(command.get('side')), self.subjects)}"
+        )
 
     def _select(self, command: Mapping[str, Any]) -> None:
         side, head = self._place(command)
@@ -179,7 +186,9 @@ class Session:
 
     def _clear(self, command: Mapping[str, Any]) -> str:
         side = self._side(command)
-        return self._changed(self.state.with_circuit(side, empty_circuit(self.subjects[side].shape)), f"emptied the {side}'s circuit")
+        return self._changed(
+            self.state.with_circuit(side, empty_circuit(self.subjects[side].shape)), f"emptied the {side}'s circuit"
+        )
 
     def _changed(self, after: State, done: str) -> str:
         self._past = [*self._past, Change(circuits=self.state.circuits, done=done)][-UNDOS:]
@@ -197,7 +206,9 @@ class Session:
         """Only a plain file name in the session's folder, and never over anything but a circuit."""
         side, name = self._side({"side": command.get("side", self.state.side)}), str(command.get("name") or "")
         if not name or Path(name).name != name or name.startswith(".") or "\\" in name:
-            raise InputError(f"{name!r} is no plain file name; write for example circuit.json (it goes to {self.folder.resolve()}).")
+            raise InputError(
+                f"{name!r} is no plain file name; write for example circuit.json (it goes to {self.folder.resolve()})."
+            )
         path = self.folder / (name if name.endswith(".json") else f"{name}.json")
         if path.exists():
             try:
@@ -210,14 +221,23 @@ class Session:
     def setup(self) -> dict[str, Any]:
         """What does not change in a session: models, prompts, choices, colours."""
         models = [
-            {"side": side, "name": subject.model.name, "layers": subject.shape[0], "heads": subject.shape[1], "kv_heads": subject.model.n_kv_heads}
+            {
+                "side": side,
+                "name": subject.model.name,
+                "layers": subject.shape[0],
+                "heads": subject.shape[1],
+                "kv_heads": subject.model.n_kv_heads,
+            }
             for side, subject in self.subjects.items()
         ]
         return {"models": models, "material": self.material.describe(), **self._choices(), "colours": colours()}
 
     def view(self) -> dict[str, Any]:
         """Everything on the page, of what is known now."""
-        pending, stopped = self._worker.pending(), self._worker.stopped()  # first: what is done meanwhile is asked for once more, never missed
+        pending, stopped = (
+            self._worker.pending(),
+            self._worker.stopped(),
+        )  # first: what is done meanwhile is asked for once more, never missed
         shown = needs.shown(self.state, self.subjects, self._worker.outcome, self.head_map)
         state = self.state
         return plain(
@@ -225,8 +245,15 @@ class Session:
                 **shown,
                 "pair": {**text_of(state.pair), "picked": state.picked},
                 "settings": {
-                    "method": state.method, "metric": state.metric, "position": state.position, "acts": state.acts, "average": state.average,
-                    "outside": state.outside, "weighted": state.weighted, "positions": self.positions(), "compared": state.compared,
+                    "method": state.method,
+                    "metric": state.metric,
+                    "position": state.position,
+                    "acts": state.acts,
+                    "average": state.average,
+                    "outside": state.outside,
+                    "weighted": state.weighted,
+                    "positions": self.positions(),
+                    "compared": state.compared,
                 },
                 "selected": {"side": state.side, "head": state.head},
                 "undo": self._past[-1].done if self._past else None,
@@ -234,7 +261,7 @@ class Session:
                 "pending": pending,
                 "stopped": stopped,
             }
-        )  # fmt: skip
+        )
 
     def settle(self, seconds: float = 600.0) -> dict[str, Any]:
         """Wait until everything in view is there, and return the view (for scripts and tests; the page polls)."""

@@ -1,4 +1,5 @@
-"""What a session is about: the pair, the method, the head in view, each model's circuit. A frozen value; every change gives a new one."""
+"""What a session is about: the pair, the method, the head in view, each model's circuit. A frozen value; every change
+gives a new one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,8 +7,8 @@ from typing import Literal
 
 from workbench.circuits.circuit import Circuit, Member
 from workbench.errors import InputError
-from workbench.refs import Head, Position
 from workbench.tasks.pairs import Pair
+from workbench.values.refs import Head, Position
 
 Side = Literal["teacher", "student", "after"]
 """Which model: the teacher, the student before distillation, the student after it."""
@@ -56,8 +57,12 @@ class State:
         if head in circuit.heads:
             return self.with_circuit(side, circuit.without([head])), f"dropped {head} from the {side}'s circuit"
         if not (0 <= head.layer < circuit.shape[0] and 0 <= head.index < circuit.shape[1]):
-            raise InputError(f"{head} is outside the {side}, a model of {circuit.shape[0]} layers x {circuit.shape[1]} heads.")
-        added = Circuit.of([*circuit.members, Member(head, ROLE, "all")], shape=circuit.shape, method=_by_hand(circuit.method))
+            raise InputError(
+                f"{head} is outside the {side}, a model of {circuit.shape[0]} layers x {circuit.shape[1]} heads."
+            )
+        added = Circuit.of(
+            [*circuit.members, Member(head, ROLE, "all")], shape=circuit.shape, method=_by_hand(circuit.method)
+        )
         return self.with_circuit(side, added), f"added {head} to the {side}'s circuit"
 
 

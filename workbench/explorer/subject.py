@@ -1,4 +1,5 @@
-"""One model of a session: every number that the explorer shows of it, each by the one function of the workbench that computes it."""
+"""One model of a session: every number that the explorer shows of it, each by the one function of the workbench that
+computes it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,26 +7,32 @@ from typing import Any
 
 import torch
 
-from workbench.alignment import all_head_similarity
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import CircuitReport, Ends, circuit_ends, evaluate_circuit
 from workbench.errors import InputError
 from workbench.explorer.material import Key, Material, encoded, key_of
 from workbench.explorer.state import Method, Outside, Side, State
-from workbench.metrics import METRICS
-from workbench.models import HookedModel
-from workbench.patching.ablation import Replacement, ablation_profiles, counterfactual_outputs, plain_logits, reference_means
+from workbench.matching.head_similarity import all_head_similarity
+from workbench.models.hooked_model import HookedModel
+from workbench.patching.ablation import (
+    Replacement,
+    ablation_profiles,
+    counterfactual_outputs,
+    plain_logits,
+    reference_means,
+)
 from workbench.patching.activation import activation_patch
 from workbench.patching.attribution import exact_edges
 from workbench.patching.path import path_patch
-from workbench.readouts.attribution import LogitAttribution, direct_logit_attribution
+from workbench.readouts.logit_attribution import LogitAttribution, direct_logit_attribution
 from workbench.readouts.patterns import AttentionPatterns, attention_patterns
 from workbench.readouts.text import token_texts
-from workbench.refs import Composition, Head, Position, Receiver
-from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.pairs import Pair
 from workbench.tasks.tokenizers import same_vocabulary
+from workbench.values.metrics import METRICS
+from workbench.values.refs import Composition, Head, Position, Receiver
+from workbench.values.scores import Scores
 
 TOP = 6
 """How many predictions are shown."""
@@ -40,7 +47,8 @@ def unit_of(metric: str) -> str:
 
 
 class Subject:
-    """A model, and what is kept of it between requests (encoded prompts, replacements, the two ends of circuit evaluation)."""
+    """A model, and what is kept of it between requests (encoded prompts, replacements, the two ends of circuit
+    evaluation)."""
 
     def __init__(self, side: Side, model: HookedModel, material: Material) -> None:
         if model.tokenizer is None:
@@ -62,7 +70,11 @@ class Subject:
 
     def pair(self, pair: Pair) -> PromptPairs:
         """The pair in view as tensors."""
-        return self.once(("pair", key_of(pair)), lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model), room=64)
+        return self.once(
+            ("pair", key_of(pair)),
+            lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model),
+            room=64,
+        )
 
     def listed(self) -> PromptPairs:
         """All pairs of the list."""
@@ -75,12 +87,16 @@ class Subject:
     def reference(self) -> PromptPairs:
         """The prompts of the mean. Errors: `InputError` when there are none."""
         if self.material.reference is None:
-            raise InputError("mean ablation needs reference prompts: pass `reference=` (pairs of another draw), or choose zero or counterfactual.")
+            raise InputError(
+                "mean ablation needs reference prompts: pass `reference=` (pairs of another draw), or choose zero or "
+                "counterfactual."
+            )
         reference = self.material.reference
         return self.once(("reference",), lambda: encoded(reference.pairs, self.model))
 
     def replacement(self, kind: Outside, pairs: PromptPairs, key: Key | tuple[str, ...]) -> Replacement:
-        """What stands in for an ablated head on these prompts. Means are by position where the reference prompts are as long, else over all tokens."""
+        """What stands in for an ablated head on these prompts. Means are by position where the reference prompts are as
+        long, else over all tokens."""
         if kind == "zero":
             return "zero"
         if kind == "mean":
@@ -97,16 +113,25 @@ class Subject:
     def _predicted(self, pairs: PromptPairs) -> dict[str, Any]:
         logits = plain_logits(self.model, pairs)
         likely = logits[0].softmax(-1)
-        best, kinds = likely.topk(min(TOP, len(likely))), {int(pairs.answers[0]): "answer", int(pairs.distractors[0]): "distractor"}
+        best, kinds = (
+            likely.topk(min(TOP, len(likely))),
+            {int(pairs.answers[0]): "answer", int(pairs.distractors[0]): "distractor"},
+        )
         rank = int((likely > likely[pairs.answers[0]]).sum()) + 1
         return {
             "tokens": token_texts(self.model, pairs.clean[0]),
             "ids": pairs.clean[0].tolist(),
             "top": [
                 [text, value, kinds.get(token, "other")]
-                for text, value, token in zip(token_texts(self.model, best.indices), best.values.tolist(), best.indices.tolist(), strict=True)
+                for text, value, token in zip(
+                    token_texts(self.model, best.indices), best.values.tolist(), best.indices.tolist(), strict=True
+                )
             ],
-            "metrics": {name: float(metric(logits, pairs.answers, pairs.distractors)[0]) for name, metric in METRICS.items() if name != "accuracy"},
+            "metrics": {
+                name: float(metric(logits, pairs.answers, pairs.distractors)[0])
+                for name, metric in METRICS.items()
+                if name != "accuracy"
+            },
             "answer": {"probability": float(likely[pairs.answers[0]]), "rank": rank},
             "distractor": {"probability": float(likely[pairs.distractors[0]])},
         }
@@ -116,13 +141,17 @@ class Subject:
         pairs, key = (self.listed(), LISTED) if state.average else (self.pair(state.pair), key_of(state.pair))
         return self.swept(state.method, pairs, key, metric=state.metric, position=state.acts)
 
-    def swept(self, method: Method, pairs: PromptPairs, key: Key | tuple[str, ...], *, metric: str, position: Position) -> Scores:
+    def swept(
+        self, method: Method, pairs: PromptPairs, key: Key | tuple[str, ...], *, metric: str, position: Position
+    ) -> Scores:
         """The sweep of a method over all heads."""
         measured = METRICS[metric]
         if method == "path":
             return path_patch(self.model, pairs, metric=measured, unit=unit_of(metric), position=position)
         if method == "activation":
-            return activation_patch(self.model, pairs, "z", metric=measured, unit=unit_of(metric), positions=(position,))
+            return activation_patch(
+                self.model, pairs, "z", metric=measured, unit=unit_of(metric), positions=(position,)
+            )
         stand_in = self.replacement(method, pairs, key)
         return ablation_profiles(self.model, pairs, stand_in, metrics={metric: measured}, position=position)[metric]
 
@@ -137,11 +166,18 @@ class Subject:
     def impacts(self, pair: Pair, head: Head, *, metric: str, position: Position) -> dict[str, float | None]:
         """Fall of the metric when the head alone is ablated, by each kind of ablation that can be had."""
         pairs = self.pair(pair)
-        kinds: tuple[Outside, ...] = ("zero", "counterfactual", "mean") if self.material.reference else ("zero", "counterfactual")
+        kinds: tuple[Outside, ...] = (
+            ("zero", "counterfactual", "mean") if self.material.reference else ("zero", "counterfactual")
+        )
         return {
             kind: float(
                 ablation_profiles(
-                    self.model, pairs, self.replacement(kind, pairs, key_of(pair)), metrics={metric: METRICS[metric]}, heads=[head], position=position
+                    self.model,
+                    pairs,
+                    self.replacement(kind, pairs, key_of(pair)),
+                    metrics={metric: METRICS[metric]},
+                    heads=[head],
+                    position=position,
                 )[metric].at(head)[0]
             )
             for kind in kinds
@@ -149,25 +185,42 @@ class Subject:
 
     def reads(self, pair: Pair, head: Head, *, metric: str) -> Scores:
         """Path effect of every head below on this head's q, k and v together: [layer head example]."""
-        return self.once(("reads", key_of(pair), head, metric), lambda: self._reads(pair, head, metric, COMPOSITIONS, None))
+        return self.once(
+            ("reads", key_of(pair), head, metric), lambda: self._reads(pair, head, metric, COMPOSITIONS, None)
+        )
 
     def reads_singly(self, pair: Pair, head: Head, *, metric: str, count: int) -> dict[Composition, Scores]:
         """The same through each input alone, of the heads whose effect through all together is largest."""
         senders = strongest(self.reads(pair, head, metric=metric), count)
         return {each: self._reads(pair, head, metric, (each,), senders) for each in COMPOSITIONS}
 
-    def _reads(self, pair: Pair, head: Head, metric: str, inputs: Sequence[Composition], senders: Sequence[Head] | None) -> Scores:
+    def _reads(
+        self, pair: Pair, head: Head, metric: str, inputs: Sequence[Composition], senders: Sequence[Head] | None
+    ) -> Scores:
         into = [Receiver(head, each) for each in inputs]
-        return path_patch(self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), position="all", receivers=into, senders=senders)
+        return path_patch(
+            self.model,
+            self.pair(pair),
+            metric=METRICS[metric],
+            unit=unit_of(metric),
+            position="all",
+            receivers=into,
+            senders=senders,
+        )
 
     def feeds(self, pair: Pair, head: Head, *, metric: str) -> Scores:
         """Path effect of this head on the logits and on the q, k, v of every head above: [sender receiver example]."""
-        return exact_edges(self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), senders=[head], freeze_mlps=False)
+        return exact_edges(
+            self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), senders=[head], freeze_mlps=False
+        )
 
     def similarity(self, teacher: "Subject") -> Scores:
-        """CKA of every head's output at the last token of the evaluated prompts with every head of the teacher: [student teacher]."""
+        """CKA of every head's output at the last token of the evaluated prompts with every head of the teacher:
+        [student teacher]."""
         alike = same_vocabulary(self.model.tokenizer, teacher.model.tokenizer)
-        return all_head_similarity(self.model, teacher.model, replace(self.evaluated(), teacher=None if alike else teacher.evaluated()))
+        return all_head_similarity(
+            self.model, teacher.model, replace(self.evaluated(), teacher=None if alike else teacher.evaluated())
+        )
 
     def report(self, circuit: Circuit, outside: Outside, *, random_circuits: int = 0) -> CircuitReport:
         """The circuit alone on the evaluated prompts."""
@@ -177,7 +230,9 @@ class Subject:
         """The circuit alone on the pair in view."""
         return self._report(circuit, outside, self.pair(pair), key_of(pair), 0)
 
-    def _report(self, circuit: Circuit, outside: Outside, pairs: PromptPairs, key: Key | tuple[str, ...], random_circuits: int) -> CircuitReport:
+    def _report(
+        self, circuit: Circuit, outside: Outside, pairs: PromptPairs, key: Key | tuple[str, ...], random_circuits: int
+    ) -> CircuitReport:
         means = self.replacement(outside, pairs, key)
         ends: Ends = self.once(("ends", outside, key), lambda: circuit_ends(self.model, pairs, self.shape, means))
         return evaluate_circuit(self.model, pairs, circuit, means, random_circuits=random_circuits, ends=ends)

@@ -8,10 +8,10 @@ from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import CircuitReport
 from workbench.explorer.subject import strongest
 from workbench.plots.panels import Order
-from workbench.readouts.attribution import LogitAttribution
+from workbench.readouts.logit_attribution import LogitAttribution
 from workbench.readouts.patterns import AttentionPatterns
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 
 def plain(value: Any) -> Any:
@@ -48,7 +48,11 @@ def of_map(scores: Scores, order: Order) -> dict[str, Any]:
 def of_attention(patterns: AttentionPatterns) -> dict[str, Any]:
     """A head's attention: row by row, each as far as its own token."""
     rows = patterns.weights[0].double().tolist()
-    return {"tokens": patterns.tokens, "weights": [[round(value, 4) for value in row[: n + 1]] for n, row in enumerate(rows)], "unit": patterns.unit}
+    return {
+        "tokens": patterns.tokens,
+        "weights": [[round(value, 4) for value in row[: n + 1]] for n, row in enumerate(rows)],
+        "unit": patterns.unit,
+    }
 
 
 def of_attribution(found: LogitAttribution, count: int) -> dict[str, Any]:
@@ -59,16 +63,27 @@ def of_attribution(found: LogitAttribution, count: int) -> dict[str, Any]:
 
 
 def of_share(found: LogitAttribution, head: Head) -> dict[str, Any]:
-    """A head's direct share of the logit difference, its rank by size among the heads, and the sum that it is a share of."""
+    """A head's direct share of the logit difference, its rank by size among the heads, and the sum that it is a share
+    of."""
     ranked = strongest(found.heads, found.heads.values[..., 0].numel())
-    return {"share": float(found.heads.at(head).mean()), "rank": ranked.index(head) + 1, "heads": len(ranked), "total": float(found.total.mean())}
+    return {
+        "share": float(found.heads.at(head).mean()),
+        "rank": ranked.index(head) + 1,
+        "heads": len(ranked),
+        "total": float(found.total.mean()),
+    }
 
 
 def of_reads(together: Scores, singly: Mapping[str, Scores], count: int) -> list[dict[str, Any]]:
-    """The heads below with the largest path effect through q, k and v together, with that through each, as far as it is known."""
+    """The heads below with the largest path effect through q, k and v together, with that through each, as far as it is
+    known."""
     found = [(head, float(together.at(head).mean())) for head in strongest(together, count)]
     return [
-        {"head": str(head), "together": value, **{name: float(scores.at(head).mean()) for name, scores in singly.items()}}
+        {
+            "head": str(head),
+            "together": value,
+            **{name: float(scores.at(head).mean()) for name, scores in singly.items()},
+        }
         for head, value in found
         if value
     ]
@@ -84,7 +99,11 @@ def of_feeds(scores: Scores, count: int) -> dict[str, Any]:
 
 def of_circuit(circuit: Circuit) -> dict[str, Any]:
     """The heads of a circuit with their roles."""
-    return {"heads": [{"head": str(head), "role": circuit.role_of(head)} for head in circuit.heads], "method": circuit.method, "shape": circuit.shape}
+    return {
+        "heads": [{"head": str(head), "role": circuit.role_of(head)} for head in circuit.heads],
+        "method": circuit.method,
+        "shape": circuit.shape,
+    }
 
 
 def of_report(report: CircuitReport) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import traitlets
 from workbench.circuits.circuit import Circuit
 from workbench.explorer.session import Session
 from workbench.explorer.state import Side
-from workbench.scores import Scores
+from workbench.values.scores import Scores
 
 STATIC = Path(__file__).parent / "static"
 
 
 class Explorer(anywidget.AnyWidget):
-    """The explorer in a notebook. Everything that it shows can also be had in Python: `circuit`, `scores`, `code`, `session`."""
+    """The explorer in a notebook. Everything that it shows can also be had in Python: `circuit`, `scores`, `code`,
+    `session`."""
 
     _esm = (STATIC / "explorer.js").read_text(encoding="utf-8")
     _css = (STATIC / "explorer.css").read_text(encoding="utf-8")

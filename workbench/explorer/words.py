@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from workbench.explorer.state import Method, Outside
-from workbench.metrics import METRICS
 from workbench.plots.panels import Order
 from workbench.plots.theme import DARK, LIGHT, Theme
+from workbench.values.metrics import METRICS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,30 +20,48 @@ class MethodWords:
     order: Order
 
 
-_HELPS = "Positive (orange): the metric falls without the head, so the head helps. Negative (blue): it works against the answer."
-_NEEDED = "Negative (blue): the metric falls when the head says what it says on the corrupt prompt, so the task needs it. Positive (orange): it works against the answer."
+_HELPS = (
+    "Positive (orange): the metric falls without the head, so the head helps. Negative (blue): it works against "
+    "the answer."
+)
+_NEEDED = (
+    "Negative (blue): the metric falls when the head says what it says on the corrupt prompt, so the task needs "
+    "it. Positive (orange): it works against the answer."
+)
 METHODS: Mapping[Method, MethodWords] = {
     "path": MethodWords(
-        title="path patching to the logits", sign=_NEEDED, order="lowest",
-        does="The head takes its output on the corrupt prompt at the last token; all other heads stay as on the clean prompt, MLPs follow. The direct effect.",
+        title="path patching to the logits",
+        sign=_NEEDED,
+        order="lowest",
+        does="The head takes its output on the corrupt prompt at the last token; all other heads stay as on the clean "
+        "prompt, MLPs follow. The direct effect.",
     ),
     "activation": MethodWords(
-        title="activation patching (z)", sign=_NEEDED, order="lowest",
+        title="activation patching (z)",
+        sign=_NEEDED,
+        order="lowest",
         does="The head takes its output on the corrupt prompt; everything after it follows. The total effect.",
     ),
     "counterfactual": MethodWords(
-        title="ablation: counterfactual", sign=_HELPS, order="highest",
+        title="ablation: counterfactual",
+        sign=_HELPS,
+        order="highest",
         does="The head takes its output on the corrupt prompt; shown is the fall of the metric.",
     ),
     "mean": MethodWords(
-        title="ablation: mean", sign=_HELPS, order="highest",
-        does="The head takes its mean output over reference prompts (by position where they are as long); shown is the fall of the metric.",
+        title="ablation: mean",
+        sign=_HELPS,
+        order="highest",
+        does="The head takes its mean output over reference prompts (by position where they are as long); shown is the "
+        "fall of the metric.",
     ),
     "zero": MethodWords(
-        title="ablation: zero", sign=_HELPS, order="highest",
+        title="ablation: zero",
+        sign=_HELPS,
+        order="highest",
         does="The head's output is set to zero; shown is the fall of the metric.",
     ),
-}  # fmt: skip
+}
 METRIC_TITLES: Mapping[str, str] = {
     "logit_difference": "logit difference (answer - distractor)",
     "log_probability": "log-probability of the answer (nats)",
@@ -63,7 +81,9 @@ def choices(*, with_mean: bool) -> dict[str, Any]:
     return {
         "methods": [{"value": name, **asdict(words)} for name, words in METHODS.items() if with_mean or name != "mean"],
         "metrics": [{"value": name, "title": title} for name, title in METRIC_TITLES.items()],
-        "outsides": [{"value": name, "title": title} for name, title in OUTSIDE_TITLES.items() if with_mean or name != "mean"],
+        "outsides": [
+            {"value": name, "title": title} for name, title in OUTSIDE_TITLES.items() if with_mean or name != "mean"
+        ],
     }
 
 

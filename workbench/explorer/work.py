@@ -1,7 +1,9 @@
-"""Computing in the background: what is wanted is computed one part after another in one thread, remembered, and left off when no longer wanted.
+"""Computing in the background: what is wanted is computed one part after another in one thread, remembered, and left
+off when no longer wanted.
 
-A part is a name (its key: all that its value depends on) and a function. `want` replaces the list of wanted parts; what is running and not among
-them ends at its next chunk (`patching.progress.watched`). Errors become text, so that no frame of a failed run outlives it.
+A part is a name (its key: all that its value depends on) and a function. `want` replaces the list of wanted parts; what
+is running and not among them ends at its next chunk (`patching.progress.watched`). Errors become text, so that no frame
+of a failed run outlives it.
 """
 
 import threading
@@ -78,7 +80,10 @@ class Worker:
     def pending(self) -> list[dict[str, Any]]:
         """What is wanted and not there yet, with the share that is done."""
         with self._changed:
-            return [{"label": part.label, "share": self._share if part is self._running else 0.0} for part in self._missing()]
+            return [
+                {"label": part.label, "share": self._share if part is self._running else 0.0}
+                for part in self._missing()
+            ]
 
     def stopped(self) -> list[str]:
         """What was wanted and stopped."""

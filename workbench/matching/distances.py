@@ -1,9 +1,11 @@
-"""Distances between student heads and teacher heads: by ablation impact (eq 3 to 5 of the paper), by similarity of outputs, combined.
+"""Distances between student heads and teacher heads: by ablation impact (eq 3 to 5 of the paper), by similarity of
+outputs, combined.
 
     dP_s(h) = P_s - P_s without h        dP_t(h) = P_s - P_t without h        paper: |dP_s(h_s) - dP_t(h_t)|
 
-The teacher's impact is taken against the *student's* baseline P_s, as the paper has it: P_s cancels, so distance `paper` is small for heads
-of equal ablated performance. Impacts come as profiles from `ablation_profile`: [layer head example], whole minus ablated.
+The teacher's impact is taken against the *student's* baseline P_s, as the paper has it: P_s cancels, so distance
+`paper` is small for heads of equal ablated performance. Impacts come as profiles from `ablation_profile`: [layer head
+example], whole minus ablated.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +20,8 @@ from torch import Tensor
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.matching.config import Distance
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 Distances = Float[Tensor, "student teacher"]
 Heads = tuple[Head, ...]
@@ -29,7 +31,8 @@ Similarities = Callable[[Int[Tensor, " rows"]], Scores]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Evidence:
-    """What is known of two circuits' heads: their impacts, and the similarity of their outputs where it was measured."""
+    """What is known of two circuits' heads: their impacts, and the similarity of their outputs where it was
+    measured."""
 
     student: Scores
     teacher: Scores
@@ -44,7 +47,9 @@ class Evidence:
         impacts = torch.stack([profile.at(head) for head in heads]).double()
         if impacts.isnan().any():
             missing = [str(head) for head, row in zip(heads, impacts, strict=True) if row.isnan().any()]
-            raise InputError(f"no ablation impact was measured for {', '.join(missing)}; profile every head of the circuit.")
+            raise InputError(
+                f"no ablation impact was measured for {', '.join(missing)}; profile every head of the circuit."
+            )
         return impacts
 
     def mean_impacts(self) -> tuple[Float[Tensor, " student"], Float[Tensor, " teacher"]]:
@@ -52,12 +57,16 @@ class Evidence:
         return self.impacts("student").mean(-1), self.impacts("teacher").mean(-1)
 
     def resampled(self, seed: int, draw: int) -> "Evidence":
-        """The same on resampled prompts: impacts on a bootstrap draw (both sides on the same prompts), similarity on a random 63 % of the
-        prompts, as many as a bootstrap draws at least once; a prompt that came twice would be a pair of equal rows, likeness to CKA.
+        """The same on resampled prompts: impacts on a bootstrap draw (both sides on the same prompts), similarity on a
+        random 63 % of the prompts, as many as a bootstrap draws at least once; a prompt that came twice would be a pair
+        of equal rows, likeness to CKA.
 
         The baselines stay those of all prompts, for they are not kept prompt by prompt.
         """
-        sides = {name: _bootstrap(profile, seed, draw) for name, profile in (("student", self.student), ("teacher", self.teacher))}
+        sides = {
+            name: _bootstrap(profile, seed, draw)
+            for name, profile in (("student", self.student), ("teacher", self.teacher))
+        }
         if self.similarities is None:
             return replace(self, similarity=None, **sides)
         count = self.student.values.shape[-1]
@@ -73,7 +82,9 @@ def _bootstrap(profile: Scores, seed: int, draw: int) -> Scores:
 
 def _baseline(profile: Scores) -> float:
     if profile.baseline is None:
-        raise InputError("an ablation profile needs its baseline (the whole model's metric); make it with `ablation_profile`.")
+        raise InputError(
+            "an ablation profile needs its baseline (the whole model's metric); make it with `ablation_profile`."
+        )
     return profile.baseline
 
 
@@ -107,7 +118,8 @@ def profile_distance(evidence: Evidence) -> Distances:
     a, b = evidence.impacts("student"), evidence.impacts("teacher")
     if a.shape[1] != b.shape[1]:
         raise InputError(
-            f"rule `profile` compares impacts prompt by prompt; got {a.shape[1]} and {b.shape[1]} prompts. Profile both models on the same pairs."
+            f"rule `profile` compares impacts prompt by prompt; got {a.shape[1]} and {b.shape[1]} prompts. Profile "
+            "both models on the same pairs."
         )
     a, b = (value - value.mean(-1, keepdim=True) for value in (a, b))
     a, b = (value / value.norm(dim=-1, keepdim=True).clamp(min=1e-12) for value in (a, b))
@@ -115,11 +127,13 @@ def profile_distance(evidence: Evidence) -> Distances:
 
 
 def similarity_distance(evidence: Evidence) -> Distances:
-    """1 - similarity of the heads' outputs on the same prompts ([student teacher], from `alignment.head_similarity`)."""
+    """1 - similarity of the heads' outputs on the same prompts ([student teacher], from
+    `alignment.head_similarity`)."""
     labels = {"student": tuple(map(str, evidence.ours)), "teacher": tuple(map(str, evidence.theirs))}
     if evidence.similarity is None or evidence.similarity.labels != labels:
         raise InputError(
-            "rule `similarity` needs the similarity of these very heads; compute it with `alignment.head_similarity` on the two circuits."
+            "rule `similarity` needs the similarity of these very heads; compute it with `alignment.head_similarity` "
+            "on the two circuits."
         )
     return 1 - evidence.similarity.values.double()
 
@@ -133,7 +147,9 @@ DISTANCES: Mapping[Distance, Callable[[Evidence], Distances]] = {
 }
 
 
-def combined_distance(evidence: Evidence, weights: Mapping[Distance, float], scale: Literal["rank", "minmax"]) -> Distances:
+def combined_distance(
+    evidence: Evidence, weights: Mapping[Distance, float], scale: Literal["rank", "minmax"]
+) -> Distances:
     """The one distance as it is, or the weighted mean of several, each scaled over all candidate pairs to [0, 1]."""
     if len(weights) == 1:
         return DISTANCES[next(iter(weights))](evidence)
@@ -143,7 +159,9 @@ def combined_distance(evidence: Evidence, weights: Mapping[Distance, float], sca
 
 def _scaled(distances: Distances, scale: Literal["rank", "minmax"]) -> Distances:
     if scale == "rank":
-        ranks = torch.from_numpy(stats.rankdata(distances.numpy(), axis=None)).view_as(distances)  # ties share their mean rank
+        ranks = torch.from_numpy(stats.rankdata(distances.numpy(), axis=None)).view_as(
+            distances
+        )  # ties share their mean rank
         return (ranks - 1) / max(distances.numel() - 1, 1)
     low, high = distances.min(), distances.max()
     return (distances - low) / (high - low) if high > low else torch.zeros_like(distances)

@@ -1,4 +1,5 @@
-"""`HeadMap`: which teacher head each student head goes to, and what there is to know about each match; JSON both ways."""
+"""`HeadMap`: which teacher head each student head goes to, and what there is to know about each match; JSON both
+ways."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +7,7 @@ from typing import Any, Literal
 
 from workbench.errors import InputError
 from workbench.matching.config import Rule
-from workbench.refs import Head
+from workbench.values.refs import Head
 
 Side = Literal["student", "teacher"]
 
@@ -35,7 +36,8 @@ class HeadMap:
     rule: Rule
     one_to_one: bool
     unmatched: tuple[Head, ...] = ()
-    """Heads of the student's circuit left without a match: no teacher head of their role (or none left, one to one), or impact within noise."""
+    """Heads of the student's circuit left without a match: no teacher head of their role (or none left, one to one), or
+    impact within noise."""
 
     def __post_init__(self) -> None:
         if len({match.student for match in self.matches}) != len(self.matches):
@@ -74,13 +76,20 @@ class HeadMap:
             remarks.append(f"{self.stability:.0%} of matches come out again on resampled prompts")
         if self.within_noise:
             noisy = [str(match.student) for match in self.matches if match.noise]
-            remarks.append(f"{self.within_noise} rest on impacts within noise: {', '.join(noisy[:6])}{', ...' if len(noisy) > 6 else ''}")
+            remarks.append(
+                f"{self.within_noise} rest on impacts within noise: "
+                f"{', '.join(noisy[:6])}{', ...' if len(noisy) > 6 else ''}"
+            )
         if self.unmatched:
             remarks.append(f"unmatched: {', '.join(map(str, self.unmatched))}")
-        return f"matched {len(self.matches)} student heads to {len(self.teacher_heads)} teacher heads ({'; '.join(remarks)})"
+        return (
+            f"matched {len(self.matches)} student heads to {len(self.teacher_heads)} teacher heads "
+            f"({'; '.join(remarks)})"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` reads them back. The counts and means beside the matches are for the reader."""
+        """Plain JSON values; `from_json` reads them back. The counts and means beside the matches are for the
+        reader."""
         return {
             "matches": [_match_to_json(match) for match in self.matches],
             "rule": self.rule,
@@ -94,14 +103,16 @@ class HeadMap:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "HeadMap":
-        """Read what `to_json` gave, now or before stability, noise and unmatched heads were kept. Errors: `InputError` on anything else."""
+        """Read what `to_json` gave, now or before stability, noise and unmatched heads were kept. Errors: `InputError`
+        on anything else."""
         try:
             matches = tuple(_match_of_json(match) for match in value["matches"])
             unmatched = tuple(Head.parse(head) for head in value.get("unmatched", ()))
             return cls(matches=matches, rule=value["rule"], one_to_one=value["one_to_one"], unmatched=unmatched)
         except (KeyError, TypeError) as error:
             raise InputError(
-                f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and one_to_one."
+                f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and "
+                "one_to_one."
             ) from None
 
 

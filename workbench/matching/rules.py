@@ -1,8 +1,9 @@
 """Functional matching of student heads to teacher heads, and its controls.
 
-Eq 5 of the paper sends each student head to the teacher head of the nearest ablation impact. One number per head makes ties and collapse common,
-so every map says how many teacher heads it uses, each match's margin, in how many resamples of the prompts the match comes out again,
-and whether it rests on impacts within noise. Other distances, and matching inside the groups of the backward search, stand beside it.
+Eq 5 of the paper sends each student head to the teacher head of the nearest ablation impact. One number per head makes
+ties and collapse common, so every map says how many teacher heads it uses, each match's margin, in how many resamples
+of the prompts the match comes out again, and whether it rests on impacts within noise. Other distances, and matching
+inside the groups of the backward search, stand beside it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ from workbench.matching.config import MatchingConfig, replace_rule
 from workbench.matching.distances import Distances, Evidence, Similarities, combined_distance
 from workbench.matching.head_map import HeadMap, Match, Side
 from workbench.matching.noise import heads_within_noise, stability
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 Allowed = Bool[Tensor, "student teacher"]
 Choice = list[int | None]
@@ -41,19 +42,26 @@ def match_heads(
 ) -> HeadMap:
     """Match every head of the student's circuit to a head of the teacher's.
 
-    `student`, `teacher`: impacts [layer head example] of the circuits' heads. `similarity` (and `similarities`, for stability) of the heads'
-    outputs where the rule asks for it. One to one with fewer teacher than student heads leaves those unmatched that fit worst. Errors:
-    `InputError` for an empty circuit, for rule `profile` on profiles over different prompts, for circuits without a role in common, and with
-    `noise: refuse` for a match that rests on noise.
+    `student`, `teacher`: impacts [layer head example] of the circuits' heads. `similarity` (and `similarities`, for
+    stability) of the heads' outputs where the rule asks for it. One to one with fewer teacher than student heads leaves
+    those unmatched that fit worst. Errors: `InputError` for an empty circuit, for rule `profile` on profiles over
+    different prompts, for circuits without a role in common, and with `noise: refuse` for a match that rests on noise.
     """
     _refuse_empty(student_circuit, teacher_circuit)
     if config.rule == "random":
         return random_map(student_circuit, teacher_circuit, seed=seed, one_to_one=config.one_to_one)
     if config.rule == "shuffled":
         plain = replace(replace_rule(config, "paper"), resamples=0, noise="flag")
-        return shuffled_map(match_heads(student, teacher, student_circuit, teacher_circuit, plain, seed=seed), seed=seed)
+        return shuffled_map(
+            match_heads(student, teacher, student_circuit, teacher_circuit, plain, seed=seed), seed=seed
+        )
     evidence = Evidence(
-        student=student, teacher=teacher, ours=student_circuit.heads, theirs=teacher_circuit.heads, similarity=similarity, similarities=similarities
+        student=student,
+        teacher=teacher,
+        ours=student_circuit.heads,
+        theirs=teacher_circuit.heads,
+        similarity=similarity,
+        similarities=similarities,
     )
     noisy: dict[Side, set[Head]] = {
         "student": heads_within_noise(student, config.confidence),
@@ -68,23 +76,34 @@ def match_heads(
 def _refuse_empty(student: Circuit, teacher: Circuit) -> None:
     if not student.heads or not teacher.heads:
         name = "teacher" if student.heads else "student"
-        raise InputError(f"the {name}'s circuit is empty: lower `least_effect` of discovery, use more prompts, or another method.")
+        raise InputError(
+            f"the {name}'s circuit is empty: lower `least_effect` of discovery, use more prompts, or another method."
+        )
 
 
 def _allowed(student: Circuit, teacher: Circuit, noisy: Mapping[Side, set[Head]], config: MatchingConfig) -> Allowed:
-    """Which pairs may be matched: those of a common role for rule `role`, and none within noise where such heads are dropped."""
+    """Which pairs may be matched: those of a common role for rule `role`, and none within noise where such heads are
+    dropped."""
     ours, theirs = student.heads, teacher.heads
     allowed = torch.ones(len(ours), len(theirs), dtype=torch.bool)
     if config.rule == "role":
-        allowed = torch.tensor([[bool(_roles(student, head) & _roles(teacher, other)) for other in theirs] for head in ours])
+        allowed = torch.tensor(
+            [[bool(_roles(student, head) & _roles(teacher, other)) for other in theirs] for head in ours]
+        )
         if not allowed.any():
             raise InputError(
-                f"the circuits have no role in common ({', '.join(student.roles)} and {', '.join(teacher.roles)}): search both by the same stages."
+                f"the circuits have no role in common ({', '.join(student.roles)} and {', '.join(teacher.roles)}): "
+                "search both by the same stages."
             )
     if config.noise == "drop":
-        allowed &= torch.tensor([[head not in noisy["student"]] for head in ours]) & torch.tensor([head not in noisy["teacher"] for head in theirs])
+        allowed &= torch.tensor([[head not in noisy["student"]] for head in ours]) & torch.tensor(
+            [head not in noisy["teacher"] for head in theirs]
+        )
         if not allowed.any():
-            raise InputError("no head's impact stands out of the noise, so `noise: drop` leaves nothing to match; use more prompts or `noise: flag`.")
+            raise InputError(
+                "no head's impact stands out of the noise, so `noise: drop` leaves nothing to match; use more prompts "
+                "or `noise: flag`."
+            )
     return allowed
 
 
@@ -94,10 +113,15 @@ def _roles(circuit: Circuit, head: Head) -> set[str]:
 
 def _refuse_too_few(ours: int, theirs: int) -> None:
     if ours > theirs:
-        raise InputError(f"one-to-one matching needs at least as many teacher heads ({theirs}) as student heads ({ours}); allow many-to-one.")
+        raise InputError(
+            f"one-to-one matching needs at least as many teacher heads ({theirs}) as student heads ({ours}); allow "
+            "many-to-one."
+        )
 
 
-def _matched(evidence: Evidence, allowed: Allowed, noisy: Mapping[Side, set[Head]], config: MatchingConfig, seed: int) -> HeadMap:
+def _matched(
+    evidence: Evidence, allowed: Allowed, noisy: Mapping[Side, set[Head]], config: MatchingConfig, seed: int
+) -> HeadMap:
     def measured(each: Evidence) -> Distances:
         return combined_distance(each, config.distances, config.scale)
 
@@ -111,14 +135,17 @@ def _matched(evidence: Evidence, allowed: Allowed, noisy: Mapping[Side, set[Head
             resamples=config.resamples,
         )
     matches = tuple(
-        _match(distances[row], allowed[row], evidence, (row, column), stable[row], noisy) for row, column in enumerate(choice) if column is not None
+        _match(distances[row], allowed[row], evidence, (row, column), stable[row], noisy)
+        for row, column in enumerate(choice)
+        if column is not None
     )
     left = tuple(head for head, column in zip(evidence.ours, choice, strict=True) if column is None)
     return HeadMap(matches=matches, rule=config.rule, one_to_one=config.one_to_one, unmatched=left)
 
 
 def assigned(distances: Distances, allowed: Allowed, *, one_to_one: bool) -> Choice:
-    """The nearest allowed teacher head of each student head; one to one, the assignment that matches most heads at the least sum."""
+    """The nearest allowed teacher head of each student head; one to one, the assignment that matches most heads at the
+    least sum."""
     if not one_to_one:
         nearest = torch.where(allowed, distances, torch.inf).argmin(1).tolist()
         return [column if some else None for column, some in zip(nearest, allowed.any(1).tolist(), strict=True)]
@@ -143,7 +170,9 @@ def _match(
 ) -> Match:
     row, column = place
     head, other = evidence.ours[row], evidence.theirs[column]
-    rest = torch.cat([distances[:column], distances[column + 1 :]])[torch.cat([allowed[:column], allowed[column + 1 :]])]
+    rest = torch.cat([distances[:column], distances[column + 1 :]])[
+        torch.cat([allowed[:column], allowed[column + 1 :]])
+    ]
     sides: Sequence[tuple[Side, Head]] = (("student", head), ("teacher", other))
     return Match(
         student=head,
@@ -158,20 +187,26 @@ def _match(
 def _noise_refusal(head_map: HeadMap) -> str:
     named = [f"{m.student} ~ {m.teacher} ({' and '.join(m.noise)})" for m in head_map.matches if m.noise]
     return (
-        f"{len(named)} of {len(head_map.matches)} matches rest on impacts within noise: {', '.join(named[:6])}; use more discovery prompts, a continuous "
+        f"{len(named)} of {len(head_map.matches)} matches rest on impacts within noise: {', '.join(named[:6])}; use "
+        "more discovery prompts, a continuous "
         "metric, or `noise: drop`."
     )
 
 
 def random_map(student_circuit: Circuit, teacher_circuit: Circuit, *, seed: int, one_to_one: bool = False) -> HeadMap:
-    """Control: each circuit head of the student to any head of the teacher, drawn with replacement (one to one: without)."""
+    """Control: each circuit head of the student to any head of the teacher, drawn with replacement (one to one:
+    without)."""
     draw = seeds.chooser(seed, "random map")
-    everyone = [Head(layer, index) for layer in range(teacher_circuit.shape[0]) for index in range(teacher_circuit.shape[1])]
+    everyone = [
+        Head(layer, index) for layer in range(teacher_circuit.shape[0]) for index in range(teacher_circuit.shape[1])
+    ]
     ours = student_circuit.heads
     if one_to_one:
         _refuse_too_few(len(ours), len(everyone))
     drawn = draw.sample(everyone, len(ours)) if one_to_one else [draw.choice(everyone) for _ in ours]
-    matches = tuple(Match(student=head, teacher=other, distance=None, margin=None) for head, other in zip(ours, drawn, strict=True))
+    matches = tuple(
+        Match(student=head, teacher=other, distance=None, margin=None) for head, other in zip(ours, drawn, strict=True)
+    )
     return HeadMap(matches=matches, rule="random", one_to_one=one_to_one)
 
 
@@ -181,5 +216,8 @@ def shuffled_map(head_map: HeadMap, *, seed: int) -> HeadMap:
     draw = seeds.chooser(seed, "shuffled map")
     candidates = [draw.sample(teachers, len(teachers)) for _ in range(200)]
     best = max(candidates, key=lambda order: sum(a != b for a, b in zip(order, teachers, strict=True)))
-    matches = tuple(Match(student=m.student, teacher=teacher, distance=None, margin=None) for m, teacher in zip(head_map.matches, best, strict=True))
+    matches = tuple(
+        Match(student=m.student, teacher=teacher, distance=None, margin=None)
+        for m, teacher in zip(head_map.matches, best, strict=True)
+    )
     return replace(head_map, matches=matches, rule="shuffled")

@@ -1,8 +1,9 @@
-"""Ablation of attention heads: replace a head's output (`hook_z`) by zero, by its mean over reference prompts, or by that of another prompt:
-one drawn from a reference set (resample ablation), or the prompt's own corrupt counterpart.
+"""Ablation of attention heads: replace a head's output (`hook_z`) by zero, by its mean over reference prompts, or by
+that of another prompt: one drawn from a reference set (resample ablation), or the prompt's own corrupt counterpart.
 
-Mean ablation takes per-position means over a reference set that never holds the evaluated prompts (METHOD: calibration against test).
-Impact of a head (eq 3, 4): metric of the model as it is, minus metric with the head ablated; positive = the head helps.
+Mean ablation takes per-position means over a reference set that never holds the evaluated prompts (METHOD: calibration
+against test). Impact of a head (eq 3, 4): metric of the model as it is, minus metric with the head ablated; positive =
+the head helps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,17 +16,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench import hooks, seeds
+from workbench import seeds
 from workbench.errors import InputError
-from workbench.metrics import Metric
-from workbench.models import HookedModel
-from workbench.patching.chunks import MEMORY
+from workbench.models import hooks
+from workbench.models.hooked_model import HookedModel
+from workbench.patching.engine.chunks import MEMORY
+from workbench.patching.engine.replay import Replay, replay_of
+from workbench.patching.engine.sites import replaced
 from workbench.patching.progress import PartialFile, Progress, identity, kept_together, progress_bar
-from workbench.patching.replay import Replay, replay_of
-from workbench.patching.sites import replaced
-from workbench.refs import Head, Position
-from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs, refuse_overlap
+from workbench.values.metrics import Metric
+from workbench.values.refs import Head, Position
+from workbench.values.scores import Scores
 
 BATCH = 256
 """Default number of prompts in one forward."""
@@ -33,24 +35,29 @@ BATCH = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReferenceMeans:
-    """Mean `hook_z` of every head over reference prompts: layer -> [pos head d_head] (pos = 1 when averaged over positions too)."""
+    """Mean `hook_z` of every head over reference prompts: layer -> [pos head d_head] (pos = 1 when averaged over
+    positions too)."""
 
     values: Mapping[int, Float[Tensor, "pos head d_head"]]
     prompts: PromptPairs
     per_position: bool
 
     def at(self, layer: int, evaluated: PromptPairs) -> Float[Tensor, "pos head d_head"]:
-        """The means of a layer for these prompts. Errors: `InputError` when per-position means were taken at another prompt length."""
+        """The means of a layer for these prompts. Errors: `InputError` when per-position means were taken at another
+        prompt length."""
         means = self.values[layer]
         if self.per_position and means.shape[0] != evaluated.clean.shape[1]:
             raise InputError(
-                f"per-position means were taken over prompts of {means.shape[0]} tokens, the evaluated ones have {evaluated.clean.shape[1]}; "
+                f"per-position means were taken over prompts of {means.shape[0]} tokens, the evaluated ones have "
+                f"{evaluated.clean.shape[1]}; "
                 "use prompts of one length, or `per_position=False`."
             )
         return means
 
 
-def reference_means(model: HookedModel, prompts: PromptPairs, *, per_position: bool = True, batch: int = BATCH) -> ReferenceMeans:
+def reference_means(
+    model: HookedModel, prompts: PromptPairs, *, per_position: bool = True, batch: int = BATCH
+) -> ReferenceMeans:
     """Mean of every head's output over the clean reference prompts, position by position (or over all real tokens)."""
     model.require_eval()
     names = [hooks.z(layer) for layer in range(model.n_layers)]
@@ -62,23 +69,28 @@ def reference_means(model: HookedModel, prompts: PromptPairs, *, per_position: b
             total = (found[name] * part.mask[:, :, None, None]).sum(axes, keepdim=not per_position)
             sums[layer] = sums.get(layer, 0) + total.reshape(-1, *total.shape[-2:])
     count = prompts.mask.sum(0).clamp(min=1)[:, None, None] if per_position else prompts.mask.sum()
-    return ReferenceMeans(values={layer: total / count for layer, total in sums.items()}, prompts=prompts, per_position=per_position)
+    return ReferenceMeans(
+        values={layer: total / count for layer, total in sums.items()}, prompts=prompts, per_position=per_position
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ResampledOutputs:
-    """`hook_z` of every head on reference prompts, one of which (drawn with the seed) stands in for each evaluated prompt."""
+    """`hook_z` of every head on reference prompts, one of which (drawn with the seed) stands in for each evaluated
+    prompt."""
 
     values: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
     prompts: PromptPairs
     seed: int
 
     def at(self, layer: int, evaluated: PromptPairs) -> Float[Tensor, "batch pos head d_head"]:
-        """The stand-ins of a layer for these prompts, the same for a prompt in whatever batch it comes. Errors: as `ReferenceMeans.at`."""
+        """The stand-ins of a layer for these prompts, the same for a prompt in whatever batch it comes. Errors: as
+        `ReferenceMeans.at`."""
         values = self.values[layer]
         if values.shape[1] != evaluated.clean.shape[1]:
             raise InputError(
-                f"the reference prompts have {values.shape[1]} tokens, the evaluated ones {evaluated.clean.shape[1]}; use prompts of one length."
+                f"the reference prompts have {values.shape[1]} tokens, the evaluated ones {evaluated.clean.shape[1]}; "
+                "use prompts of one length."
             )
         rows = [seeds.derive(self.seed, "resample", row.tolist().__repr__()) % len(values) for row in evaluated.clean]
         return values[torch.tensor(rows, device=values.device)]
@@ -89,14 +101,20 @@ def resampled_outputs(model: HookedModel, prompts: PromptPairs, *, seed: int, ba
     model.require_eval()
     names = [hooks.z(layer) for layer in range(model.n_layers)]
     parts = [model.activations(part.clean, part.mask, names)[1] for part in prompts.batches(batch)]
-    return ResampledOutputs(values={layer: torch.cat([part[name] for part in parts]) for layer, name in enumerate(names)}, prompts=prompts, seed=seed)
+    return ResampledOutputs(
+        values={layer: torch.cat([part[name] for part in parts]) for layer, name in enumerate(names)},
+        prompts=prompts,
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CounterfactualOutputs:
-    """`hook_z` of every head on each prompt's own corrupt counterpart: what an ablated head says when the prompt says something else.
+    """`hook_z` of every head on each prompt's own corrupt counterpart: what an ablated head says when the prompt says
+    something else.
 
-    The only ablation that leaves everything in place that clean and corrupt have in common, as MIB evaluates circuits (Mueller et al. 2025).
+    The only ablation that leaves everything in place that clean and corrupt have in common, as MIB evaluates circuits
+    (Mueller et al. 2025).
     """
 
     values: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
@@ -108,7 +126,10 @@ class CounterfactualOutputs:
         values = self.values[layer]
         rows = [self.row_of.get(tokens, -1) for tokens in _tokens(evaluated)]
         if -1 in rows or values.shape[1] != evaluated.clean.shape[1]:
-            raise InputError("the counterfactual outputs are of other pairs; make them with `counterfactual_outputs` on the prompts to be evaluated.")
+            raise InputError(
+                "the counterfactual outputs are of other pairs; make them with `counterfactual_outputs` on the prompts "
+                "to be evaluated."
+            )
         return values[torch.tensor(rows, device=values.device)]
 
 
@@ -122,7 +143,10 @@ def counterfactual_outputs(model: HookedModel, pairs: PromptPairs, *, batch: int
 
 
 def _tokens(pairs: PromptPairs) -> Iterator[tuple[bytes, bytes]]:
-    return ((clean.cpu().numpy().tobytes(), corrupt.cpu().numpy().tobytes()) for clean, corrupt in zip(pairs.clean, pairs.corrupt, strict=True))
+    return (
+        (clean.cpu().numpy().tobytes(), corrupt.cpu().numpy().tobytes())
+        for clean, corrupt in zip(pairs.clean, pairs.corrupt, strict=True)
+    )
 
 
 Replacement = ReferenceMeans | ResampledOutputs | CounterfactualOutputs | Literal["zero"]
@@ -136,13 +160,17 @@ def head_masks(model: HookedModel, pairs: PromptPairs, scope: Scope) -> dict[int
     masks: dict[int, Tensor] = {}
     for head, positions in scope.items():
         model.checked(head)
-        mask = masks.setdefault(head.layer, torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device))
+        mask = masks.setdefault(
+            head.layer, torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device)
+        )
         for position in positions:
             mask[:, :, head.index] |= pairs.position(position)
     return masks
 
 
-def ablation_edits(model: HookedModel, pairs: PromptPairs, scope: Scope, means: Replacement, *, complement: bool = False) -> dict[str, hooks.Edit]:
+def ablation_edits(
+    model: HookedModel, pairs: PromptPairs, scope: Scope, means: Replacement, *, complement: bool = False
+) -> dict[str, hooks.Edit]:
     """Edits that ablate the heads of a scope at their positions; with `complement=True`, everything *except* them."""
     masks = head_masks(model, pairs, scope)
     if complement:
@@ -174,9 +202,13 @@ def kind_of(means: Replacement) -> Kind:
 
 
 def described(means: Replacement) -> str:
-    """What a replacement is made of, for the identity of what is computed with it (a counterfactual one is made of the prompts themselves)."""
+    """What a replacement is made of, for the identity of what is computed with it (a counterfactual one is made of the
+    prompts themselves)."""
     if isinstance(means, ReferenceMeans | ResampledOutputs):
-        return f"{kind_of(means)} {means.prompts.fingerprint()} {means.per_position if isinstance(means, ReferenceMeans) else means.seed}"
+        return (
+            f"{kind_of(means)} {means.prompts.fingerprint()} "
+            f"{means.per_position if isinstance(means, ReferenceMeans) else means.seed}"
+        )
     return kind_of(means)
 
 
@@ -193,7 +225,13 @@ def _replace(mask: Bool[Tensor, "batch pos head 1"], value: Tensor | float) -> h
 
 @torch.no_grad()
 def ablated_logits(
-    model: HookedModel, pairs: PromptPairs, scope: Scope, means: Replacement, *, complement: bool = False, batch: int = BATCH
+    model: HookedModel,
+    pairs: PromptPairs,
+    scope: Scope,
+    means: Replacement,
+    *,
+    complement: bool = False,
+    batch: int = BATCH,
 ) -> Float[Tensor, "batch d_vocab"]:
     """Final logits on the clean prompts with the heads of a scope (or all others) ablated."""
     model.require_eval()
@@ -223,11 +261,13 @@ def ablation_profiles(
     memory: int = MEMORY,
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, Scores]:
-    """Impact of ablating each head on its own at a position, in several metrics at once (eq 3, 4 before the choice of baseline).
+    """Impact of ablating each head on its own at a position, in several metrics at once (eq 3, 4 before the choice of
+    baseline).
 
-    Returns metric name -> [layer head example]: metric of the whole model minus metric without the head, per example; positive = the head
-    helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN. `memory`: bytes of one chunk of heads.
-    `files`: where each metric's profile is kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it.
+    Returns metric name -> [layer head example]: metric of the whole model minus metric without the head, per example;
+    positive = the head helps. `baseline` is the whole model's mean metric. Heads that were not asked for are NaN.
+    `memory`: bytes of one chunk of heads. `files`: where each metric's profile is kept, and what is found so far while
+    the sweep runs; an interrupted sweep resumes from it.
     """
     model.require_eval()
     asked = model.heads if heads is None else sorted(model.checked(head) for head in heads)
@@ -242,15 +282,31 @@ def ablation_profiles(
             for start in range(0, len(pairs), batch):
                 part = pairs.rows(slice(start, start + batch))
                 whole.append(
-                    _ablate(model, part, asked, means, list(metrics.values()), position, memory, bar, progress.examples(start, start + batch))
+                    _ablate(
+                        model,
+                        part,
+                        asked,
+                        means,
+                        list(metrics.values()),
+                        position,
+                        memory,
+                        bar,
+                        progress.examples(start, start + batch),
+                    )
                 )
         baselines = torch.cat(whole, -1).mean(-1)
         return {
-            name: Scores.of_heads(progress.values[:, :, number].float(), unit=unit.format(name.replace("_", " ")), baseline=float(baselines[number]))
+            name: Scores.of_heads(
+                progress.values[:, :, number].float(),
+                unit=unit.format(name.replace("_", " ")),
+                baseline=float(baselines[number]),
+            )
             for number, name in enumerate(metrics)
         }
 
-    return kept_together(files, lambda: identity(model, [pairs], asked, list(metrics), position, described(means)), sweep)
+    return kept_together(
+        files, lambda: identity(model, [pairs], asked, list(metrics), position, described(means)), sweep
+    )
 
 
 def _ablate(
@@ -264,7 +320,8 @@ def _ablate(
     bar: "tqdm[Any]",
     progress: Progress,
 ) -> Float[Tensor, "metric batch"]:
-    """The impacts on some prompts go into `progress` (layer by example; heads and metrics beside); returns the whole model's metrics."""
+    """The impacts on some prompts go into `progress` (layer by example; heads and metrics beside); returns the whole
+    model's metrics."""
     replay, where = replay_of(model, pairs), pairs.position(position)
     logits = plain_logits(model, pairs) if replay is None else replay.clean_logits
     whole = torch.stack([metric(logits, pairs.answers, pairs.distractors) for metric in metrics])
@@ -276,7 +333,11 @@ def _ablate(
             continue
         values = torch.full((model.n_heads, *whole.shape), torch.nan)
         values[[head.index for head in wanted]] = 0.0  # a prompt without the position keeps this: nothing was ablated
-        runs = _through_hooks(model, pairs, wanted, means, where) if replay is None else _replayed(replay, pairs, layer, wanted, means, where, memory)
+        runs = (
+            _through_hooks(model, pairs, wanted, means, where)
+            if replay is None
+            else _replayed(replay, pairs, layer, wanted, means, where, memory)
+        )
         for head, rows, ablated in runs:
             without = torch.stack([metric(ablated, pairs.answers[rows], pairs.distractors[rows]) for metric in metrics])
             values[head.index, :, rows.cpu()] = (whole[:, rows] - without).float().cpu()
@@ -290,16 +351,27 @@ Ablated = Iterator[tuple[Head, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab
 """(head, prompts, their logits with the head alone ablated)."""
 
 
-def _through_hooks(model: HookedModel, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"]) -> Ablated:
+def _through_hooks(
+    model: HookedModel, pairs: PromptPairs, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"]
+) -> Ablated:
     everyone = torch.arange(len(pairs), device=where.device)
     for head in heads:
         here = where[..., None, None] & (torch.arange(model.n_heads, device=where.device) == head.index)[:, None]
-        with torch.no_grad(), hooks.edit(model.model, {hooks.z(head.layer): _replace(here, _value(means, head.layer, pairs))}):
+        with (
+            torch.no_grad(),
+            hooks.edit(model.model, {hooks.z(head.layer): _replace(here, _value(means, head.layer, pairs))}),
+        ):
             yield head, everyone, model.final_logits(pairs.clean, pairs.mask)
 
 
 def _replayed(
-    replay: Replay, pairs: PromptPairs, layer: int, heads: Sequence[Head], means: Replacement, where: Bool[Tensor, "batch pos"], memory: int
+    replay: Replay,
+    pairs: PromptPairs,
+    layer: int,
+    heads: Sequence[Head],
+    means: Replacement,
+    where: Bool[Tensor, "batch pos"],
+    memory: int,
 ) -> Ablated:
     if not heads:
         return

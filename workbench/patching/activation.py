@@ -1,7 +1,8 @@
-"""Activation patching (Vig et al. 2020; Meng et al. 2022): one activation of the clean run takes its corrupt value, and everything after it follows.
+"""Activation patching (Vig et al. 2020; Meng et al. 2022): one activation of the clean run takes its corrupt value, and
+everything after it follows.
 
-Unlike path patching, all that is downstream is recomputed, so the effect is the total one. Direction: corrupt into clean (noising); for clean
-into corrupt (denoising) pass `pairs.swapped()`. Sign: patched minus clean.
+Unlike path patching, all that is downstream is recomputed, so the effect is the total one. Direction: corrupt into
+clean (noising); for clean into corrupt (denoising) pass `pairs.swapped()`. Sign: patched minus clean.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,25 +14,32 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench import hooks
 from workbench.errors import InputError, nearest
-from workbench.metrics import Metric
-from workbench.models import HookedModel
-from workbench.patching.chunks import MEMORY
+from workbench.models import hooks
+from workbench.models.hooked_model import HookedModel
+from workbench.patching.engine.chunks import MEMORY
+from workbench.patching.engine.replay import Replay, replay_of
+from workbench.patching.engine.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
 from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
-from workbench.patching.replay import Replay, replay_of
-from workbench.patching.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
-from workbench.refs import Position
-from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric
+from workbench.values.refs import Position
+from workbench.values.scores import Scores, joined
 
 BATCH = 128
 """Default number of prompts in one forward."""
 HOOKS = {
-    "resid_pre": hooks.residual_pre, "resid_post": hooks.residual_post, "attn_out": hooks.attention_output, "mlp_out": hooks.mlp_output,
-    "z": hooks.z, "q": hooks.q, "k": hooks.k, "v": hooks.v,
-}  # fmt: skip
-"""The hook of each site, for models that are patched through hooks (`resid_mid` is patched through the attention output)."""
+    "resid_pre": hooks.residual_pre,
+    "resid_post": hooks.residual_post,
+    "attn_out": hooks.attention_output,
+    "mlp_out": hooks.mlp_output,
+    "z": hooks.z,
+    "q": hooks.q,
+    "k": hooks.k,
+    "v": hooks.v,
+}
+"""The hook of each site, for models that are patched through hooks (`resid_mid` is patched through the attention
+output)."""
 
 
 def activation_patch(
@@ -48,28 +56,37 @@ def activation_patch(
 ) -> Scores:
     """Effect of patching a site, in every layer (and head), at each of some positions.
 
-    Returns [layer example], [layer head example] for the sites of heads (k, v: key-value heads), with an axis `position` before `example` when
-    several are asked for or `each` (every token index on its own); patched minus clean, 0 where a prompt has no such position. `memory`: bytes
-    of one chunk of variants. `file`: where the scores are kept; an interrupted sweep resumes from what is beside it. Errors: `InputError` for an unknown site or position, and in training mode.
-    Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
+    Returns [layer example], [layer head example] for the sites of heads (k, v: key-value heads), with an axis
+    `position` before `example` when several are asked for or `each` (every token index on its own); patched minus
+    clean, 0 where a prompt has no such position. `memory`: bytes of one chunk of variants. `file`: where the scores are
+    kept; an interrupted sweep resumes from what is beside it. Errors: `InputError` for an unknown site or position, and
+    in training mode. Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
     """
     model.require_eval()
     if site not in SITES:
         raise InputError(f"no site {site!r} to patch; {nearest(site, SITES)}")
     if site == "resid_mid" and model.has_parallel_blocks:
         raise InputError(
-            f"{model.name} has parallel blocks, in which no residual stream stands between attention and MLP; patch attn_out or mlp_out."
+            f"{model.name} has parallel blocks, in which no residual stream stands between attention and MLP; patch "
+            "attn_out or mlp_out."
         )
     place: Site = SITES[SITES.index(site)]
     names = [str(index) for index in range(pairs.clean.shape[1])] if positions == "each" else list(positions)
     parts = list(pairs.batches(batch))
 
     def sweep(partial: PartialFile | None) -> Scores:
-        progress, found = Progress.of((model.n_layers,), len(pairs), extra=(heads_of(place, model), len(names)), file=partial), []
-        with progress_bar(total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer") as bar:
+        progress, found = (
+            Progress.of((model.n_layers,), len(pairs), extra=(heads_of(place, model), len(names)), file=partial),
+            [],
+        )
+        with progress_bar(
+            total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer"
+        ) as bar:
             for number, part in enumerate(parts):
                 mine = progress.examples(number * batch, number * batch + len(part))
-                found.append(_sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar, mine))
+                found.append(
+                    _sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar, mine)
+                )
         return joined(found)
 
     found = kept(file, lambda: identity(model, parts, site, positions, unit), sweep)
@@ -115,7 +132,11 @@ def _sweep(
             values[layer, run.head, run.mask, run.rows.cpu()] = (patched - clean[run.rows]).to(values)
         progress.mark([layer], everyone)
     axes = ("layer", "head", "position", "example") if site in BY_HEAD else ("layer", "position", "example")
-    labels = {"layer": [f"L{i}" for i in range(model.n_layers)], "head": [f"H{i}" for i in range(heads)], "position": names}
+    labels = {
+        "layer": [f"L{i}" for i in range(model.n_layers)],
+        "head": [f"H{i}" for i in range(heads)],
+        "position": names,
+    }
     return Scores(
         values=values.float() if site in BY_HEAD else values[:, 0].float(),
         axes=axes,
@@ -125,17 +146,35 @@ def _sweep(
     )
 
 
-def _replayed(replay: Replay, corrupt: Replay, site: Site, layer: int, masks: Sequence[Tensor], memory: int) -> Iterator[Patched]:
+def _replayed(
+    replay: Replay, corrupt: Replay, site: Site, layer: int, masks: Sequence[Tensor], memory: int
+) -> Iterator[Patched]:
     other = corrupt.clean[layer]
-    values = {"resid_pre": other.pre, "resid_mid": other.middle, "resid_post": other.post, "attn_out": other.attention, "mlp_out": other.mlp}
+    values = {
+        "resid_pre": other.pre,
+        "resid_mid": other.middle,
+        "resid_post": other.post,
+        "attn_out": other.attention,
+        "mlp_out": other.mlp,
+    }
     return replaced(replay, site, layer, values[site] if site in values else getattr(other, site), masks, memory=memory)
 
 
-def _through_hooks(model: HookedModel, pairs: PromptPairs, site: Site, layer: int, masks: Sequence[Tensor], heads: int) -> Iterator[Patched]:
+def _through_hooks(
+    model: HookedModel, pairs: PromptPairs, site: Site, layer: int, masks: Sequence[Tensor], heads: int
+) -> Iterator[Patched]:
     name = HOOKS["attn_out" if site == "resid_mid" else site](layer)
-    rows, corrupt = torch.arange(len(pairs), device=pairs.mask.device), model.activations(pairs.corrupt, pairs.mask, [name])[1][name]
-    if site == "resid_mid":  # TransformerBridge's hook of that name reaches the MLP alone, not the residual stream beside it
-        pre = [model.activations(tokens, pairs.mask, [hooks.residual_pre(layer)])[1] for tokens in (pairs.corrupt, pairs.clean)]
+    rows, corrupt = (
+        torch.arange(len(pairs), device=pairs.mask.device),
+        model.activations(pairs.corrupt, pairs.mask, [name])[1][name],
+    )
+    if (
+        site == "resid_mid"
+    ):  # TransformerBridge's hook of that name reaches the MLP alone, not the residual stream beside it
+        pre = [
+            model.activations(tokens, pairs.mask, [hooks.residual_pre(layer)])[1]
+            for tokens in (pairs.corrupt, pairs.clean)
+        ]
         corrupt = corrupt + pre[0][hooks.residual_pre(layer)] - pre[1][hooks.residual_pre(layer)]
     for number, mask in enumerate(masks):
         for head in range(heads):

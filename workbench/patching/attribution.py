@@ -1,12 +1,16 @@
-"""Attribution patching: every edge's effect at once, to first order, from gradients (EAP; Syed et al. 2023) or averaged gradients (EAP-IG).
+"""Attribution patching: every edge's effect at once, to first order, from gradients (EAP; Syed et al. 2023) or averaged
+gradients (EAP-IG).
 
-    score(sender -> receiver) = sum over positions of (corrupt - clean output of the sender) . d metric / d (what the receiver reads)
+    score(sender -> receiver)
+      = sum over positions of (corrupt - clean output of the sender) . d metric / d (what the receiver reads)
 
-The gradient is taken at the clean run (EAP), or averaged over `steps` points on the line from the clean to the corrupt input embeddings
-(EAP-IG-inputs; Hanna et al. 2024). It is a linear estimate of an exact path effect with MLPs frozen: `exact_edges` measures that, and
-`agreement` reports the rank correlation. Direction and sign are those of `path.py`: corrupt into clean, patched minus clean.
+The gradient is taken at the clean run (EAP), or averaged over `steps` points on the line from the clean to the corrupt
+input embeddings (EAP-IG-inputs; Hanna et al. 2024). It is a linear estimate of an exact path effect with MLPs frozen:
+`exact_edges` measures that, and `agreement` reports the rank correlation. Direction and sign are those of `path.py`:
+corrupt into clean, patched minus clean.
 
-Receivers: q by query head, k and v by key-value head (with grouped-query attention the group's), each MLP's input, the logits.
+Receivers: q by query head, k and v by key-value head (with grouped-query attention the group's), each MLP's input, the
+logits.
 """
 
 import math
@@ -21,18 +25,18 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from workbench import hooks
 from workbench.errors import InputError
-from workbench.metrics import Metric
-from workbench.models import HookedModel
-from workbench.parts import DecoderParts, decoder_parts
-from workbench.patching.frozen import Variant
-from workbench.patching.passage import Route
+from workbench.models import hooks
+from workbench.models.hooked_model import HookedModel
+from workbench.models.parts import DecoderParts, decoder_parts
+from workbench.patching.engine.frozen import Variant
+from workbench.patching.engine.passage import Route
 from workbench.patching.path import PathPatcher
 from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
-from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender
-from workbench.scores import Scores, joined
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric
+from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender
+from workbench.values.scores import Scores, joined
 
 Input = Composition | Literal["logits"]
 """The kinds of input that exact edges lead into."""
@@ -63,7 +67,12 @@ class Edges:
 
     def connected(self, *, parallel: bool) -> Float[Tensor, "sender receiver"]:
         """1 where the sender writes before the receiver reads, else NaN."""
-        return torch.tensor([[1.0 if _before(sender, receiver, parallel) else torch.nan for receiver in self.receivers] for sender in self.senders])
+        return torch.tensor(
+            [
+                [1.0 if _before(sender, receiver, parallel) else torch.nan for receiver in self.receivers]
+                for sender in self.senders
+            ]
+        )
 
 
 def _before(sender: Sender, receiver: PathEnd | Literal["logits"], parallel: bool) -> bool:
@@ -73,18 +82,21 @@ def _before(sender: Sender, receiver: PathEnd | Literal["logits"], parallel: boo
     return sender.layer < reads or (sender.layer == reads and of_mlp and isinstance(sender, Head) and not parallel)
 
 
-def attribute_edges(model: HookedModel, pairs: PromptPairs, *, metric: Metric, unit: str, steps: int = 1, batch: int = BATCH) -> Scores:
+def attribute_edges(
+    model: HookedModel, pairs: PromptPairs, *, metric: Metric, unit: str, steps: int = 1, batch: int = BATCH
+) -> Scores:
     """EAP (`steps=1`) or EAP-IG scores of every edge: [sender receiver example], NaN where there is no edge.
 
-    Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). Costs two forwards and `steps` forwards with a backward.
-    Errors: `InputError` in training mode, and for a model whose blocks `parts.py` does not know.
-    Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
+    Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). Costs two forwards and `steps`
+    forwards with a backward. Errors: `InputError` in training mode, and for a model whose blocks `parts.py` does not
+    know. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
     """
     model.require_eval()
     parts = decoder_parts(model)
     if parts is None:
         raise InputError(
-            f"{model.name}: attribution needs blocks of pre-norm attention and an MLP on TransformerLens 4; use exact path patching instead."
+            f"{model.name}: attribution needs blocks of pre-norm attention and an MLP on TransformerLens 4; use exact "
+            "path patching instead."
         )
     if steps < 1:
         raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
@@ -98,42 +110,64 @@ def attribute_edges(model: HookedModel, pairs: PromptPairs, *, metric: Metric, u
     labels = {"sender": tuple(map(str, edges.senders)), "receiver": tuple(map(str, edges.receivers))}
     method = "EAP" if steps == 1 else f"EAP-IG ({steps} steps)"
     scores = [
-        Scores(values=part.float(), axes=("sender", "receiver", "example"), labels=labels, unit=f"change of {unit}, {method}") for part in found
+        Scores(
+            values=part.float(),
+            axes=("sender", "receiver", "example"),
+            labels=labels,
+            unit=f"change of {unit}, {method}",
+        )
+        for part in found
     ]
     return joined(scores)
 
 
 def attribute_nodes(scores: Scores) -> Scores:
-    """A sender's score: the sum over its edges, which is the gradient's estimate of its total effect. [sender example]."""
+    """A sender's score: the sum over its edges, which is the gradient's estimate of its total effect. [sender
+    example]."""
     values = scores.values.nan_to_num(0.0).sum(1)
-    return Scores(values=values, axes=("sender", "example"), labels={"sender": scores.labels["sender"]}, unit=f"{scores.unit}, all edges of a sender")
+    return Scores(
+        values=values,
+        axes=("sender", "example"),
+        labels={"sender": scores.labels["sender"]},
+        unit=f"{scores.unit}, all edges of a sender",
+    )
 
 
 @torch.no_grad()
 def _sent(model: HookedModel, pairs: PromptPairs) -> Float[Tensor, "sender batch pos d_model"]:
     """Corrupt minus clean output of every sender."""
-    names = [hooks.residual_pre(0), *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output))]
+    names = [
+        hooks.residual_pre(0),
+        *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output)),
+    ]
     runs = [model.activations(tokens, pairs.mask, names)[1] for tokens in (pairs.clean, pairs.corrupt)]
     change = {name: runs[1][name] - runs[0][name] for name in names}
     written = [change[hooks.residual_pre(0)][None]]
     for layer in range(model.n_layers):
-        written += [model.head_outputs(layer, change[hooks.z(layer)]).permute(2, 0, 1, 3), change[hooks.mlp_output(layer)][None]]
+        written += [
+            model.head_outputs(layer, change[hooks.z(layer)]).permute(2, 0, 1, 3),
+            change[hooks.mlp_output(layer)][None],
+        ]
     return torch.cat(written) * pairs.mask[..., None]
 
 
 def _gradients(
     model: HookedModel, parts: DecoderParts, pairs: PromptPairs, metric: Metric, share: float
 ) -> Float[Tensor, "receiver batch pos d_model"]:
-    """Gradient of the summed metric at what every receiver reads, with the embeddings `share` of the way from clean to corrupt."""
+    """Gradient of the summed metric at what every receiver reads, with the embeddings `share` of the way from clean to
+    corrupt."""
     with torch.no_grad():
         start, end = (
-            model.activations(tokens, pairs.mask, [hooks.residual_pre(0)])[1][hooks.residual_pre(0)] for tokens in (pairs.clean, pairs.corrupt)
+            model.activations(tokens, pairs.mask, [hooks.residual_pre(0)])[1][hooks.residual_pre(0)]
+            for tokens in (pairs.clean, pairs.corrupt)
         )
         embedded = start + share * (end - start)
     taps: dict[str, Tensor] = {}
     last = hooks.residual_post(model.n_layers - 1)
     read = [kind(layer) for layer in range(model.n_layers) for kind in (hooks.q, hooks.k, hooks.v, hooks.mlp_input)]
-    pre = [hooks.residual_pre(layer) for layer in range(model.n_layers)] + [hooks.attention_output(layer) for layer in range(model.n_layers)]
+    pre = [hooks.residual_pre(layer) for layer in range(model.n_layers)] + [
+        hooks.attention_output(layer) for layer in range(model.n_layers)
+    ]
     edits = {name: _tap(taps, name) for name in (*pre[1:], *read, last)}
     with torch.enable_grad():
         leaf = embedded.clone().requires_grad_()
@@ -141,7 +175,9 @@ def _gradients(
         with hooks.edit(model.model, edits):
             logits = model.final_logits(pairs.clean, pairs.mask)
         values = metric(logits, pairs.answers, pairs.distractors)
-        grads = dict(zip([*read, last], torch.autograd.grad(values.sum(), [taps[name] for name in (*read, last)]), strict=True))
+        grads = dict(
+            zip([*read, last], torch.autograd.grad(values.sum(), [taps[name] for name in (*read, last)]), strict=True)
+        )
     taps[pre[0]] = leaf
     found = [part for layer in range(model.n_layers) for part in _into_layer(model, parts, layer, taps, grads)]
     return torch.cat([*found, grads[last][None]]).detach()
@@ -160,9 +196,13 @@ def _tap(taps: dict[str, Tensor], name: str) -> hooks.Edit:
 def _into_layer(
     model: HookedModel, parts: DecoderParts, layer: int, taps: dict[str, Tensor], grads: dict[str, Tensor]
 ) -> Iterator[Float[Tensor, "receiver batch pos d_model"]]:
-    """From the gradients at a layer's q, k, v and MLP input to those at each receiver's own copy of the residual stream."""
+    """From the gradients at a layer's q, k, v and MLP input to those at each receiver's own copy of the residual
+    stream."""
     part, counts = parts.blocks[layer], {"q": parts.n_heads, "k": parts.n_kv_heads, "v": parts.n_kv_heads}
-    pre, weights = taps[hooks.residual_pre(layer)].detach(), part.weight_qkv.split([count * parts.d_head for count in counts.values()], 1)
+    pre, weights = (
+        taps[hooks.residual_pre(layer)].detach(),
+        part.weight_qkv.split([count * parts.d_head for count in counts.values()], 1),
+    )
     for (name, count), weight in zip(counts.items(), weights, strict=True):
         own = grads[{"q": hooks.q, "k": hooks.k, "v": hooks.v}[name](layer)]
         normed = torch.einsum("bphw,dhw->hbpd", own, weight.unflatten(1, (count, parts.d_head)))
@@ -192,26 +232,36 @@ def exact_edges(
     batch: int = 128,
     file: Path | None = None,
 ) -> Scores:
-    """Exact path effects of senders on the logits and on each head's q, k, v: [sender receiver example], the same labels as `attribute_edges`.
+    """Exact path effects of senders on the logits and on each head's q, k, v: [sender receiver example], the same
+    labels as `attribute_edges`.
 
-    With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates. MLP receivers are NaN. `file`: where the scores
-    are kept; an interrupted sweep resumes from what is beside it.
+    With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates. MLP receivers are
+    NaN. `file`: where the scores are kept; an interrupted sweep resumes from what is beside it.
     """
     edges = Edges.of(model)
     chosen = edges.senders if senders is None else tuple(senders)
     variants: list[Variant] = [frozenset([sender]) for sender in chosen]
     there = Edges(senders=chosen, receivers=edges.receivers).connected(parallel=model.has_parallel_blocks)
     labels = {"sender": tuple(map(str, chosen)), "receiver": tuple(map(str, edges.receivers))}
-    described, parts = f"change of {unit}, exact path effect" + (", MLPs frozen" if freeze_mlps else ""), list(pairs.batches(batch))
+    described, parts = (
+        f"change of {unit}, exact path effect" + (", MLPs frozen" if freeze_mlps else ""),
+        list(pairs.batches(batch)),
+    )
 
     def sweep(partial: PartialFile | None) -> Scores:
         found = torch.full((*there.shape, len(pairs)), torch.nan)
         progress = _progress(model, len(chosen), len(pairs), compositions, partial)
         for start, part in zip(range(0, len(pairs), batch), parts, strict=True):
-            mine: dict[Input, Progress] = {name: one.examples(start, start + len(part)) for name, one in progress.items()}
-            for receiver, effects in _on_receivers(PathPatcher(model, part), variants, metric, Route(freeze_mlps=freeze_mlps), mine):
+            mine: dict[Input, Progress] = {
+                name: one.examples(start, start + len(part)) for name, one in progress.items()
+            }
+            for receiver, effects in _on_receivers(
+                PathPatcher(model, part), variants, metric, Route(freeze_mlps=freeze_mlps), mine
+            ):
                 found[:, edges.receivers.index(receiver), start : start + len(part)] = effects.float().cpu()
-        return Scores(values=found * there[..., None], axes=("sender", "receiver", "example"), labels=labels, unit=described)
+        return Scores(
+            values=found * there[..., None], axes=("sender", "receiver", "example"), labels=labels, unit=described
+        )
 
     return kept(file, lambda: identity(model, parts, chosen, compositions, freeze_mlps, unit), sweep)
 
@@ -221,9 +271,13 @@ def _progress(
 ) -> dict[Input, Progress]:
     """What is found of the senders' paths into each kind of input."""
     counts = {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
-    found: dict[Input, Progress] = {"logits": Progress.of((senders,), examples, file=partial and partial.named("logits"))}
+    found: dict[Input, Progress] = {
+        "logits": Progress.of((senders,), examples, file=partial and partial.named("logits"))
+    }
     for name in compositions:
-        found[name] = Progress.of((senders, model.n_layers), examples, extra=(counts[name],), file=partial and partial.named(name))
+        found[name] = Progress.of(
+            (senders, model.n_layers), examples, extra=(counts[name],), file=partial and partial.named(name)
+        )
     return found
 
 
@@ -240,16 +294,28 @@ def _on_receivers(
         each = patcher.effects_on_each(variants, range(model.n_layers), name, route, metric, progress=found) - clean
         group = model.n_heads // each.shape[2]
         for layer in range(model.n_layers):
-            yield from ((Receiver(Head(layer, place * group), name), each[:, layer, place]) for place in range(each.shape[2]))
+            yield from (
+                (Receiver(Head(layer, place * group), name), each[:, layer, place]) for place in range(each.shape[2])
+            )
 
 
 def agreement(estimated: Scores, exact: Scores) -> float:
     """Spearman's rank correlation of the mean scores of the edges that both have measured."""
     means = [
-        dict(zip(product(*(scores.labels[axis] for axis in scores.axes[:2])), scores.mean().flatten().tolist(), strict=True))
+        dict(
+            zip(
+                product(*(scores.labels[axis] for axis in scores.axes[:2])),
+                scores.mean().flatten().tolist(),
+                strict=True,
+            )
+        )
         for scores in (estimated, exact)
     ]
-    shared = [edge for edge, value in means[0].items() if not math.isnan(value) and not math.isnan(means[1].get(edge, math.nan))]
+    shared = [
+        edge
+        for edge, value in means[0].items()
+        if not math.isnan(value) and not math.isnan(means[1].get(edge, math.nan))
+    ]
     if len(shared) < 3:
         raise InputError("fewer than three edges are measured in both; give both the same senders.")
     return float(stats.spearmanr([means[0][edge] for edge in shared], [means[1][edge] for edge in shared])[0])  # pyright: ignore[reportArgumentType]

@@ -1,16 +1,17 @@
 """Path patching (Wang et al. 2022; Prakash et al. 2024), exact: what does a sender do to a receiver, directly?
 
-Clean run and corrupt run. A sender at its position takes its corrupt output; every other attention head is frozen to clean; MLPs are
-recomputed (so the path runs through MLPs and the residual stream, never through another head). The receivers' q, k or v (or what an MLP
-reads) is recorded, and a clean run with only that replaced gives the patched logits. With no receivers the frozen run's own logits are the
-direct effect.
+Clean run and corrupt run. A sender at its position takes its corrupt output; every other attention head is frozen to
+clean; MLPs are recomputed (so the path runs through MLPs and the residual stream, never through another head). The
+receivers' q, k or v (or what an MLP reads) is recorded, and a clean run with only that replaced gives the patched
+logits. With no receivers the frozen run's own logits are the direct effect.
 
-Direction: corrupt into clean; for clean into corrupt pass `pairs.swapped()`. Sign: patched minus clean, so a head that the task needs has
-a negative score. LayerNorm is recomputed, rotary positions are the model's own. With grouped-query attention a k or v receiver is the
-head's whole key-value group, or with `by_query_head` that head's own view of it.
+Direction: corrupt into clean; for clean into corrupt pass `pairs.swapped()`. Sign: patched minus clean, so a head that
+the task needs has a negative score. LayerNorm is recomputed, rotary positions are the model's own. With grouped-query
+attention a k or v receiver is the head's whole key-value group, or with `by_query_head` that head's own view of it.
 
-Cost, in forwards of the whole model: two for the clean and the corrupt run, whatever the number of senders; a sender to the logits then
-costs the MLPs above it at the last token (`frozen.py`), a path into heads the layers above them from the receivers' position on (`replay.py`).
+Cost, in forwards of the whole model: two for the clean and the corrupt run, whatever the number of senders; a sender to
+the logits then costs the MLPs above it at the last token (`frozen.py`), a path into heads the layers above them from
+the receivers' position on (`replay.py`).
 """
 
 import functools
@@ -23,20 +24,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench import hooks
 from workbench.errors import InputError
-from workbench.metrics import Metric, relative_change
-from workbench.models import HookedModel, last_position
-from workbench.patching.chunks import MEMORY, in_chunks
-from workbench.patching.frozen import Corrupt, FrozenRuns, Variant, entry
-from workbench.patching.hooked import HookedPatcher
-from workbench.patching.passage import Passage, Place, Route, alike, by_first_receiver, place_of, rows_of
+from workbench.models import hooks
+from workbench.models.hooked_model import HookedModel, last_position
+from workbench.patching.engine.chunks import MEMORY, in_chunks
+from workbench.patching.engine.frozen import Corrupt, FrozenRuns, Variant, entry
+from workbench.patching.engine.hooked import HookedPatcher
+from workbench.patching.engine.passage import Passage, Place, Route, alike, by_first_receiver, place_of, rows_of
+from workbench.patching.engine.replay import replay_of
+from workbench.patching.engine.window import Spots
 from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
-from workbench.patching.replay import replay_of
-from workbench.patching.window import Spots
-from workbench.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
-from workbench.scores import Scores
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric, relative_change
+from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
+from workbench.values.scores import Scores
 
 Engine = Literal["replay", "hooks"]
 Effect = Literal["difference", "relative"]
@@ -46,10 +47,14 @@ BATCH = 128
 
 
 class PathPatcher:
-    """Path patching on one batch of pairs: the clean and corrupt runs are done once, and every path shares what it can with them."""
+    """Path patching on one batch of pairs: the clean and corrupt runs are done once, and every path shares what it can
+    with them."""
 
-    def __init__(self, model: HookedModel, pairs: PromptPairs, *, memory: int = MEMORY, engine: Engine | None = None) -> None:
-        """`memory`: bytes that one chunk of variants may take. `engine`: None takes `replay` where it agrees with the hooked forward, else `hooks`.
+    def __init__(
+        self, model: HookedModel, pairs: PromptPairs, *, memory: int = MEMORY, engine: Engine | None = None
+    ) -> None:
+        """`memory`: bytes that one chunk of variants may take. `engine`: None takes `replay` where it agrees with the
+        hooked forward, else `hooks`.
 
         Errors: `InputError` in training mode, and where `replay` is asked for and not to be had.
         """
@@ -59,7 +64,8 @@ class PathPatcher:
         if self.replay is None:
             if engine == "replay":
                 raise InputError(
-                    f"{model.name} can't be replayed exactly (its blocks do more than the replay knows); leave `engine` out to go through hooks."
+                    f"{model.name} can't be replayed exactly (its blocks do more than the replay knows); leave "
+                    "`engine` out to go through hooks."
                 )
             self.hooked = HookedPatcher(model, pairs)
             self.clean_logits = self.hooked.clean_logits
@@ -73,13 +79,18 @@ class PathPatcher:
         """Final logits of the corrupt run."""
         if self.replay is None:
             return self.hooked.corrupt_logits
-        logits, self._corrupt = self.model.activations(self.pairs.corrupt, self.pairs.mask, _written_below(self.model.n_layers))
+        logits, self._corrupt = self.model.activations(
+            self.pairs.corrupt, self.pairs.mask, _written_below(self.model.n_layers)
+        )
         self._corrupt_layers = self.model.n_layers
         return logits
 
     def _sent_by(self, variants: Iterable[Variant]) -> Corrupt:
         """The corrupt run as far up as the highest sender writes."""
-        layers = max((0 if isinstance(sender, Embedding) else sender.layer + 1 for variant in variants for sender in variant), default=0)
+        layers = max(
+            (0 if isinstance(sender, Embedding) else sender.layer + 1 for variant in variants for sender in variant),
+            default=0,
+        )
         if layers > self._corrupt_layers:
             self._corrupt = self.model.early_activations(self.pairs.corrupt, self.pairs.mask, _written_below(layers))
             self._corrupt_layers = layers
@@ -101,9 +112,14 @@ class PathPatcher:
         freeze_mlps: bool = False,
         by_query_head: bool = False,
     ) -> Float[Tensor, "batch d_vocab"]:
-        """Patched final logits when the senders jointly take their corrupt outputs at a position, along paths to the receivers."""
+        """Patched final logits when the senders jointly take their corrupt outputs at a position, along paths to the
+        receivers."""
         route = Route(
-            position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps, by_query_head=by_query_head
+            position=position,
+            receivers=tuple(receivers),
+            receiver_position=receiver_position,
+            freeze_mlps=freeze_mlps,
+            by_query_head=by_query_head,
         )
         patched = self.clean_logits.clone()
         for _, rows, logits in self.patched([frozenset(senders)], route):
@@ -111,9 +127,16 @@ class PathPatcher:
         return patched
 
     def effects(
-        self, variants: Sequence[Variant], route: Route, metric: Metric, *, done: Callable[[int], object] = bool, progress: Progress | None = None
+        self,
+        variants: Sequence[Variant],
+        route: Route,
+        metric: Metric,
+        *,
+        done: Callable[[int], object] = bool,
+        progress: Progress | None = None,
     ) -> Float[Tensor, "variant batch"]:
-        """The metric of each variant's patched logits on each prompt; `done` is told how many variants have been finished on how many prompts.
+        """The metric of each variant's patched logits on each prompt; `done` is told how many variants have been
+        finished on how many prompts.
 
         `progress` (variant by example) holds what is known already, and is given what is found.
         """
@@ -122,7 +145,9 @@ class PathPatcher:
         values = progress.values.copy_(torch.where(progress.found, progress.values, clean.to(progress.values)))
         done(int(progress.found.sum()))
         for variant, rows, logits in self.patched(variants, route, progress=progress):
-            values[variant, rows.cpu()] = metric(logits, self.pairs.answers[rows], self.pairs.distractors[rows]).to(values)
+            values[variant, rows.cpu()] = metric(logits, self.pairs.answers[rows], self.pairs.distractors[rows]).to(
+                values
+            )
             done(len(rows))
         return values.to(clean)
 
@@ -130,10 +155,11 @@ class PathPatcher:
     def patched(
         self, variants: Sequence[Variant], route: Route, *, progress: Progress | None = None
     ) -> Iterator[tuple[int, Int[Tensor, " rows"], Float[Tensor, "rows d_vocab"]]]:
-        """(number of the variant, prompts, their patched logits) for every variant; a pair that is left out has no path and stays clean.
+        """(number of the variant, prompts, their patched logits) for every variant; a pair that is left out has no path
+        and stays clean.
 
-        `progress`: chunks that are found there are left out, and each chunk is marked when the consumer has had all of it.
-        Errors: `InputError` for a head, MLP or position that there is not, and in training mode.
+        `progress`: chunks that are found there are left out, and each chunk is marked when the consumer has had all of
+        it. Errors: `InputError` for a head, MLP or position that there is not, and in training mode.
         """
         self.model.require_eval()
         _refuse_unknown(self.model, {place for variant in variants for place in variant} | set(route.receivers))
@@ -142,7 +168,11 @@ class PathPatcher:
         if self.replay is None:
             yield from self._through_hooks(variants, route, progress)
             return
-        order = [number for number in sorted(range(len(variants)), key=lambda number: entry(variants[number])) if variants[number]]
+        order = [
+            number
+            for number in sorted(range(len(variants)), key=lambda number: entry(variants[number]))
+            if variants[number]
+        ]
         corrupt = self._sent_by(variants)
         if not route.receivers:
             yield from self._to_logits(variants, order, route, sending, progress)
@@ -156,7 +186,9 @@ class PathPatcher:
                 def work(chunk: list[int], first: Place = first, passage: Passage = passage) -> Tensor:
                     return passage.through(first, [variants[n] for n in chunk])
 
-                for chunk, found in in_chunks(group, size, work, skip=lambda chunk, rows=rows: progress.has(chunk, rows)):
+                for chunk, found in in_chunks(
+                    group, size, work, skip=lambda chunk, rows=rows: progress.has(chunk, rows)
+                ):
                     yield from ((number, rows, logits) for number, logits in zip(chunk, found, strict=True))
                     progress.mark(chunk, rows)
 
@@ -172,10 +204,12 @@ class PathPatcher:
         done: Callable[[int], object] = bool,
         progress: Progress | None = None,
     ) -> Float[Tensor, "variant layer receiver batch"]:
-        """The metric when each variant is patched into each head's q (or each group's k or v) of each of some layers, alone.
+        """The metric when each variant is patched into each head's q (or each group's k or v) of each of some layers,
+        alone.
 
-        A variant that does not lie below a layer has no path to it: its values are the clean ones. `route.receivers` is not used.
-        `progress` (variant by layer, receivers beside them) holds what is known already, and is given what is found.
+        A variant that does not lie below a layer has no path to it: its values are the clean ones. `route.receivers` is
+        not used. `progress` (variant by layer, receivers beside them) holds what is known already, and is given what is
+        found.
         """
         self.model.require_eval()
         _refuse_unknown(self.model, {place for variant in variants for place in variant})
@@ -183,7 +217,9 @@ class PathPatcher:
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
         if progress is None:
             progress = Progress.of((len(variants), len(layers)), len(clean), extra=(count,))
-        values = progress.values.copy_(torch.where(progress.found[:, :, None], progress.values, clean.to(progress.values)))
+        values = progress.values.copy_(
+            torch.where(progress.found[:, :, None], progress.values, clean.to(progress.values))
+        )
         order = sorted(range(len(variants)), key=lambda number: entry(variants[number]))
         if not order or not len(layers):
             return values.to(clean)
@@ -196,7 +232,9 @@ class PathPatcher:
             fit = max(1, self.memory // (count * passage.variant_bytes(layers[:1])))
             for group in _batched(sorted(layers), max(1, fit // len(order))):
 
-                def work(chunk: list[int], passage: Passage = passage, group: Sequence[int] = group) -> list[tuple[int, int, Tensor]]:
+                def work(
+                    chunk: list[int], passage: Passage = passage, group: Sequence[int] = group
+                ) -> list[tuple[int, int, Tensor]]:
                     return passage.into_each(group, composition, [variants[n] for n in chunk])
 
                 columns = [list(layers).index(layer) for layer in group]
@@ -225,7 +263,11 @@ class PathPatcher:
     ) -> Tensor:
         group = 1 if composition == "q" else self.model.n_heads // self.model.n_kv_heads
         for place, layer in enumerate(layers):
-            below = [number for number in order if entry(variants[number])[0] < layer and not progress.has([number], [place], range(len(self.pairs)))]
+            below = [
+                number
+                for number in order
+                if entry(variants[number])[0] < layer and not progress.has([number], [place], range(len(self.pairs)))
+            ]
             for receiver in range(progress.values.shape[2]):
                 into = replace(route, receivers=(Receiver(Head(layer, receiver * group), composition),))
                 for number, _, logits in self._through_hooks([variants[n] for n in below], into):
@@ -234,9 +276,13 @@ class PathPatcher:
             progress.mark(below, [place], range(len(self.pairs)))
         return progress.values
 
-    def _through_hooks(self, variants: Sequence[Variant], route: Route, progress: Progress | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _through_hooks(
+        self, variants: Sequence[Variant], route: Route, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         if route.by_query_head:
-            raise InputError("`by_query_head` needs the replay engine, which this model has not; take receivers by key-value group.")
+            raise InputError(
+                "`by_query_head` needs the replay engine, which this model has not; take receivers by key-value group."
+            )
         rows = torch.arange(len(self.pairs), device=self.pairs.clean.device)
         for number, variant in enumerate(variants):
             if progress is not None and progress.has([number], rows):
@@ -266,7 +312,13 @@ class PathPatcher:
         runs, at_last = FrozenRuns(replay, self._corrupt), sending.gather(1, last)
 
         def found(chunk: list[int]) -> Tensor:
-            run = runs.run([variants[n] for n in chunk], spots, at_last, freeze_mlps=route.freeze_mlps, layers=[self.model.n_layers])
+            run = runs.run(
+                [variants[n] for n in chunk],
+                spots,
+                at_last,
+                freeze_mlps=route.freeze_mlps,
+                layers=[self.model.n_layers],
+            )
             return replay.logits(run.pre[self.model.n_layers][:, :, 0])
 
         unembedding = len(rows) * replay.unembedding * self.clean_logits.element_size()
@@ -312,18 +364,23 @@ def path_patch(
 ) -> Scores:
     """Path effect of every head on its own, from `position`, on the receivers (the logits when there are none).
 
-    Returns [layer head example], patched minus clean (`effect="relative"`: divided by clean). A head at or above every receiver has no
-    path to it and is NaN, as are heads that are not among `senders` (None: all). `file`: where the scores are kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it.
-    Errors: `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch), and when `file` is another sweep's.
-    Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
+    Returns [layer head example], patched minus clean (`effect="relative"`: divided by clean). A head at or above every
+    receiver has no path to it and is NaN, as are heads that are not among `senders` (None: all). `file`: where the
+    scores are kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it. Errors:
+    `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch), and when `file` is another
+    sweep's. Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
     """
     _refuse_unknown(model, receivers)
     patchers = prepared(model, pairs, batch=batch, memory=memory, engine=engine)
-    route = Route(position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps)
+    route = Route(
+        position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps
+    )
     return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect, senders=senders, file=file)
 
 
-def prepared(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memory: int = MEMORY, engine: Engine | None = None) -> list[PathPatcher]:
+def prepared(
+    model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memory: int = MEMORY, engine: Engine | None = None
+) -> list[PathPatcher]:
     """The clean and corrupt runs of all prompts, batch by batch, for several sweeps (they are kept in memory)."""
     return [PathPatcher(model, part, memory=memory, engine=engine) for part in pairs.batches(batch)]
 
@@ -350,13 +407,20 @@ def sweep_heads(
 
 
 def _swept(
-    patchers: Sequence[PathPatcher], route: Route, metric: Metric, unit: str, effect: Effect, chosen: Sequence[Head], partial: PartialFile | None
+    patchers: Sequence[PathPatcher],
+    route: Route,
+    metric: Metric,
+    unit: str,
+    effect: Effect,
+    chosen: Sequence[Head],
+    partial: PartialFile | None,
 ) -> Scores:
     model = patchers[0].model
     clean, corrupt = _ends(patchers, metric)
     if bool((clean == corrupt).all()):
         raise InputError(
-            "clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the corrupt prompts differ in what the answer depends on."
+            "clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the "
+            "corrupt prompts differ in what the answer depends on."
         )
     top = max((place_of(receiver) for receiver in route.receivers), default=(model.n_layers, 0))
     senders = [head for head in chosen if (head.layer, 0) < top]
@@ -378,7 +442,10 @@ def _swept(
 
 def _ends(patchers: Sequence[PathPatcher], metric: Metric) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     parts = [
-        (metric(p.clean_logits, p.pairs.answers, p.pairs.distractors), metric(p.corrupt_logits, p.pairs.answers, p.pairs.distractors))
+        (
+            metric(p.clean_logits, p.pairs.answers, p.pairs.distractors),
+            metric(p.corrupt_logits, p.pairs.answers, p.pairs.distractors),
+        )
         for p in patchers
     ]
     return torch.cat([clean for clean, _ in parts]), torch.cat([corrupt for _, corrupt in parts])

@@ -1,7 +1,9 @@
-"""What a sweep has found so far, written to a file as it goes, so that an interrupted sweep resumes where it stopped, to the same bits.
+"""What a sweep has found so far, written to a file as it goes, so that an interrupted sweep resumes where it stopped,
+to the same bits.
 
-A sweep fills an array of entries (variants, heads, layers) by examples. What is computed together, a chunk, is marked as found together, and
-a chunk of which anything is missing is computed again whole: batched arithmetic rounds by the batch that it is done in.
+A sweep fills an array of entries (variants, heads, layers) by examples. What is computed together, a chunk, is marked
+as found together, and a chunk of which anything is missing is computed again whole: batched arithmetic rounds by the
+batch that it is done in.
 """
 
 import hashlib
@@ -19,9 +21,9 @@ from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.errors import InputError
-from workbench.models import HookedModel
-from workbench.scores import Scores
+from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
+from workbench.values.scores import Scores
 
 Places = Int[Tensor, " _"] | Sequence[int]
 """Indices along one axis."""
@@ -31,11 +33,14 @@ SECONDS = 10.0
 
 def identity(model: HookedModel, pairs: Sequence[PromptPairs], *settings: object) -> str:
     """SHA-256 of a model's weights, the prompts, and whatever else a sweep's numbers depend on."""
-    return hashlib.sha256("|".join([model.fingerprint(), *(part.fingerprint() for part in pairs), *map(repr, settings)]).encode()).hexdigest()
+    return hashlib.sha256(
+        "|".join([model.fingerprint(), *(part.fingerprint() for part in pairs), *map(repr, settings)]).encode()
+    ).hexdigest()
 
 
 def kept(file: Path | None, identify: Callable[[], str], sweep: Callable[["PartialFile | None"], Scores]) -> Scores:
-    """The scores of a sweep: from `file` when they are there, else computed (on from where an interruption left them) and written there.
+    """The scores of a sweep: from `file` when they are there, else computed (on from where an interruption left them)
+    and written there.
 
     Errors: `InputError` when the file, or what is left of an interrupted sweep, has another identity.
     """
@@ -44,9 +49,12 @@ def kept(file: Path | None, identify: Callable[[], str], sweep: Callable[["Parti
 
 
 def kept_together(
-    files: Mapping[str, Path] | None, identify: Callable[[], str], sweep: Callable[["PartialFile | None"], dict[str, Scores]]
+    files: Mapping[str, Path] | None,
+    identify: Callable[[], str],
+    sweep: Callable[["PartialFile | None"], dict[str, Scores]],
 ) -> dict[str, Scores]:
-    """`kept` for one sweep that gives several scores, each with its file; what is found so far stands beside the first."""
+    """`kept` for one sweep that gives several scores, each with its file; what is found so far stands beside the
+    first."""
     if files is None:
         return sweep(None)
     known = identify()
@@ -67,7 +75,8 @@ _WATCHER: ContextVar[Tell | None] = ContextVar("watcher of sweeps", default=None
 
 @contextmanager
 def watched(tell: Tell) -> Iterator[None]:
-    """Inside, and in this thread alone, `tell` hears of every chunk that a sweep has found; what it raises ends the sweep between two chunks."""
+    """Inside, and in this thread alone, `tell` hears of every chunk that a sweep has found; what it raises ends the
+    sweep between two chunks."""
     token = _WATCHER.set(tell)
     try:
         yield
@@ -81,18 +90,30 @@ def progress_bar(*items: Any, **settings: Any) -> "tqdm[Any]":
 
 
 class Progress:
-    """Values [*entry *extra example] and which of them are found [*entry example]; a value that is not found is whatever it was begun with."""
+    """Values [*entry *extra example] and which of them are found [*entry example]; a value that is not found is
+    whatever it was begun with."""
 
     def __init__(
-        self, values: Tensor, found: Bool[Tensor, "*entry example"], keep: Callable[[], object] | None = None, *, whole: "Progress | None" = None
+        self,
+        values: Tensor,
+        found: Bool[Tensor, "*entry example"],
+        keep: Callable[[], object] | None = None,
+        *,
+        whole: "Progress | None" = None,
     ) -> None:
         self.values, self.found, self._keep = values, found, keep
         self._whole = whole or self
 
     @classmethod
-    def of(cls, entries: tuple[int, ...], examples: int, *, extra: tuple[int, ...] = (), file: "PartialFile | None" = None) -> "Progress":
-        """Nothing found yet, or what `file` holds. Values are kept in float64, which holds every metric's own. Errors: `InputError` when the file is another sweep's."""
-        values, found = torch.zeros(*entries, *extra, examples, dtype=torch.float64), torch.zeros(*entries, examples, dtype=torch.bool)
+    def of(
+        cls, entries: tuple[int, ...], examples: int, *, extra: tuple[int, ...] = (), file: "PartialFile | None" = None
+    ) -> "Progress":
+        """Nothing found yet, or what `file` holds. Values are kept in float64, which holds every metric's own. Errors:
+        `InputError` when the file is another sweep's."""
+        values, found = (
+            torch.zeros(*entries, *extra, examples, dtype=torch.float64),
+            torch.zeros(*entries, examples, dtype=torch.bool),
+        )
         if file is None:
             return cls(values, found)
         file.read_into(values, found)
@@ -107,7 +128,8 @@ class Progress:
         return bool(self.found[_block(places)].all())
 
     def mark(self, *places: Places) -> None:
-        """Say that the entries at these places of each axis are found now; the file is written when that is due, and a watcher is told."""
+        """Say that the entries at these places of each axis are found now; the file is written when that is due, and a
+        watcher is told."""
         self.found[_block(places)] = True
         if self._keep is not None:
             self._keep()
@@ -118,7 +140,10 @@ class Progress:
 def _block(places: Sequence[Places]) -> tuple[Tensor, ...]:
     """The index of every combination of places."""
     axes = [torch.as_tensor(place).cpu().reshape(-1) for place in places]
-    return tuple(axis.view(*(len(axis) if other == number else 1 for other in range(len(axes)))) for number, axis in enumerate(axes))
+    return tuple(
+        axis.view(*(len(axis) if other == number else 1 for other in range(len(axes))))
+        for number, axis in enumerate(axes)
+    )
 
 
 class PartialFile:
@@ -145,7 +170,10 @@ class PartialFile:
             return
         tensors, metadata = storage.read_tensors(self.path)
         if metadata.get("identity") != self.identity:
-            raise InputError(f"{self.path} is of another sweep (model, prompts or settings differ); delete it, or keep these scores elsewhere.")
+            raise InputError(
+                f"{self.path} is of another sweep (model, prompts or settings differ); delete it, or keep these scores "
+                "elsewhere."
+            )
         values.copy_(tensors["values"])
         found.copy_(tensors["found"])
 

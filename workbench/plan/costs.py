@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from workbench.study.rows import in_columns
+from workbench.experiment.results import in_columns
 
 FLOPS = 312e12
-"""Default peak rate of an accelerator: 16-bit matrix products of an A100 (its data sheet's figure, without sparsity)."""
+"""Default peak rate of an accelerator: 16-bit matrix products of an A100 (its data sheet's figure, without
+sparsity)."""
 UTILISATION = 0.3
 """Default share of the peak rate that is reached; many small products reach less, so measure one stage and set it."""
 
@@ -75,20 +76,50 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, totals and hours included."""
         stages = [{**asdict(stage), "hours": self.hours(stage.operations)} for stage in self.stages]
-        totals = {"operations": self.operations, "hours": self.hours(self.operations), "memory": self.memory, "disk": self.disk}
+        totals = {
+            "operations": self.operations,
+            "hours": self.hours(self.operations),
+            "memory": self.memory,
+            "disk": self.disk,
+        }
         return {**asdict(self), "stages": stages, "total": totals}
 
     def text(self) -> str:
         """Two tables: models, and stages with their total."""
-        models = [("model", "parameters", "weights", "heads", "train at most"), *(_model_cells(model) for model in self.models)]
-        stages = [("stage", "what", "forwards", "operations", "hours", "peak memory", "disk"), *(self._cells(stage) for stage in self.stages)]
-        total = ("total", "", "", f"{self.operations:.2e}", _hours(self.hours(self.operations)), _bytes(self.memory), _bytes(self.disk))
-        rate = f"hours at {self.flops:.3g} operations a second, {self.utilisation:.0%} of them reached (--flops, --utilisation)"
+        models = [
+            ("model", "parameters", "weights", "heads", "train at most"),
+            *(_model_cells(model) for model in self.models),
+        ]
+        stages = [
+            ("stage", "what", "forwards", "operations", "hours", "peak memory", "disk"),
+            *(self._cells(stage) for stage in self.stages),
+        ]
+        total = (
+            "total",
+            "",
+            "",
+            f"{self.operations:.2e}",
+            _hours(self.hours(self.operations)),
+            _bytes(self.memory),
+            _bytes(self.disk),
+        )
+        rate = (
+            f"hours at {self.flops:.3g} operations a second, {self.utilisation:.0%} of them reached (--flops, "
+            "--utilisation)"
+        )
         return "\n".join([self.title, "", in_columns(models), "", in_columns([*stages, total]), "", rate, *self.notes])
 
     def _cells(self, stage: StageCost) -> tuple[str, ...]:
         memory, disk = _bytes(stage.memory), _bytes(stage.disk) if stage.disk else "-"
-        return (stage.name, stage.what, f"{stage.forwards:,.1f}", f"{stage.operations:.2e}", _hours(self.hours(stage.operations)), memory, disk)
+        return (
+            stage.name,
+            stage.what,
+            f"{stage.forwards:,.1f}",
+            f"{stage.operations:.2e}",
+            _hours(self.hours(stage.operations)),
+            memory,
+            disk,
+        )
 
 
 def _model_cells(model: ModelCost) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
-"""Bytes that a stage takes at its peak, beyond the weights: estimates, in values a token, of what PyTorch's allocator held on tiny models.
+"""Bytes that a stage takes at its peak, beyond the weights: estimates, in values a token, of what PyTorch's allocator
+held on tiny models.
 
-How many tensors of each width live at a time was fitted to measured peaks of a dozen shapes (eager attention, TransformerLens 4);
-tests/test_plan_measured.py holds the estimates to 0.8 to 1.8 times what is measured. What grows largest in a real run is counted rather than
-fitted: captured activations, clean runs that patching keeps, gradients and optimizer state.
+How many tensors of each width live at a time was fitted to measured peaks of a dozen shapes (eager attention,
+TransformerLens 4); tests/plan/test_plan_measured.py holds the estimates to 0.8 to 1.8 times what is measured.
+What grows largest in a real run is counted rather than fitted: captured activations, clean runs that patching keeps, gradients and
+optimizer state.
 """
 
-from workbench.patching.chunks import MEMORY
+from workbench.patching.engine.chunks import MEMORY
 from workbench.plan.shapes import ModelShape
 
 
@@ -27,7 +29,8 @@ def means_bytes(shape: ModelShape, prompts: int, tokens: int, width: int) -> int
 
 
 def clean_run_bytes(shape: ModelShape, prompts: int, tokens: int, width: int) -> int:
-    """What a replay keeps of a clean run: residual stream, attention and MLP outputs, z, q (twice), k, v of every layer; and its copy of W_Q, W_K, W_V."""
+    """What a replay keeps of a clean run: residual stream, attention and MLP outputs, z, q (twice), k, v of every
+    layer; and its copy of W_Q, W_K, W_V."""
     each = 3 * shape.d_model + 3 * shape.heads * shape.d_head + 2 * shape.kv_heads * shape.d_head
     return shape.layers * width * (prompts * tokens * each + shape.query_weights + shape.kv_weights)
 
@@ -52,7 +55,8 @@ def ablation_bytes(shape: ModelShape, prompts: int, tokens: int, width: int, *, 
 
 
 def step_bytes(shape: ModelShape, prompts: int, tokens: int, width: int) -> int:
-    """What a forward keeps for its backward pass, and the widest tensors of an MLP and the last tokens' logits on top."""
+    """What a forward keeps for its backward pass, and the widest tensors of an MLP and the last tokens' logits on
+    top."""
     heads = shape.heads * shape.d_head
     each = 3 * shape.d_model + 3 * shape.d_mlp + 3 * heads + 2 * shape.heads * tokens
     return prompts * (tokens * (shape.layers * each + 3 * shape.d_model + 3 * shape.d_mlp) + 3 * shape.d_vocab) * width

@@ -5,18 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from workbench import sources
 from workbench.errors import InputError
 from workbench.experiment import Prompts, located
+from workbench.experiment.recipe import Recipe, parse_config, parse_recipe, read_yaml
+from workbench.models import sources
 from workbench.plan.costs import FLOPS, UTILISATION, Plan, StageCost
 from workbench.plan.shapes import ModelShape, shape_of
 from workbench.plan.stages import Road
-from workbench.recipe import Recipe, parse_config, parse_recipe, read_yaml
 from workbench.study.grid import Study, StudyConfig
 from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
 
-WORDS = "Prompts were cut into words for want of the models' tokenizer; byte-pair tokens can be a few more (--tokenizer DIRECTORY)."
-MOST = "Heads, receivers and layers of a search are not known before it: each figure takes as many as the recipe allows."
+WORDS = (
+    "Prompts were cut into words for want of the models' tokenizer; byte-pair tokens can be a few more "
+    "(--tokenizer DIRECTORY)."
+)
+MOST = (
+    "Heads, receivers and layers of a search are not known before it: each figure takes as many as the recipe allows."
+)
 
 
 def plan_of(
@@ -30,15 +35,19 @@ def plan_of(
 ) -> Plan:
     """What the recipe (or study) in a file or of a name costs.
 
-    `configs`: model -> directory with its config.json; `tokenizer`: a directory or hub id. Errors: `InputError` for a bad recipe, and for a model
-    whose config can't be had.
+    `configs`: model -> directory with its config.json; `tokenizer`: a directory or hub id. Errors: `InputError` for a
+    bad recipe, and for a model whose config can't be had.
     """
     if flops <= 0 or not 0 < utilisation <= 1:
         raise InputError("a rate is above 0 operations a second, and a share of it between 0 and 1.")
     value = read_yaml(source)
     if "students" in value:
         study = Study(parse_config(StudyConfig, value, overrides=overrides), Path())
-        title, (roads, note), stages = study.config.title, _study_roads(study, configs or {}, tokenizer), list[StageCost]()
+        title, (roads, note), stages = (
+            study.config.title,
+            _study_roads(study, configs or {}, tokenizer),
+            list[StageCost](),
+        )
         stages += _study(study, roads)
     else:
         recipe = parse_recipe(value, overrides=overrides)
@@ -46,7 +55,14 @@ def plan_of(
         title, roads, stages = recipe.title, {"": road}, list(_recipe(road))
     first, *others = roads.values()
     models = [*first.models(), *(model for road in others for model in road.models() if model.role == "student")]
-    return Plan(title=title, models=tuple(models), stages=tuple(stages), flops=flops, utilisation=utilisation, notes=(MOST, *note))
+    return Plan(
+        title=title,
+        models=tuple(models),
+        stages=tuple(stages),
+        flops=flops,
+        utilisation=utilisation,
+        notes=(MOST, *note),
+    )
 
 
 def _shape(name: str, configs: Mapping[str, str]) -> ModelShape:
@@ -70,7 +86,9 @@ def _tokenizer(recipe: Recipe, configs: Mapping[str, str], given: str | None) ->
     if given is not None:
         return tokenizer_of(given)
     beside = Path(configs.get(recipe.teacher, located(recipe.teacher)))
-    has_one = beside.suffix == ".gguf" or any((beside / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    has_one = beside.suffix == ".gguf" or any(
+        (beside / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
     return tokenizer_of(str(sources.local_directory(beside))) if has_one else None
 
 
@@ -90,13 +108,19 @@ def _recipe(road: Road) -> Iterator[StageCost]:
     yield road.evaluation(len(recipe.conditions) * len(recipe.seeds))
 
 
-def _study_roads(study: Study, configs: Mapping[str, str], tokenizer: str | None) -> tuple[dict[str, Road], tuple[str, ...]]:
-    found = {name: _road(replace(study.recipe, student=student.source), configs, tokenizer) for name, student in study.config.students.items()}
+def _study_roads(
+    study: Study, configs: Mapping[str, str], tokenizer: str | None
+) -> tuple[dict[str, Road], tuple[str, ...]]:
+    found = {
+        name: _road(replace(study.recipe, student=student.source), configs, tokenizer)
+        for name, student in study.config.students.items()
+    }
     return {name: road for name, (road, _) in found.items()}, next(iter(found.values()))[1]
 
 
 def _study(study: Study, roads: Mapping[str, Road]) -> Iterator[StageCost]:
-    """Discovery of each student (of the teacher once); then for every data size the choice of lambda and all conditions and seeds."""
+    """Discovery of each student (of the teacher once); then for every data size the choice of lambda and all conditions
+    and seeds."""
     config = study.config
     yield from next(iter(roads.values())).discovery("teacher", next(iter(roads.values())).teacher)
     for name, road in roads.items():
@@ -114,7 +138,9 @@ def _cell(study: Study, name: str, road: Road, scenes: int) -> Iterator[StageCos
     at = replace(road, recipe=recipe, prompts=Prompts(replace(recipe, device="cpu"), road.prompts.tokenizer))
     where, seeds = f"{name}, {scenes} scenes", len(config.seeds)
     yield from at.caches(config.conditions, seeds, title=f"{where}: teacher outputs")
-    chosen = at.training("circuit_ce_cka", len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda")
+    chosen = at.training(
+        "circuit_ce_cka", len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda"
+    )
     assert chosen is not None
     yield chosen
     for condition in config.conditions:

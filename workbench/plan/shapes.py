@@ -1,7 +1,9 @@
-"""The shape of a model from its config alone: how many parameters it has, how many of them belong to some heads. No weights are read.
+"""The shape of a model from its config alone: how many parameters it has, how many of them belong to some heads. No
+weights are read.
 
-Parameters are counted on the model class built on PyTorch's meta device, which allocates nothing, so tied embeddings, biases and norms are
-counted as they are; the weights that a token is multiplied with in one block are read off the same class.
+Parameters are counted on the model class built on PyTorch's meta device, which allocates nothing, so tied embeddings,
+biases and norms are counted as they are; the weights that a token is multiplied with in one block are read off the same
+class.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,9 +16,10 @@ from huggingface_hub import constants
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from workbench import sources, storage
+from workbench import storage
 from workbench.errors import InputError
-from workbench.refs import Head
+from workbench.models import sources
+from workbench.values.refs import Head
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 """Configs of the bundled recipes' models: the sizes that their model cards state."""
@@ -63,7 +66,8 @@ class ModelShape:
         return self.attention_weights + self.mlp_weights
 
     def slice_parameters(self, heads: Iterable[Head], *, train_kv: bool = True, lora_rank: int | None = None) -> int:
-        """Trained scalars of these heads: d_head rows of W_Q (with bias) and columns of W_O each, and of W_K, W_V of each of their groups once.
+        """Trained scalars of these heads: d_head rows of W_Q (with bias) and columns of W_O each, and of W_K, W_V of
+        each of their groups once.
 
         With `lora_rank` r, the factors of each matrix slice, r (d_head + d_model), and no bias.
         """
@@ -73,7 +77,9 @@ class ModelShape:
 
     def most_slice_parameters(self, heads: int, *, train_kv: bool = True, lora_rank: int | None = None) -> int:
         """`slice_parameters` of so many heads when each stands in a group of its own, as far as there are groups."""
-        return self.counted_slices(heads, min(heads, self.layers * self.kv_heads) if train_kv else 0, lora_rank=lora_rank)
+        return self.counted_slices(
+            heads, min(heads, self.layers * self.kv_heads) if train_kv else 0, lora_rank=lora_rank
+        )
 
     def counted_slices(self, heads: int, groups: int, *, lora_rank: int | None = None) -> int:
         """2 (heads + groups) slices of d_head d_model, of which all but W_O's have a bias where the model has them."""
@@ -86,8 +92,8 @@ class ModelShape:
 def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelShape:
     """The shape of a model: of a directory, an adapter's base, a GGUF file or a hub id.
 
-    `configs`: name -> directory (or file) with a config.json to take in its place. Of a hub id only the config is fetched; those of the bundled
-    recipes are known without the hub. Errors: `InputError` when no config can be had.
+    `configs`: name -> directory (or file) with a config.json to take in its place. Of a hub id only the config is
+    fetched; those of the bundled recipes are known without the hub. Errors: `InputError` when no config can be had.
     """
     config = _config(source, configs or {})
     with torch.device("meta"), sources.quiet():
@@ -140,10 +146,13 @@ def _config(source: str, configs: Mapping[str, str]) -> Any:
     if Path(source).is_dir():
         return _read(_base_of(Path(source)))
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=bool(constants.HF_HUB_OFFLINE), trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            source, local_files_only=bool(constants.HF_HUB_OFFLINE), trust_remote_code=False
+        )
     except Exception as error:  # whatever the HTTP client raises: not reachable is all that matters here
         raise InputError(
-            f"the config of {source!r} can't be had ({type(error).__name__}); give a directory with its config.json: --config {source}=DIRECTORY."
+            f"the config of {source!r} can't be had ({type(error).__name__}); give a directory with its config.json: "
+            f"--config {source}=DIRECTORY."
         ) from None
 
 

@@ -1,4 +1,5 @@
-"""A recipe's road as costs: which stage runs what, how often, on which prompts. It follows `experiment.py` and `study/` call by call."""
+"""A recipe's road as costs: which stage runs what, how often, on which prompts. It follows `experiment.py` and `study/`
+call by call."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,14 +7,14 @@ from dataclasses import dataclass
 from workbench.circuits.curves import default_sizes
 from workbench.circuits.discovery import receiver_position
 from workbench.experiment import CONDITIONS, Prompts
+from workbench.experiment.recipe import Recipe
 from workbench.patching import ablation as ablating
 from workbench.patching import path
 from workbench.plan import memory, sweeps
 from workbench.plan.arithmetic import forward
 from workbench.plan.costs import ModelCost, StageCost
 from workbench.plan.shapes import ModelShape
-from workbench.plan.training import Step, Trained, cache_bytes
-from workbench.recipe import Recipe
+from workbench.plan.steps import Step, Trained, cache_bytes
 from workbench.tasks.base import PromptPairs
 
 WIDTHS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -42,7 +43,9 @@ class Road:
     @property
     def resident(self) -> int:
         """Bytes of both models' weights."""
-        return sum(self.width_of(shape) * shape.parameters for shape in (self.teacher, self.student) if shape is not None)
+        return sum(
+            self.width_of(shape) * shape.parameters for shape in (self.teacher, self.student) if shape is not None
+        )
 
     def circuit_heads(self, shape: ModelShape) -> int:
         """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all."""
@@ -51,9 +54,12 @@ class Road:
 
     @property
     def matched_heads(self) -> int:
-        """At most so many heads of the student are matched; one to one there are no more than the teacher's circuit has."""
+        """At most so many heads of the student are matched; one to one there are no more than the teacher's circuit
+        has."""
         assert self.student is not None
-        theirs = self.circuit_heads(self.teacher) if self.recipe.matching.one_to_one else self.circuit_heads(self.student)
+        theirs = (
+            self.circuit_heads(self.teacher) if self.recipe.matching.one_to_one else self.circuit_heads(self.student)
+        )
         return min(self.circuit_heads(self.student), theirs)
 
     @property
@@ -69,33 +75,68 @@ class Road:
                 trained = None if heads is None else self.trained("circuit").parameters
                 size = self.width_of(shape) * shape.parameters
                 yield ModelCost(
-                    role=role, name=shape.name, parameters=shape.parameters, weight_bytes=size, heads=shape.layers * shape.heads,
-                    trained_heads=heads, trained_parameters=trained,
-                )  # fmt: skip
+                    role=role,
+                    name=shape.name,
+                    parameters=shape.parameters,
+                    weight_bytes=size,
+                    heads=shape.layers * shape.heads,
+                    trained_heads=heads,
+                    trained_parameters=trained,
+                )
 
     def trained(self, what: str) -> Trained:
         """What trains, at most."""
         assert self.student is not None
         if what == "all":
             return Trained.everything(self.student)
-        return Trained.heads(self.student, self.trained_heads, train_kv=self.recipe.train_kv, lora_rank=self.recipe.training.lora_rank)
+        return Trained.heads(
+            self.student, self.trained_heads, train_kv=self.recipe.train_kv, lora_rank=self.recipe.training.lora_rank
+        )
 
-    def cost(self, name: str, what: str, operations: int, shape: ModelShape, prompts: PromptPairs, beyond: int, *, disk: int = 0) -> StageCost:
+    def cost(
+        self,
+        name: str,
+        what: str,
+        operations: int,
+        shape: ModelShape,
+        prompts: PromptPairs,
+        beyond: int,
+        *,
+        disk: int = 0,
+    ) -> StageCost:
         """A stage whose memory is `beyond` the resident weights."""
         plain = forward(shape, *prompts.clean.shape)
-        return StageCost(name=name, what=what, operations=operations, forwards=operations / plain, memory=self.resident + beyond, disk=disk)
+        return StageCost(
+            name=name,
+            what=what,
+            operations=operations,
+            forwards=operations / plain,
+            memory=self.resident + beyond,
+            disk=disk,
+        )
 
     def discovery(self, role: str, shape: ModelShape, *, title: str | None = None) -> Iterator[StageCost]:
         """Ablation of every head, the search stage by stage, and the circuit on test prompts."""
         name, pairs, reference = title or role, self.prompts.discovery, self.prompts.reference
         (count, tokens), searched = pairs.clean.shape, self.recipe.discovery.method == "path_patching"
         if self.student is not None or not searched:
-            swept = sweeps.ablation(shape, pairs, batch=ablating.BATCH) + forward(shape, *reference.clean.shape) + forward(shape, count, tokens)
+            swept = (
+                sweeps.ablation(shape, pairs, batch=ablating.BATCH)
+                + forward(shape, *reference.clean.shape)
+                + forward(shape, count, tokens)
+            )
             peak = max(
                 memory.ablation_bytes(shape, count, tokens, self.width_of(shape), batch=ablating.BATCH),
                 memory.means_bytes(shape, min(ablating.BATCH, len(reference)), tokens, self.width_of(shape)),
             )
-            yield self.cost(f"discover {name}: ablation", f"{shape.layers * shape.heads} heads x {count} prompts", swept, shape, pairs, peak)
+            yield self.cost(
+                f"discover {name}: ablation",
+                f"{shape.layers * shape.heads} heads x {count} prompts",
+                swept,
+                shape,
+                pairs,
+                peak,
+            )
         if searched:
             yield from self.search(name, shape)
         if self.recipe.evaluation.curve and (self.recipe.data.pairs is None or self.prompts.has_test):
@@ -112,13 +153,19 @@ class Road:
                 found, target = sweeps.to_logits(shape, pairs, batch=path.BATCH), "logits"
             else:
                 everywhere = sweeps.receivers_everywhere(shape, heads, stage.composition)
-                found = sweeps.into_heads(shape, pairs, everywhere, stage.position, receiver_position(stage, positions), batch=path.BATCH)
+                found = sweeps.into_heads(
+                    shape, pairs, everywhere, stage.position, receiver_position(stage, positions), batch=path.BATCH
+                )
                 target = f"{stage.into}'s {stage.composition}, at most"
             times = f", {repeats} times" if repeats > 1 else ""
             yield self.cost(
-                f"discover {name}: path {stage.name}", f"{stage.position} -> {target}, {count} prompts{times}", repeats * (found + shared),
-                shape, pairs, peak,
-            )  # fmt: skip
+                f"discover {name}: path {stage.name}",
+                f"{stage.position} -> {target}, {count} prompts{times}",
+                repeats * (found + shared),
+                shape,
+                pairs,
+                peak,
+            )
             shared = 0
 
     def examined(self, name: str, shape: ModelShape) -> StageCost:
@@ -128,12 +175,18 @@ class Road:
         sets = 2 + 2 * (1 + draws) * sizes - 2 * draws
         operations = 2 * self.outside(shape) + (self.report_runs + sets) * forward(shape, *test.clean.shape)
         return self.cost(
-            f"discover {name}: test", f"{self.report_runs + sets} ablated forwards", operations, shape, test, self.evaluation_bytes(shape)
+            f"discover {name}: test",
+            f"{self.report_runs + sets} ablated forwards",
+            operations,
+            shape,
+            test,
+            self.evaluation_bytes(shape),
         )
 
     @property
     def report_runs(self) -> int:
-        """Forwards of a circuit's report: full, circuit, random ones, empty; and full and circuit again, prompt by prompt."""
+        """Forwards of a circuit's report: full, circuit, random ones, empty; and full and circuit again, prompt by
+        prompt."""
         return 5 + self.recipe.evaluation.random_circuits
 
     def outside(self, shape: ModelShape) -> int:
@@ -145,30 +198,46 @@ class Road:
         """A batch's forward; with counterfactual ablation every head's output on all test prompts."""
         count, tokens = self.prompts.test.clean.shape
         batch = min(ablating.BATCH, count)
-        held = 0 if self.recipe.evaluation.ablation == "mean" else count * tokens * memory.captured_z(shape) * self.width_of(shape)
+        held = (
+            0
+            if self.recipe.evaluation.ablation == "mean"
+            else count * tokens * memory.captured_z(shape) * self.width_of(shape)
+        )
         return memory.means_bytes(shape, batch, tokens, self.width_of(shape)) + held
 
     def match(self, *, title: str = "match") -> StageCost:
-        """Similarities and CKA of the pairs on the discovery prompts, impacts read again (each time with the reference means)."""
+        """Similarities and CKA of the pairs on the discovery prompts, impacts read again (each time with the reference
+        means)."""
         assert self.student is not None
         pairs, shapes = self.prompts.discovery, (self.teacher, self.student)
         runs = 1 + ("similarity" in self.recipe.matching.distances)
         reference = self.prompts.reference.clean.shape
         operations = sum(runs * forward(shape, *pairs.clean.shape) + 2 * forward(shape, *reference) for shape in shapes)
-        peak = max(memory.means_bytes(shape, len(pairs), pairs.clean.shape[1], self.width_of(shape)) for shape in shapes)
+        peak = max(
+            memory.means_bytes(shape, len(pairs), pairs.clean.shape[1], self.width_of(shape)) for shape in shapes
+        )
         return self.cost(title, f"{len(pairs)} prompts, both models", operations, self.teacher, pairs, peak)
 
     def caches(self, conditions: Sequence[str], seeds: int, *, title: str = "teacher outputs") -> Iterator[StageCost]:
         """The teacher's outputs on the training prompts, once for each set of layers that is read."""
         if self.recipe.teacher_outputs == "live":
             return
-        kinds = sorted({CONDITIONS[name].aligns or "" for name in conditions if CONDITIONS[name].trains}, key=lambda kind: (kind != "", kind))
+        kinds = sorted(
+            {CONDITIONS[name].aligns or "" for name in conditions if CONDITIONS[name].trains},
+            key=lambda kind: (kind != "", kind),
+        )
         (count, tokens), shards = self.prompts.train.clean.shape, self.recipe.teacher_outputs == "shards"
         for kind in kinds:
             times = seeds if kind in ("random", "shuffled") else 1
             layers = min(self.teacher.layers, self.matched_heads) if kind else 0
             size = times * cache_bytes(
-                self.teacher, count, tokens, layers, width=self.width_of(self.teacher), shards=shards, activation=self.recipe.alignment.activation
+                self.teacher,
+                count,
+                tokens,
+                layers,
+                width=self.width_of(self.teacher),
+                shards=shards,
+                activation=self.recipe.alignment.activation,
             )
             peak = memory.forward_bytes(
                 self.teacher,
@@ -177,31 +246,55 @@ class Road:
                 self.width_of(self.teacher),
                 captured=layers * self.teacher.heads * self.teacher.d_head,
             ) + (0 if shards else size // times)
-            what = f"{count} prompts, {f'at most {layers} layers' if kind else 'logits'}{f', {times} times' if times > 1 else ''}"
+            what = (
+                f"{count} prompts, "
+                f"{f'at most {layers} layers' if kind else 'logits'}{f', {times} times' if times > 1 else ''}"
+            )
             operations = times * forward(self.teacher, count, tokens)
-            yield self.cost(f"{title} ({kind or 'no alignment'})", what, operations, self.teacher, self.prompts.train, peak, disk=size)
+            yield self.cost(
+                f"{title} ({kind or 'no alignment'})",
+                what,
+                operations,
+                self.teacher,
+                self.prompts.train,
+                peak,
+                disk=size,
+            )
 
     def training(self, condition: str, runs: int, *, title: str | None = None) -> StageCost | None:
-        """So many trainings under a condition, with their evaluations on validation prompts; None for one that trains nothing."""
+        """So many trainings under a condition, with their evaluations on validation prompts; None for one that trains
+        nothing."""
         spec, config = CONDITIONS[condition], self.recipe.training
         if spec.trains is None or self.student is None:
             return None
         trained, tokens = self.trained(spec.trains), self.prompts.train.clean.shape[1]
         step = Step(
-            student=self.student, teacher=self.teacher, batch=config.batch, tokens=tokens, trained=trained,
-            pairs=self.matched_heads if spec.aligns else 0, rows=config.batch * self.aligned_tokens(), accumulate=config.accumulate,
-            whole=config.alignment_batch == "whole", live=self.recipe.teacher_outputs == "live",
-        )  # fmt: skip
+            student=self.student,
+            teacher=self.teacher,
+            batch=config.batch,
+            tokens=tokens,
+            trained=trained,
+            pairs=self.matched_heads if spec.aligns else 0,
+            rows=config.batch * self.aligned_tokens(),
+            accumulate=config.accumulate,
+            whole=config.alignment_batch == "whole",
+            live=self.recipe.teacher_outputs == "live",
+        )
         operations = config.steps * step.operations() + self.validations()
         saved = self.width * (3 * trained.parameters + (self.student.parameters if self.recipe.save_students else 0))
         plain = forward(self.student, config.batch, tokens)
         return StageCost(
-            name=title or f"train {condition}", what=f"{runs} x {config.steps} steps of {config.batch} prompts", operations=runs * operations,
-            forwards=runs * operations / plain, memory=self.training_bytes(trained, tokens), disk=runs * saved,
-        )  # fmt: skip
+            name=title or f"train {condition}",
+            what=f"{runs} x {config.steps} steps of {config.batch} prompts",
+            operations=runs * operations,
+            forwards=runs * operations / plain,
+            memory=self.training_bytes(trained, tokens),
+            disk=runs * saved,
+        )
 
     def training_bytes(self, trained: Trained, tokens: int) -> int:
-        """Teacher, untrained student, the student that trains, its gradients, leaves and AdamW's state, and a step's activations."""
+        """Teacher, untrained student, the student that trains, its gradients, leaves and AdamW's state, and a step's
+        activations."""
         assert self.student is not None
         config, half = self.recipe.training, self.recipe.training.precision == "bf16"
         micro = -(-config.batch // config.accumulate)
@@ -213,7 +306,11 @@ class Road:
     def aligned_tokens(self) -> int:
         """Tokens of each prompt at which a pair is aligned: those of one position, or at most those of any stage's."""
         train, positions = self.prompts.train, self.recipe.alignment.positions
-        own = [stage.position for stage in self.prompts.stages] if self.recipe.discovery.method == "path_patching" else ["all"]
+        own = (
+            [stage.position for stage in self.prompts.stages]
+            if self.recipe.discovery.method == "path_patching"
+            else ["all"]
+        )
         names = own if positions == "own" else [positions]
         return max(int(train.position(name).sum(1).max()) for name in names)
 
@@ -225,13 +322,17 @@ class Road:
         return self.recipe.training.steps // every * forward(self.student, *validation.clean.shape)
 
     def evaluation(self, runs: int, *, title: str = "evaluate", teacher: bool = True) -> StageCost:
-        """So many trained students, and the teacher once, on the test prompts: circuits, and CKA of the pairs (which the teacher runs for)."""
+        """So many trained students, and the teacher once, on the test prompts: circuits, and CKA of the pairs (which
+        the teacher runs for)."""
         assert self.student is not None
         test = self.prompts.test
         plain = {shape.name: forward(shape, *test.clean.shape) for shape in (self.student, self.teacher)}
         each = self.outside(self.student) + (self.report_runs + 1) * plain[self.student.name] + plain[self.teacher.name]
         once = self.outside(self.teacher) + self.report_runs * plain[self.teacher.name] if teacher else 0
-        peak = max(self.evaluation_bytes(self.student), memory.means_bytes(self.teacher, len(test), test.clean.shape[1], self.width_of(self.teacher)))
+        peak = max(
+            self.evaluation_bytes(self.student),
+            memory.means_bytes(self.teacher, len(test), test.clean.shape[1], self.width_of(self.teacher)),
+        )
         what = f"{runs} students{' and the teacher' if teacher else ''}, {len(test)} prompts"
         beyond = self.width * self.student.parameters + peak
         return self.cost(title, what, runs * each + once, self.student, test, beyond)

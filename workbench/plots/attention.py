@@ -1,6 +1,8 @@
-"""Where heads look: a small map a head (`attention_maps`), or the prompt itself as text, shaded by what one token looks at (`attention_text`).
+"""Where heads look: a small map a head (`attention_maps`), or the prompt itself as text, shaded by what one token looks
+at (`attention_text`).
 
-Every cell and token carries (head, query position, key position) as `customdata`, so that a click says what was clicked.
+Every cell and token carries (head, query position, key position) as `customdata`, so that a click says what was
+clicked.
 """
 
 import math
@@ -20,10 +22,14 @@ LABELLED = 60
 TEXT_SIZE = 12
 
 
-def attention_maps(patterns: AttentionPatterns, *, columns: int | None = None, theme: Theme = LIGHT, title: str = "Attention patterns") -> go.Figure:
-    """A map a head: the token that looks downwards, the token looked at across; darker is more. All maps share one scale from 0.
+def attention_maps(
+    patterns: AttentionPatterns, *, columns: int | None = None, theme: Theme = LIGHT, title: str = "Attention patterns"
+) -> go.Figure:
+    """A map a head: the token that looks downwards, the token looked at across; darker is more. All maps share one
+    scale from 0.
 
-    Tokens stand beside the maps as far as there is room (else every second, third, ... with its position); hovering names each.
+    Tokens stand beside the maps as far as there is room (else every second, third, ... with its position); hovering
+    names each.
     """
     count, length = len(patterns.heads), len(patterns.tokens)
     across = columns or (1 if count == 1 else 2 if count <= 4 else 3 if count <= 9 else 4)
@@ -33,7 +39,10 @@ def attention_maps(patterns: AttentionPatterns, *, columns: int | None = None, t
     rows, gap = math.ceil(count / across), 34
     plot = (across * cell + 20 * (across - 1), rows * cell + gap * (rows - 1))
     every = max(1, math.ceil(length * 10 / cell))
-    ticks = {"tickvals": list(range(0, length, every)), "ticktext": [escaped(labels[at]) for at in range(0, length, every)]}
+    ticks = {
+        "tickvals": list(range(0, length, every)),
+        "ticktext": [escaped(labels[at]) for at in range(0, length, every)],
+    }
     ticks |= {
         "tickfont": {"family": theme.mono, "size": 10 if every == 1 else 9},
         "showgrid": False,
@@ -50,20 +59,44 @@ def attention_maps(patterns: AttentionPatterns, *, columns: int | None = None, t
         last_row = place + across >= count
         figure.update_layout(
             {
-                x.replace("x", "xaxis"): {**ticks, "domain": (left, min(1.0, left + cell / plot[0])), "anchor": y, "tickangle": 90, "showticklabels": last_row},
+                x.replace("x", "xaxis"): {
+                    **ticks,
+                    "domain": (left, min(1.0, left + cell / plot[0])),
+                    "anchor": y,
+                    "tickangle": 90,
+                    "showticklabels": last_row,
+                },
                 y.replace("y", "yaxis"): {
-                    **ticks, "domain": (max(0.0, top - cell / plot[1]), top), "anchor": x, "autorange": "reversed", "showticklabels": column == 0,
+                    **ticks,
+                    "domain": (max(0.0, top - cell / plot[1]), top),
+                    "anchor": x,
+                    "autorange": "reversed",
+                    "showticklabels": column == 0,
                 },
             }
-        )  # fmt: skip
+        )
         figure.add_annotation(
-            text=f"<b>{head}</b>", x=0, xref=f"{x} domain", xanchor="left", y=1, yref=f"{y} domain", yanchor="bottom", showarrow=False
+            text=f"<b>{head}</b>",
+            x=0,
+            xref=f"{x} domain",
+            xanchor="left",
+            y=1,
+            yref=f"{y} domain",
+            yanchor="bottom",
+            showarrow=False,
         )
     return with_table(_framed(figure, patterns, title, theme, plot=plot, side=side, every=every), patterns.to_frame())
 
 
 def _framed(
-    figure: go.Figure, patterns: AttentionPatterns, title: str, theme: Theme, *, plot: tuple[float, float], side: int, every: int
+    figure: go.Figure,
+    patterns: AttentionPatterns,
+    title: str,
+    theme: Theme,
+    *,
+    plot: tuple[float, float],
+    side: int,
+    every: int,
 ) -> go.Figure:
     remarks = ["Down: the token that looks. Across: the token it looks at. " + _about_weights(patterns)]
     if every > 1:
@@ -91,7 +124,15 @@ def _about_weights(patterns: AttentionPatterns) -> str:
 
 def _colour_axis(most: float, patterns: AttentionPatterns, theme: Theme) -> dict[str, object]:
     words = "weighted<br>attention" if patterns.value_weighted else "attention"
-    bar = {"title": {"text": words, "side": "top"}, "thickness": 12, "outlinewidth": 0, "len": 200, "lenmode": "pixels", "y": 1, "yanchor": "top"}
+    bar = {
+        "title": {"text": words, "side": "top"},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "len": 200,
+        "lenmode": "pixels",
+        "y": 1,
+        "yanchor": "top",
+    }
     return {"cmin": 0, "cmax": most or 1.0, "colorscale": colour_scale(theme.wash), "colorbar": bar}
 
 
@@ -100,18 +141,35 @@ def _map(figure: go.Figure, patterns: AttentionPatterns, place: int, x: str, y: 
     seen = [[weights[query][key] if key <= query else None for key in range(length)] for query in range(length)]
     words = [escaped(_visible(token)) for token in patterns.tokens]
     about = [
-        [f"<b>{head}</b><br>{words[query]} ({query}) looks at {words[key]} ({key})<br>{weights[query][key]:.3f}" if key <= query else "" for key in range(length)]
+        [
+            f"<b>{head}</b><br>{words[query]} ({query}) looks at {words[key]} ({key})<br>{weights[query][key]:.3f}"
+            if key <= query
+            else ""
+            for key in range(length)
+        ]
         for query in range(length)
-    ]  # fmt: skip
+    ]
     where = [[[head, query, key] for key in range(length)] for query in range(length)]
     figure.add_heatmap(
-        z=seen, coloraxis="coloraxis", xaxis=x, yaxis=y, name=head, hoverinfo="text", hovertext=about, customdata=where, hoverongaps=False,
-        xgap=1 if length <= 40 else 0, ygap=1 if length <= 40 else 0,
-    )  # fmt: skip
+        z=seen,
+        coloraxis="coloraxis",
+        xaxis=x,
+        yaxis=y,
+        name=head,
+        hoverinfo="text",
+        hovertext=about,
+        customdata=where,
+        hoverongaps=False,
+        xgap=1 if length <= 40 else 0,
+        ygap=1 if length <= 40 else 0,
+    )
 
 
-def attention_text(patterns: AttentionPatterns, *, query: int = -1, theme: Theme = LIGHT, title: str = "What a token looks at") -> go.Figure:
-    """The prompt as text, once a head: each token is shaded by how much the token at `query` (framed; default the last) looks at it.
+def attention_text(
+    patterns: AttentionPatterns, *, query: int = -1, theme: Theme = LIGHT, title: str = "What a token looks at"
+) -> go.Figure:
+    """The prompt as text, once a head: each token is shaded by how much the token at `query` (framed; default the last)
+    looks at it.
 
     Made for long prompts: lines wrap, nothing is left out. Tokens after `query`, which it can't see, are muted.
     Errors: `InputError` for a position outside the prompt.
@@ -126,13 +184,23 @@ def attention_text(patterns: AttentionPatterns, *, query: int = -1, theme: Theme
     pitch = lines + 0.9
     for place, head in enumerate(patterns.heads):
         _block(
-            figure, patterns, place, query, [(left, width, line + place * pitch) for left, width, line in places], theme, float(weights.max()) or 1.0
+            figure,
+            patterns,
+            place,
+            query,
+            [(left, width, line + place * pitch) for left, width, line in places],
+            theme,
+            float(weights.max()) or 1.0,
         )
-        figure.add_annotation(text=f"<b>{head}</b>", x=0, xref="paper", xanchor="right", xshift=-10, y=place * pitch, showarrow=False)
+        figure.add_annotation(
+            text=f"<b>{head}</b>", x=0, xref="paper", xanchor="right", xshift=-10, y=place * pitch, showarrow=False
+        )
     hidden = {"showgrid": False, "showticklabels": False, "showline": False, "ticks": ""}
     total = pitch * len(patterns.heads)
     figure.update_layout(
-        xaxis=hidden | {"range": (0, (WIDTH - 190) / CHARACTER), "fixedrange": True}, yaxis=hidden | {"range": (total - 0.9, -0.6)}, showlegend=False
+        xaxis=hidden | {"range": (0, (WIDTH - 190) / CHARACTER), "fixedrange": True},
+        yaxis=hidden | {"range": (total - 0.9, -0.6)},
+        showlegend=False,
     )
     asking = _visible(patterns.tokens[query]).strip()
     remarks = [f"Framed: the token that looks, “{asking}” at position {query}. " + _about_weights(patterns)]
@@ -155,23 +223,46 @@ def _wrapped_tokens(tokens: Sequence[str], most: float) -> tuple[list[tuple[floa
 
 
 def _block(
-    figure: go.Figure, patterns: AttentionPatterns, place: int, query: int, spots: Sequence[tuple[float, float, float]], theme: Theme, most: float
+    figure: go.Figure,
+    patterns: AttentionPatterns,
+    place: int,
+    query: int,
+    spots: Sequence[tuple[float, float, float]],
+    theme: Theme,
+    most: float,
 ) -> None:
     """One head's prompt: a bar a token, with its text inside."""
     weights, head = patterns.weights[place, query].tolist(), str(patterns.heads[place])
-    inks = [theme.muted if key > query else theme.strong_ink if weights[key] > 0.55 * most else theme.ink for key in range(len(spots))]
+    inks = [
+        theme.muted if key > query else theme.strong_ink if weights[key] > 0.55 * most else theme.ink
+        for key in range(len(spots))
+    ]
     words = [escaped(_visible(token).strip()) for token in patterns.tokens]
     frames = [2 if key == query else 0 for key in range(len(spots))]
     figure.add_bar(
-        orientation="h", base=[left for left, _, _ in spots], x=[width for _, width, _ in spots], y=[line for _, _, line in spots],
-        width=0.86, text=words, textposition="inside", insidetextanchor="middle", constraintext="none", cliponaxis=False, name=head, textangle=0,
-        insidetextfont={"family": theme.mono, "size": TEXT_SIZE, "color": inks}, hoverinfo="text", hovertext=list(_about(patterns, head, query, weights, words)),
+        orientation="h",
+        base=[left for left, _, _ in spots],
+        x=[width for _, width, _ in spots],
+        y=[line for _, _, line in spots],
+        width=0.86,
+        text=words,
+        textposition="inside",
+        insidetextanchor="middle",
+        constraintext="none",
+        cliponaxis=False,
+        name=head,
+        textangle=0,
+        insidetextfont={"family": theme.mono, "size": TEXT_SIZE, "color": inks},
+        hoverinfo="text",
+        hovertext=list(_about(patterns, head, query, weights, words)),
         customdata=[[head, query, key] for key in range(len(spots))],
         marker={"color": weights, "coloraxis": "coloraxis", "line": {"width": frames, "color": theme.helps}},
-    )  # fmt: skip
+    )
 
 
-def _about(patterns: AttentionPatterns, head: str, query: int, weights: Sequence[float], words: Sequence[str]) -> Iterator[str]:
+def _about(
+    patterns: AttentionPatterns, head: str, query: int, weights: Sequence[float], words: Sequence[str]
+) -> Iterator[str]:
     for key, word in enumerate(words):
         seen = f"{weights[key]:.3f}" if key <= query else "comes later"
         yield f"<b>{head}</b><br>{words[query]} ({query}) looks at {word} ({key})<br>{seen}"

@@ -1,7 +1,8 @@
 """A figure as a table and as a file.
 
-Every figure function puts the numbers that it draws into the figure itself (`with_table`), so `to_frame(figure)` gives them back, whatever the
-figure, also after it went through JSON. `save_figure` writes PNG, SVG or PDF through kaleido and a Chromium of this machine, without network.
+Every figure function puts the numbers that it draws into the figure itself (`with_table`), so `to_frame(figure)` gives
+them back, whatever the figure, also after it went through JSON. `save_figure` writes PNG, SVG or PDF through kaleido
+and a Chromium of this machine, without network.
 """
 
 import os
@@ -22,7 +23,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 def with_table(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
     """The figure with its numbers as columns in `layout.meta` (NaN as null)."""
-    columns: dict[Any, list[Any]] = {name: [None if pd.isna(cell) else cell for cell in frame[name].tolist()] for name in frame.columns}
+    columns: dict[Any, list[Any]] = {
+        name: [None if pd.isna(cell) else cell for cell in frame[name].tolist()] for name in frame.columns
+    }
     return figure.update_layout(meta={"table": columns})
 
 
@@ -42,11 +45,17 @@ def browser() -> str | None:
 def save_figure(figure: go.Figure, path: Path, *, scale: int | float = 2) -> Path:
     """Write a figure as PNG, SVG or PDF, by the ending of `path`; `scale`: pixels of a PNG per pixel of the layout.
 
-    Errors: `InputError` for another ending, and where kaleido or Chromium is missing, with the command that installs it.
+    Errors: `InputError` for another ending, and where kaleido or Chromium is missing, with the command that installs
+    it.
     """
     if path.suffix.lstrip(".") not in FORMATS:
-        raise InputError(f"{path.name} ends in none of {', '.join(FORMATS)}; for a page that one can hover on use `figure.write_html`.")
-    storage.write_atomically(path, lambda temporary: temporary.write_bytes(rendered(figure, path.suffix.lstrip("."), scale=scale)))
+        raise InputError(
+            f"{path.name} ends in none of {', '.join(FORMATS)}; for a page that one can hover on use "
+            "`figure.write_html`."
+        )
+    storage.write_atomically(
+        path, lambda temporary: temporary.write_bytes(rendered(figure, path.suffix.lstrip("."), scale=scale))
+    )
     return path
 
 
@@ -56,7 +65,10 @@ def rendered(figure: go.Figure, form: str, *, scale: int | float = 2) -> bytes:
     if find_spec("kaleido") is None:
         raise InputError("pictures are rendered by kaleido, which is not installed: pip install kaleido.")
     if found is None:
-        raise InputError("pictures are rendered by Chromium, which is not on this machine: apt-get install -y chromium, or set BROWSER_PATH to one.")
+        raise InputError(
+            "pictures are rendered by Chromium, which is not on this machine: apt-get install -y chromium, or set "
+            "BROWSER_PATH to one."
+        )
     import kaleido
 
     page = kaleido.PageGenerator(mathjax=False)  # its default asks a content network for it

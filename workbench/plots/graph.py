@@ -1,4 +1,5 @@
-"""A circuit as a graph: layers upward, heads at the position where they act, coloured by group; edges as wide as their path effect."""
+"""A circuit as a graph: layers upward, heads at the position where they act, coloured by group; edges as wide as their
+path effect."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 NODE, ROW, LOGITS = 26, 74, "logits"
 SYMBOLS = ("circle", "square", "diamond")
@@ -49,12 +50,14 @@ def circuit_graph(
     theme: Theme = LIGHT,
     title: str = "Circuit",
 ) -> go.Figure:
-    """Heads as circles, columns for positions (`positions` from left to right; default: by name, `last` at the right), layers upward.
+    """Heads as circles, columns for positions (`positions` from left to right; default: by name, `last` at the right),
+    layers upward.
 
-    `edges`: [sender receiver example] from `exact_edges` or `attribute_edges`; with grouped-query attention a head's k and v are its group's. A head pair
-    is one line, as wide as the strongest of its q, k and v effects; drawn are the `most` strongest of at least `least` of the strongest.
-    Blue lowers the metric when the path is corrupted (the task needs it), orange raises it.
-    Errors: `InputError` for an empty circuit, a position that is not listed, and scores over other axes.
+    `edges`: [sender receiver example] from `exact_edges` or `attribute_edges`; with grouped-query attention a head's k
+    and v are its group's. A head pair is one line, as wide as the strongest of its q, k and v effects; drawn are the
+    `most` strongest of at least `least` of the strongest. Blue lowers the metric when the path is corrupted (the task
+    needs it), orange raises it. Errors: `InputError` for an empty circuit, a position that is not listed, and scores
+    over other axes.
     """
     if not circuit.members:
         raise InputError("this circuit has no heads to draw; find one with `backward_search`, or lower its thresholds.")
@@ -97,7 +100,10 @@ def _spots(circuit: Circuit, columns: Sequence[str]) -> tuple[dict[Head | str, P
         for (name, layer), heads in crowd.items():
             if name == column:
                 step = across / len(heads)
-                spots |= {head: (left + step * (place + 0.5), layer + _stagger(place, len(heads))) for place, head in enumerate(heads)}
+                spots |= {
+                    head: (left + step * (place + 0.5), layer + _stagger(place, len(heads)))
+                    for place, head in enumerate(heads)
+                }
         left += across + 0.4
     ends = shares[columns[-1]]
     spots[LOGITS] = ((ends[0] + ends[1]) / 2, float(circuit.shape[0]))
@@ -112,9 +118,14 @@ def _stagger(place: int, count: int) -> float:
 def _edges(circuit: Circuit, scores: Scores) -> list[Edge]:
     """The edges among the circuit's heads and to the logits that were measured."""
     if scores.axes[:2] != ("sender", "receiver"):
-        raise InputError(f"the edges of a circuit are scores over (sender, receiver), not {scores.axes}; make them with `exact_edges`.")
+        raise InputError(
+            f"the edges of a circuit are scores over (sender, receiver), not {scores.axes}; make them with "
+            "`exact_edges`."
+        )
     means = scores.mean()
-    senders, receivers = ({name: place for place, name in enumerate(scores.labels[axis])} for axis in ("sender", "receiver"))
+    senders, receivers = (
+        {name: place for place, name in enumerate(scores.labels[axis])} for axis in ("sender", "receiver")
+    )
     found = []
     for sender in circuit.heads:
         if str(sender) not in senders:
@@ -122,7 +133,11 @@ def _edges(circuit: Circuit, scores: Scores) -> list[Edge]:
         row = means[senders[str(sender)]]
         ends: list[Head | None] = [*(head for head in circuit.heads if head.layer > sender.layer), None]
         for end in ends:
-            names = {LOGITS: LOGITS} if end is None else {composition: _read_by(end, composition, receivers) for composition in "qkv"}
+            names = (
+                {LOGITS: LOGITS}
+                if end is None
+                else {composition: _read_by(end, composition, receivers) for composition in "qkv"}
+            )
             effects = {key: float(row[receivers[name]]) for key, name in names.items() if name in receivers}
             effects = {key: value for key, value in effects.items() if value == value}  # NaN is not measured
             if effects:
@@ -144,7 +159,9 @@ def _curve(start: Place, end: Place, points: int = 14) -> tuple[list[float], lis
     """From a head upward to another, leaving and arriving vertically."""
     shares = [step / (points - 1) for step in range(points)]
     smooth = [3 * share**2 - 2 * share**3 for share in shares]
-    return [start[0] + (end[0] - start[0]) * turn for turn in smooth], [start[1] + (end[1] - start[1]) * share for share in shares]
+    return [start[0] + (end[0] - start[0]) * turn for turn in smooth], [
+        start[1] + (end[1] - start[1]) * share for share in shares
+    ]
 
 
 def _line(figure: go.Figure, spots: Spots, edge: Edge, strongest: float, theme: Theme) -> None:
@@ -152,9 +169,14 @@ def _line(figure: go.Figure, spots: Spots, edge: Edge, strongest: float, theme: 
     x, y = _curve(spots[edge.sender], _end(spots, edge))
     colour = faint(theme.hurts if edge.strongest < 0 else theme.helps, 0.35 + 0.5 * share)
     figure.add_scatter(
-        x=x, y=y, mode="lines", line={"color": colour, "width": 0.8 + 7 * share}, hoverinfo="skip", showlegend=False,
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": colour, "width": 0.8 + 7 * share},
+        hoverinfo="skip",
+        showlegend=False,
         name=f"{edge.sender}~{edge.receiver or LOGITS}",
-    )  # fmt: skip
+    )
 
 
 def _middles(figure: go.Figure, spots: Spots, edges: Sequence[Edge], unit: str, theme: Theme) -> None:
@@ -169,29 +191,57 @@ def _middles(figure: go.Figure, spots: Spots, edges: Sequence[Edge], unit: str, 
         for edge in edges
     ]
     figure.add_scatter(
-        x=[x for x, _ in middles], y=[y for _, y in middles], mode="markers", marker={"size": 12, "opacity": 0, "color": theme.ink},
-        hoverinfo="text", hovertext=texts, showlegend=False, name="paths",
-    )  # fmt: skip
+        x=[x for x, _ in middles],
+        y=[y for _, y in middles],
+        mode="markers",
+        marker={"size": 12, "opacity": 0, "color": theme.ink},
+        hoverinfo="text",
+        hovertext=texts,
+        showlegend=False,
+        name="paths",
+    )
 
 
 def _nodes(figure: go.Figure, circuit: Circuit, spots: Spots, theme: Theme, *, with_logits: bool) -> None:
-    roles = list(dict.fromkeys(sorted((circuit.role_of(head) for head in circuit.heads), key=lambda role: (role.count("+"), role))))
+    roles = list(
+        dict.fromkeys(
+            sorted((circuit.role_of(head) for head in circuit.heads), key=lambda role: (role.count("+"), role))
+        )
+    )
     for place, role in enumerate(roles):
         heads = [head for head in circuit.heads if circuit.role_of(head) == role]
-        about = [f"<b>{head}</b><br>group {escaped(role)}<br>at {escaped(', '.join(circuit.scope[head]))}" for head in heads]
+        about = [
+            f"<b>{head}</b><br>group {escaped(role)}<br>at {escaped(', '.join(circuit.scope[head]))}" for head in heads
+        ]
         figure.add_scatter(
-            x=[spots[head][0] for head in heads], y=[spots[head][1] for head in heads], mode="markers+text", name=escaped(role),
-            text=[f"{head.layer}.{head.index}" for head in heads], textfont={"size": 10, "color": theme.ink}, hoverinfo="text", hovertext=about,
-            customdata=[str(head) for head in heads], cliponaxis=False,
+            x=[spots[head][0] for head in heads],
+            y=[spots[head][1] for head in heads],
+            mode="markers+text",
+            name=escaped(role),
+            text=[f"{head.layer}.{head.index}" for head in heads],
+            textfont={"size": 10, "color": theme.ink},
+            hoverinfo="text",
+            hovertext=about,
+            customdata=[str(head) for head in heads],
+            cliponaxis=False,
             marker={
-                "size": NODE, "color": theme.background, "line": {"width": 3, "color": theme.categories[place % len(theme.categories)]},
+                "size": NODE,
+                "color": theme.background,
+                "line": {"width": 3, "color": theme.categories[place % len(theme.categories)]},
                 "symbol": SYMBOLS[place // len(theme.categories) % len(SYMBOLS)],
             },
-        )  # fmt: skip
+        )
     if with_logits:
         x, y = spots[LOGITS]
         figure.add_annotation(
-            x=x, y=y, text=f"<b>{LOGITS}</b>", showarrow=False, bgcolor=theme.background, bordercolor=theme.ink, borderpad=4, borderwidth=1.5
+            x=x,
+            y=y,
+            text=f"<b>{LOGITS}</b>",
+            showarrow=False,
+            bgcolor=theme.background,
+            bordercolor=theme.ink,
+            borderpad=4,
+            borderwidth=1.5,
         )
 
 
@@ -199,31 +249,70 @@ def _axes(figure: go.Figure, circuit: Circuit, shares: Mapping[str, tuple[float,
     layers = circuit.shape[0]
     right = max(end for _, end in shares.values())
     figure.update_layout(
-        xaxis={"range": (-0.2, right + 0.2), "showgrid": False, "showticklabels": False, "ticks": "", "showline": False},
-        yaxis={"range": (-0.6, layers + 0.4), "tickvals": list(range(layers)), "showgrid": True, "title": "layer", "ticks": "", "showline": False},
+        xaxis={
+            "range": (-0.2, right + 0.2),
+            "showgrid": False,
+            "showticklabels": False,
+            "ticks": "",
+            "showline": False,
+        },
+        yaxis={
+            "range": (-0.6, layers + 0.4),
+            "tickvals": list(range(layers)),
+            "showgrid": True,
+            "title": "layer",
+            "ticks": "",
+            "showline": False,
+        },
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "title": {"text": "group "}},
         margin={"b": 50, "r": 20},
     )
     for name, (left, end) in shares.items():
         figure.add_annotation(
-            x=(left + end) / 2, y=0, yref="paper", yanchor="top", yshift=-8, text=f"at <b>{escaped(name.replace('_', ' '))}</b>", showarrow=False
+            x=(left + end) / 2,
+            y=0,
+            yref="paper",
+            yanchor="top",
+            yshift=-8,
+            text=f"at <b>{escaped(name.replace('_', ' '))}</b>",
+            showarrow=False,
         )
-        figure.add_shape(type="rect", x0=left, x1=end, y0=0, y1=1, yref="paper", line={"width": 0}, fillcolor=faint(theme.muted, 0.07), layer="below")
+        figure.add_shape(
+            type="rect",
+            x0=left,
+            x1=end,
+            y0=0,
+            y1=1,
+            yref="paper",
+            line={"width": 0},
+            fillcolor=faint(theme.muted, 0.07),
+            layer="below",
+        )
 
 
 def _remarks(circuit: Circuit, edges: Scores | None, drawn: int, measured: int, least: float) -> list[str]:
-    heads = f"{len(circuit.heads)} of {circuit.shape[0] * circuit.shape[1]} heads, named layer.head, each at the position where it acts."
+    heads = (
+        f"{len(circuit.heads)} of {circuit.shape[0] * circuit.shape[1]} heads, named layer.head, each at the "
+        "position where it acts."
+    )
     if edges is None:
         return [heads]
-    width = f"Lines: {drawn} of {measured} paths (at least {least:.0%} of the strongest), width: {edges.unit} (strongest of q, k, v).".replace(
-        "%", " %"
-    )
+    width = (
+        f"Lines: {drawn} of {measured} paths (at least {least:.0%} of the strongest), "
+        f"width: {edges.unit} (strongest of q, k, v)."
+    ).replace("%", " %")
     return [heads, width, "Blue: below 0 (corrupting the path hurts the task). Orange: above 0."]
 
 
 def _frame(circuit: Circuit, edges: Sequence[Edge]) -> pd.DataFrame:
     rows = [
-        {"from": str(edge.sender), "to": str(edge.receiver or LOGITS), "input": key, "effect": value, "from_group": circuit.role_of(edge.sender)}
+        {
+            "from": str(edge.sender),
+            "to": str(edge.receiver or LOGITS),
+            "input": key,
+            "effect": value,
+            "from_group": circuit.role_of(edge.sender),
+        }
         for edge in edges
         for key, value in edge.effects.items()
     ]

@@ -11,8 +11,8 @@ from workbench.errors import InputError, nearest
 from workbench.plots.export import with_table
 from workbench.plots.panels import GAP, Order, Panel, cell_size, hover_texts, initials, panels_of
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled, wrapped
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 SIGNS: dict[Order, str] = {
     "lowest": "The most negative head is the most important.",
@@ -31,12 +31,14 @@ def head_importance(
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
-    """Mean score of every head, a panel a model (layers upward, heads across); its circuit's heads are outlined, with the initials of their roles.
+    """Mean score of every head, a panel a model (layers upward, heads across); its circuit's heads are outlined, with
+    the initials of their roles.
 
-    `scores`: panel name -> scores over (layer, head) and perhaps example. All panels share one scale, symmetric around 0 (negative blue, positive
-    orange), so they must measure the same; their unit stands above them. `by` says which sign means important, as in `Scores.ranked`: `lowest`
-    for path effects (patched minus clean), `highest` for impacts of ablation (whole minus ablated). NaN is grey: not measured.
-    Errors: `InputError` for no scores, scores over other axes, a circuit that belongs to no panel or has another shape.
+    `scores`: panel name -> scores over (layer, head) and perhaps example. All panels share one scale, symmetric around
+    0 (negative blue, positive orange), so they must measure the same; their unit stands above them. `by` says which
+    sign means important, as in `Scores.ranked`: `lowest` for path effects (patched minus clean), `highest` for impacts
+    of ablation (whole minus ablated). NaN is grey: not measured. Errors: `InputError` for no scores, scores over other
+    axes, a circuit that belongs to no panel or has another shape.
     """
     circuits = circuits or {}
     _check(scores, circuits)
@@ -58,9 +60,15 @@ def head_importance(
 
 def _frame(panel: Panel) -> pd.DataFrame:
     frame = panel.scores.to_frame()
-    heads = [Head(layer, index) for layer in range(panel.scores.values.shape[0]) for index in range(panel.scores.values.shape[1])]
+    heads = [
+        Head(layer, index)
+        for layer in range(panel.scores.values.shape[0])
+        for index in range(panel.scores.values.shape[1])
+    ]
     roles = [panel.circuit.role_of(head) if panel.circuit else "" for head in heads]
-    return frame.assign(layer=[head.layer for head in heads], head=[head.index for head in heads], model=panel.name, role=roles)
+    return frame.assign(
+        layer=[head.layer for head in heads], head=[head.index for head in heads], model=panel.name, role=roles
+    )
 
 
 def _check(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit]) -> None:
@@ -69,17 +77,29 @@ def _check(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit]) -> Non
     for name, part in scores.items():
         if part.axes not in (("layer", "head"), ("layer", "head", "example")):
             raise InputError(
-                f"the scores of {name!r} are over {part.axes}; a map of heads needs (layer, head) and perhaps example: `select` the others first."
+                f"the scores of {name!r} are over {part.axes}; a map of heads needs (layer, head) and perhaps example: "
+                "`select` the others first."
             )
     for name, circuit in circuits.items():
         if name not in scores:
             raise InputError(f"there is a circuit but no scores for {name!r}; {nearest(name, scores)}")
         if circuit.shape != tuple(scores[name].values.shape[:2]):
-            raise InputError(f"the circuit of {name!r} is of a model of shape {circuit.shape}, its scores of {tuple(scores[name].values.shape[:2])}.")
+            raise InputError(
+                f"the circuit of {name!r} is of a model of shape {circuit.shape}, its scores of "
+                f"{tuple(scores[name].values.shape[:2])}."
+            )
 
 
 def _colour_axis(largest: float, height: int, theme: Theme) -> dict[str, object]:
-    bar = {"len": max(120, height), "lenmode": "pixels", "y": 0, "yanchor": "bottom", "thickness": 14, "outlinewidth": 0, "xpad": 16}
+    bar = {
+        "len": max(120, height),
+        "lenmode": "pixels",
+        "y": 0,
+        "yanchor": "bottom",
+        "thickness": 14,
+        "outlinewidth": 0,
+        "xpad": 16,
+    }
     return {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": colour_scale(theme.diverging), "colorbar": bar}
 
 
@@ -90,9 +110,18 @@ def _draw(figure: go.Figure, panel: Panel, cell: tuple[int, int], by: Order, the
     if missing.any():
         grey = [[0 if gone else None for gone in row] for row in missing.tolist()]
         figure.add_heatmap(
-            z=grey, colorscale=[(0, theme.missing), (1, theme.missing)], showscale=False, hoverinfo="skip", xgap=1, ygap=1, name=f"{panel.name}: not measured",
-            text=[["x" if gone else "" for gone in row] for row in missing.tolist()], texttemplate="%{text}", textfont={"color": theme.muted, "size": 11}, **panel.axes,
-        )  # fmt: skip
+            z=grey,
+            colorscale=[(0, theme.missing), (1, theme.missing)],
+            showscale=False,
+            hoverinfo="skip",
+            xgap=1,
+            ygap=1,
+            name=f"{panel.name}: not measured",
+            text=[["x" if gone else "" for gone in row] for row in missing.tolist()],
+            texttemplate="%{text}",
+            textfont={"color": theme.muted, "size": 11},
+            **panel.axes,
+        )
     about = {"hoverinfo": "text", "hovertext": hover_texts(panel, by), "hoverongaps": True}
     figure.add_heatmap(z=rows, coloraxis="coloraxis", xgap=1, ygap=1, name=panel.name, **about, **panel.axes)
     _axes(figure, panel, cell)
@@ -102,7 +131,13 @@ def _axes(figure: go.Figure, panel: Panel, cell: tuple[int, int]) -> None:
     """Axes in heads and layers, numbered from 0, with as many ticks as there is room for."""
     (layers, heads), (x, y) = panel.scores.values.shape[:2], panel.axes.values()
     common = {"showgrid": False, "tick0": 0, "ticks": "", "showline": False, "automargin": False}
-    across = {"domain": panel.across, "range": (-0.5, heads - 0.5), "dtick": math.ceil(22 / cell[0]), "anchor": y, "title": "head"}
+    across = {
+        "domain": panel.across,
+        "range": (-0.5, heads - 0.5),
+        "dtick": math.ceil(22 / cell[0]),
+        "anchor": y,
+        "title": "head",
+    }
     up = {"domain": panel.up, "range": (-0.5, layers - 0.5), "dtick": math.ceil(16 / cell[1]), "anchor": x}
     up |= {"title": "layer"} if panel.place == 1 else {}
     figure.update_layout({x.replace("x", "xaxis"): common | across, y.replace("y", "yaxis"): common | up})
@@ -117,11 +152,18 @@ def _outline(figure: go.Figure, panel: Panel, cell: tuple[int, int], largest: fl
     for head in panel.circuit.heads:
         edges = {"x0": head.index - x, "x1": head.index + x, "y0": head.layer - y, "y1": head.layer + y}
         strong = abs(float(means[head.layer, head.index])) > theme.strong * largest  # NaN is not
-        figure.add_shape(type="rect", line={"color": theme.ink, "width": 2}, name=f"{panel.name} {head}", **edges, **axes)
+        figure.add_shape(
+            type="rect", line={"color": theme.ink, "width": 2}, name=f"{panel.name} {head}", **edges, **axes
+        )
         figure.add_annotation(
-            x=head.index, y=head.layer, text=escaped(initials(panel.circuit.role_of(head))), showarrow=False, name=f"{panel.name} {head}",
-            font={"size": min(12, cell[0] - 4, cell[1] - 4), "color": theme.strong_ink if strong else theme.ink}, **axes,
-        )  # fmt: skip
+            x=head.index,
+            y=head.layer,
+            text=escaped(initials(panel.circuit.role_of(head))),
+            showarrow=False,
+            name=f"{panel.name} {head}",
+            font={"size": min(12, cell[0] - 4, cell[1] - 4), "color": theme.strong_ink if strong else theme.ink},
+            **axes,
+        )
 
 
 def _name_panels(figure: go.Figure, panels: Sequence[Panel], theme: Theme, *, with_units: bool) -> int:

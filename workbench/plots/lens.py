@@ -9,18 +9,21 @@ from workbench.errors import InputError
 from workbench.plots.attention import WIDTH
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, faint, titled
-from workbench.readouts.lens import LogitLens
-from workbench.scores import Scores
+from workbench.readouts.logit_lens import LogitLens
+from workbench.values.scores import Scores
 
 MOST = 16
 """Positions side by side."""
 
 
-def lens_figure(lens: LogitLens, *, positions: tuple[int, int] | None = None, theme: Theme = LIGHT, title: str = "Logit lens") -> go.Figure:
-    """Stages upward, positions across: each cell names the likeliest next token, its colour is the probability of the answer there.
+def lens_figure(
+    lens: LogitLens, *, positions: tuple[int, int] | None = None, theme: Theme = LIGHT, title: str = "Logit lens"
+) -> go.Figure:
+    """Stages upward, positions across: each cell names the likeliest next token, its colour is the probability of the
+    answer there.
 
-    `positions`: first and last (exclusive) position shown; default the last 16. A framed cell's likeliest token is the answer. Hover for the others.
-    Errors: `InputError` for positions outside the prompt.
+    `positions`: first and last (exclusive) position shown; default the last 16. A framed cell's likeliest token is the
+    answer. Hover for the others. Errors: `InputError` for positions outside the prompt.
     """
     length = len(lens.tokens)
     first, last = positions or (max(0, length - MOST), length)
@@ -32,16 +35,30 @@ def lens_figure(lens: LogitLens, *, positions: tuple[int, int] | None = None, th
     words = [[_short(lens.top[stage][place][0], most) for place in across] for stage in stages]
     shown = lens.of_answer[:, first:last].tolist()
     inks = [[theme.strong_ink if value > 0.6 else theme.ink for value in row] for row in shown]
-    bar = {"title": {"text": f"p({escaped(lens.answer.strip())})", "side": "top"}, "thickness": 12, "outlinewidth": 0, "tickvals": [0, 0.5, 1]}
+    bar = {
+        "title": {"text": f"p({escaped(lens.answer.strip())})", "side": "top"},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "tickvals": [0, 0.5, 1],
+    }
     figure.add_heatmap(
-        z=shown, coloraxis="coloraxis", hoverinfo="text", xgap=1, ygap=1, name="lens",
+        z=shown,
+        coloraxis="coloraxis",
+        hoverinfo="text",
+        xgap=1,
+        ygap=1,
+        name="lens",
         hovertext=[[_about(lens, stage, place) for place in across] for stage in stages],
         customdata=[[[lens.stages[stage], place] for place in across] for stage in stages],
-    )  # fmt: skip
+    )
     for stage in stages:
         for column, place in enumerate(across):
             figure.add_annotation(
-                x=column, y=stage, text=words[stage][column], showarrow=False, font={"family": theme.mono, "size": 10, "color": inks[stage][column]}
+                x=column,
+                y=stage,
+                text=words[stage][column],
+                showarrow=False,
+                font={"family": theme.mono, "size": 10, "color": inks[stage][column]},
             )
             if lens.top[stage][place][0] == lens.answer:
                 frame = {"x0": column - 0.48, "x1": column + 0.48, "y0": stage - 0.46, "y1": stage + 0.46}
@@ -50,11 +67,18 @@ def lens_figure(lens: LogitLens, *, positions: tuple[int, int] | None = None, th
     plain = {"showgrid": False, "ticks": "", "showline": False}
     figure.update_layout(
         coloraxis={"cmin": 0, "cmax": 1, "colorscale": colour_scale(theme.wash), "colorbar": bar},
-        xaxis={**plain, "tickvals": list(range(len(labels))), "ticktext": labels, "title": "prompt token and its position", "tickfont": {"size": 10}},
+        xaxis={
+            **plain,
+            "tickvals": list(range(len(labels))),
+            "ticktext": labels,
+            "title": "prompt token and its position",
+            "tickfont": {"size": 10},
+        },
         yaxis={**plain, "tickvals": list(stages), "ticktext": list(lens.stages), "title": "stream after"},
     )
     remarks = [
-        f"Each cell: the likeliest next token, were the stream there read by the final norm and unembedding. Colour: probability of “{escaped(lens.answer.strip())}”; "
+        "Each cell: the likeliest next token, were the stream there read by the final norm and unembedding. Colour: "
+        f"probability of “{escaped(lens.answer.strip())}”; "
         "framed where it is the likeliest.",
         *([f"The last {last - first} of {length} tokens."] if last - first < length else []),
     ]
@@ -74,14 +98,19 @@ def _about(lens: LogitLens, stage: int, place: int) -> str:
     return "<br>".join([*lines, f"p({escaped(lens.answer.strip())}) {float(lens.of_answer[stage, place]):.3g}"])
 
 
-def lens_curves(scores: Mapping[str, Scores], *, theme: Theme = LIGHT, title: str = "Logit lens at the last token") -> go.Figure:
-    """A line a model: the mean of [stage example] scores from `lens_scores` at each stage, with 95 % intervals over prompts.
+def lens_curves(
+    scores: Mapping[str, Scores], *, theme: Theme = LIGHT, title: str = "Logit lens at the last token"
+) -> go.Figure:
+    """A line a model: the mean of [stage example] scores from `lens_scores` at each stage, with 95 % intervals over
+    prompts.
 
-    The x axis is the share of the model's depth, so that models of different depth can be compared; hovering names the layer.
-    Errors: `InputError` for no scores, scores over other axes, or of different units.
+    The x axis is the share of the model's depth, so that models of different depth can be compared; hovering names the
+    layer. Errors: `InputError` for no scores, scores over other axes, or of different units.
     """
     if not scores or any(part.axes != ("stage", "example") for part in scores.values()):
-        raise InputError("lens curves need scores over (stage, example) of at least one model; make them with `lens_scores`.")
+        raise InputError(
+            "lens curves need scores over (stage, example) of at least one model; make them with `lens_scores`."
+        )
     units = {part.unit for part in scores.values()}
     if len(units) > 1:
         raise InputError(f"one axis can't show {' and '.join(sorted(units))}; measure all models alike.")
@@ -96,15 +125,33 @@ def lens_curves(scores: Mapping[str, Scores], *, theme: Theme = LIGHT, title: st
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
     )
     remark = "What each layer's stream would predict if it were read at once. Bands: 95 % intervals over prompts."
-    return with_table(titled(figure, title, [remark], theme, width=WIDTH, height=380, above=26), pd.concat(frames, ignore_index=True))
+    return with_table(
+        titled(figure, title, [remark], theme, width=WIDTH, height=380, above=26), pd.concat(frames, ignore_index=True)
+    )
 
 
 def _curve(figure: go.Figure, name: str, frame: pd.DataFrame, colour: str) -> None:
     depth = [place / (len(frame) - 1) for place in range(len(frame))]
-    band = {"x": [*depth, *depth[::-1]], "y": [*frame["high"], *frame["low"][::-1]], "fill": "toself", "fillcolor": faint(colour)}
-    figure.add_scatter(mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False, name=f"{name}: interval", **band)
-    about = [f"<b>{escaped(name)}</b> after {stage}<br>{mean:.4g}" for stage, mean in zip(frame["stage"], frame["mean"], strict=True)]
+    band = {
+        "x": [*depth, *depth[::-1]],
+        "y": [*frame["high"], *frame["low"][::-1]],
+        "fill": "toself",
+        "fillcolor": faint(colour),
+    }
     figure.add_scatter(
-        x=depth, y=frame["mean"].tolist(), mode="lines+markers", name=escaped(name), hoverinfo="text", hovertext=about,
-        line={"color": colour, "width": 2.4}, marker={"size": 7},
-    )  # fmt: skip
+        mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False, name=f"{name}: interval", **band
+    )
+    about = [
+        f"<b>{escaped(name)}</b> after {stage}<br>{mean:.4g}"
+        for stage, mean in zip(frame["stage"], frame["mean"], strict=True)
+    ]
+    figure.add_scatter(
+        x=depth,
+        y=frame["mean"].tolist(),
+        mode="lines+markers",
+        name=escaped(name),
+        hoverinfo="text",
+        hovertext=about,
+        line={"color": colour, "width": 2.4},
+        marker={"size": 7},
+    )

@@ -1,4 +1,5 @@
-"""CKA of every head of one model with every one of another as coloured squares: one matrix, or two on one scale before and after training."""
+"""CKA of every head of one model with every one of another as coloured squares: one matrix, or two on one scale before
+and after training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +8,13 @@ import numpy as np
 import pandas as pd
 from plotly import graph_objects as go
 
-from workbench.alignment import PairCka
 from workbench.errors import InputError
 from workbench.matching import HeadMap
+from workbench.matching.pair_cka import PairCka
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, colour_scale, titled
-from workbench.refs import Head
-from workbench.scores import Scores
+from workbench.values.refs import Head
+from workbench.values.scores import Scores
 
 LEFT, BETWEEN, RIGHT, BELOW = 110, 64, 90, 80
 """Pixels around the matrices and between two."""
@@ -37,9 +38,13 @@ class Grid:
         """From `pair_ckas`; heads in layer order. Errors: `InputError` for no pairs, or a pair that is given twice."""
         known = {(cka.pair.student, cka.pair.teacher): cka for cka in ckas}
         if not known or len(known) < len(ckas):
-            raise InputError("a CKA matrix needs each pair of heads once, and at least one; measure them with `pair_ckas`.")
+            raise InputError(
+                "a CKA matrix needs each pair of heads once, and at least one; measure them with `pair_ckas`."
+            )
         students, teachers = sorted({student for student, _ in known}), sorted({teacher for _, teacher in known})
-        fields = {name: np.full((len(students), len(teachers)), np.nan) for name in ("cka", "floor", "floor_high", "rows")}
+        fields = {
+            name: np.full((len(students), len(teachers)), np.nan) for name in ("cka", "floor", "floor_high", "rows")
+        }
         for (student, teacher), cka in known.items():
             for name, values in fields.items():
                 values[students.index(student), teachers.index(teacher)] = getattr(cka, name)
@@ -49,11 +54,20 @@ class Grid:
     def of_scores(cls, scores: Scores) -> "Grid":
         """From `circuit_ckas`. Errors: `InputError` for scores over other axes."""
         if scores.axes != ("student", "teacher", "draw"):
-            raise InputError(f"a CKA matrix needs scores over (student, teacher, draw), not {scores.axes}; measure them with `circuit_ckas`.")
+            raise InputError(
+                f"a CKA matrix needs scores over (student, teacher, draw), not {scores.axes}; measure them with "
+                "`circuit_ckas`."
+            )
         students, teachers = (list(map(Head.parse, scores.labels[axis])) for axis in ("student", "teacher"))
         values = scores.values.double().numpy()[np.ix_(np.argsort(_keys(students)), np.argsort(_keys(teachers)))]
         shuffled = values[..., 1:]
-        return cls(students=sorted(students), teachers=sorted(teachers), cka=values[..., 0], floor=shuffled.mean(-1), floor_high=shuffled.max(-1))
+        return cls(
+            students=sorted(students),
+            teachers=sorted(teachers),
+            cka=values[..., 0],
+            floor=shuffled.mean(-1),
+            floor_high=shuffled.max(-1),
+        )
 
     @property
     def at_floor(self) -> np.ndarray:
@@ -62,7 +76,11 @@ class Grid:
 
     def matched(self, head_map: HeadMap) -> list[tuple[int, int]]:
         """(row, column) of the map's pairs that are here."""
-        pairs = [(student, teacher) for student, teacher in head_map.pairs if student in self.students and teacher in self.teachers]
+        pairs = [
+            (student, teacher)
+            for student, teacher in head_map.pairs
+            if student in self.students and teacher in self.teachers
+        ]
         return [(list(self.students).index(student), list(self.teachers).index(teacher)) for student, teacher in pairs]
 
     def to_frame(self, head_map: HeadMap | None) -> pd.DataFrame:
@@ -71,13 +89,16 @@ class Grid:
         pairs = set(self.matched(head_map)) if head_map else set()
         rows = [
             {
-                "student": str(self.students[y]), "teacher": str(self.teachers[x]), "cka": float(self.cka[y, x]), "floor": float(self.floor[y, x]),
+                "student": str(self.students[y]),
+                "teacher": str(self.teachers[x]),
+                "cka": float(self.cka[y, x]),
+                "floor": float(self.floor[y, x]),
                 "floor_high": float(self.floor_high[y, x]),
                 **({} if self.rows is None else {"rows": int(self.rows[y, x])}),
                 **({"matched": (y, x) in pairs} if head_map else {}),
             }
             for y, x in there
-        ]  # fmt: skip
+        ]
         return pd.DataFrame(rows)
 
 
@@ -95,7 +116,8 @@ def cka_change(
     theme: Theme = LIGHT,
     title: str = "CKA of circuit heads before and after training",
 ) -> go.Figure:
-    """Two matrices on one colour scale, from `circuit_ckas` of the student before training (left) and after it (right). As `cka_matrix`.
+    """Two matrices on one colour scale, from `circuit_ckas` of the student before training (left) and after it (right).
+    As `cka_matrix`.
 
     Errors: `InputError` for scores over other axes, or of other heads.
     """
@@ -107,7 +129,8 @@ def cka_change(
         means = [[grid.cka[y, x] for y, x in grid.matched(head_map)] for grid in grids]
         others = [grid.cka[~_mask(grid, head_map)] for grid in grids]
         remarks.append(
-            f"Mean of the matched pairs {np.mean(means[0]):.2f} before, {np.mean(means[1]):.2f} after; of all others {others[0].mean():.2f}, {others[1].mean():.2f}."
+            f"Mean of the matched pairs {np.mean(means[0]):.2f} before, {np.mean(means[1]):.2f} after; of all others "
+            f"{others[0].mean():.2f}, {others[1].mean():.2f}."
         )
     figure = drawn([("before training", grids[0]), ("after training", grids[1])], head_map, theme, title, remarks)
     frames = [grid.to_frame(head_map).assign(when=when) for when, grid in zip(("before", "after"), grids, strict=True)]
@@ -127,11 +150,16 @@ def floor_remarks(grids: Sequence[Grid], head_map: HeadMap | None) -> list[str]:
     rows = sorted({int(rows) for grid in grids if grid.rows is not None for rows in grid.rows[~np.isnan(grid.rows)]})
     over = f"Over {rows[0]} rows. " if len(rows) == 1 else f"Over {rows[0]} to {rows[-1]} rows. " if rows else ""
     mean = round(float(floor), 2) + 0.0  # no minus before zero
-    remark = f"{over}Floor, with prompts shuffled: mean {mean:.2f}, highest {high:.2f}; a cross: no higher than its own floor's highest."
+    remark = (
+        f"{over}Floor, with prompts shuffled: mean {mean:.2f}, highest {high:.2f}; a cross: no higher than its "
+        "own floor's highest."
+    )
     return [remark, *(["Framed: matched pairs."] if head_map else [])]
 
 
-def drawn(named: Sequence[tuple[str, Grid]], head_map: HeadMap | None, theme: Theme, title: str, remarks: Sequence[str]) -> go.Figure:
+def drawn(
+    named: Sequence[tuple[str, Grid]], head_map: HeadMap | None, theme: Theme, title: str, remarks: Sequence[str]
+) -> go.Figure:
     """Students down, teachers across, a matrix a panel; the figure without its table."""
     count, first = len(named), named[0][1]
     cell = max(11 if count > 1 else 15, min(24, 640 // (count * len(first.teachers))))
@@ -149,24 +177,56 @@ def drawn(named: Sequence[tuple[str, Grid]], head_map: HeadMap | None, theme: Th
     bar = {"title": {"text": "CKA", "side": "top"}, "thickness": 12, "outlinewidth": 0, "tickvals": [0, 0.5, 1]}
     figure.update_layout(coloraxis={"cmin": 0, "cmax": 1, "colorscale": colour_scale(theme.wash), "colorbar": bar})
     width = max(640, inside + LEFT + RIGHT)
-    titled(figure, title, remarks, theme, width=width, height=cell * len(first.students) + BELOW, above=24 if count > 1 else 0)
+    titled(
+        figure,
+        title,
+        remarks,
+        theme,
+        width=width,
+        height=cell * len(first.students) + BELOW,
+        above=24 if count > 1 else 0,
+    )
     return figure.update_layout(margin={"l": LEFT, "b": BELOW, "r": width - LEFT - inside}, plot_bgcolor=theme.missing)
 
 
 def _panel(figure: go.Figure, grid: Grid, head_map: HeadMap | None, theme: Theme, number: str) -> None:
     axes = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
     figure.add_heatmap(
-        z=[[None if np.isnan(value) else value for value in row] for row in grid.cka.tolist()], coloraxis="coloraxis", xgap=1, ygap=1, name="CKA",
-        hoverinfo="text", hovertext=[[_about(grid, y, x) for x in range(len(grid.teachers))] for y in range(len(grid.students))], **axes,
-    )  # fmt: skip
+        z=[[None if np.isnan(value) else value for value in row] for row in grid.cka.tolist()],
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+        name="CKA",
+        hoverinfo="text",
+        hovertext=[[_about(grid, y, x) for x in range(len(grid.teachers))] for y in range(len(grid.students))],
+        **axes,
+    )
     crosses = np.argwhere(grid.at_floor).tolist()  # NaN is not
     figure.add_scatter(
-        x=[x for _, x in crosses], y=[y for y, _ in crosses], mode="markers", hoverinfo="skip", showlegend=False, name="at the floor",
-        marker={"symbol": "x-thin", "size": 6, "line": {"width": 1, "color": theme.muted}}, **axes,
-    )  # fmt: skip
+        x=[x for _, x in crosses],
+        y=[y for y, _ in crosses],
+        mode="markers",
+        hoverinfo="skip",
+        showlegend=False,
+        name="at the floor",
+        marker={"symbol": "x-thin", "size": 6, "line": {"width": 1, "color": theme.muted}},
+        **axes,
+    )
     for y, x in grid.matched(head_map) if head_map else ():
-        edges = {"x0": x - 0.46, "x1": x + 0.46, "y0": y - 0.46, "y1": y + 0.46, "xref": f"x{number}", "yref": f"y{number}"}
-        figure.add_shape(type="rect", line={"color": theme.helps, "width": 2.5}, name=f"{grid.students[y]}~{grid.teachers[x]}", **edges)
+        edges = {
+            "x0": x - 0.46,
+            "x1": x + 0.46,
+            "y0": y - 0.46,
+            "y1": y + 0.46,
+            "xref": f"x{number}",
+            "yref": f"y{number}",
+        }
+        figure.add_shape(
+            type="rect",
+            line={"color": theme.helps, "width": 2.5},
+            name=f"{grid.students[y]}~{grid.teachers[x]}",
+            **edges,
+        )
 
 
 def _about(grid: Grid, y: int, x: int) -> str:
@@ -181,9 +241,25 @@ def _about(grid: Grid, y: int, x: int) -> str:
 
 def _axes(figure: go.Figure, grid: Grid, number: str, domain: tuple[float, float], *, small: bool) -> None:
     plain = {"showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": 9 if small else 11}}
-    figure.update_layout({
-        f"xaxis{number}": {**plain, "tickvals": list(range(len(grid.teachers))), "ticktext": list(map(str, grid.teachers)), "title": "teacher head", "tickangle": 90,
-                           "range": (-0.5, len(grid.teachers) - 0.5), "domain": domain, "anchor": f"y{number}"},
-        f"yaxis{number}": {**plain, "tickvals": list(range(len(grid.students))), "ticktext": list(map(str, grid.students)), "title": "" if number else "student head",
-                           "range": (-0.5, len(grid.students) - 0.5), "anchor": f"x{number}"},
-    })  # fmt: skip
+    figure.update_layout(
+        {
+            f"xaxis{number}": {
+                **plain,
+                "tickvals": list(range(len(grid.teachers))),
+                "ticktext": list(map(str, grid.teachers)),
+                "title": "teacher head",
+                "tickangle": 90,
+                "range": (-0.5, len(grid.teachers) - 0.5),
+                "domain": domain,
+                "anchor": f"y{number}",
+            },
+            f"yaxis{number}": {
+                **plain,
+                "tickvals": list(range(len(grid.students))),
+                "ticktext": list(map(str, grid.students)),
+                "title": "" if number else "student head",
+                "range": (-0.5, len(grid.students) - 0.5),
+                "anchor": f"x{number}",
+            },
+        }
+    )

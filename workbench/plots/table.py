@@ -7,9 +7,9 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.errors import InputError
+from workbench.experiment.results import TITLES, ConditionResult
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
-from workbench.study.rows import TITLES, ConditionResult
 
 METHOD, FULL, CIRCUIT = "circuit_ce_cka", "full model", "circuit alone"
 PAIR, APART = 0.8, 0.9
@@ -24,15 +24,28 @@ def condition_title(name: str) -> str:
 def in_order(results: Iterable[ConditionResult]) -> list[ConditionResult]:
     """By the table's order of conditions, then by seed; unknown conditions last."""
     order = list(TITLES)
-    return sorted(results, key=lambda row: (order.index(row.condition) if row.condition in TITLES else len(order), row.condition, row.seed))
+    return sorted(
+        results,
+        key=lambda row: (
+            order.index(row.condition) if row.condition in TITLES else len(order),
+            row.condition,
+            row.seed,
+        ),
+    )
 
 
 def results_chart(
-    results: Sequence[ConditionResult], *, chance: float | None = None, theme: Theme = LIGHT, title: str = "Accuracy on held-out prompts"
+    results: Sequence[ConditionResult],
+    *,
+    chance: float | None = None,
+    theme: Theme = LIGHT,
+    title: str = "Accuracy on held-out prompts",
 ) -> go.Figure:
-    """Accuracy (share of test prompts, 0 to 1) of each condition: the full model filled, its circuit alone open, both with their 95 % interval.
+    """Accuracy (share of test prompts, 0 to 1) of each condition: the full model filled, its circuit alone open, both
+    with their 95 % interval.
 
-    A grey tick is a random circuit of equal size, a dotted line chance. Several seeds stand below one another. Errors: `InputError` for no results.
+    A grey tick is a random circuit of equal size, a dotted line chance. Several seeds stand below one another. Errors:
+    `InputError` for no results.
     """
     if not results:
         raise InputError("there are no results to draw; run at least one condition.")
@@ -45,8 +58,16 @@ def results_chart(
     _random(figure, rows, below, theme)
     if chance is not None:
         line = {"color": theme.muted, "dash": "dot", "width": 1.5}
-        figure.add_scatter(x=(chance, chance), y=(-1, lines), mode="lines", name=f"chance {chance:.3f}", line=line, hoverinfo="name")
-    ticks = {"tickvals": list(places.values()), "ticktext": [_label(name) for name in places], "ticks": "", "showline": False, "showgrid": False}
+        figure.add_scatter(
+            x=(chance, chance), y=(-1, lines), mode="lines", name=f"chance {chance:.3f}", line=line, hoverinfo="name"
+        )
+    ticks = {
+        "tickvals": list(places.values()),
+        "ticktext": [_label(name) for name in places],
+        "ticks": "",
+        "showline": False,
+        "showgrid": False,
+    }
     figure.update_layout(
         xaxis={"title": "accuracy (share of test prompts)", "range": (-0.02, 1.02), "dtick": 0.2, "tickformat": ".1f"},
         yaxis=ticks | {"range": (lines, -1)},
@@ -54,7 +75,9 @@ def results_chart(
         margin={"b": 56, "r": 40, "l": 60},
     )
     seeds = len({row.seed for row in rows})
-    remark = f"Lines: 95 % intervals over prompts{f'; {seeds} seeds, in order from top to bottom' if seeds > 1 else ''}."
+    remark = (
+        f"Lines: 95 % intervals over prompts{f'; {seeds} seeds, in order from top to bottom' if seeds > 1 else ''}."
+    )
     titled(figure, title, [remark], theme, width=820, height=round(18 * (lines + 1)) + 56, above=30)
     return with_table(figure, results_frame(rows))
 
@@ -63,7 +86,11 @@ def results_frame(results: Sequence[ConditionResult]) -> pd.DataFrame:
     """A row per condition and seed, in the table's order; intervals as `_low` and `_high`."""
     rows = []
     for result in in_order(results):
-        row = {name: value for name, value in result.to_json().items() if name not in ("full_interval", "circuit_interval", "mcnemar")}
+        row = {
+            name: value
+            for name, value in result.to_json().items()
+            if name not in ("full_interval", "circuit_interval", "mcnemar")
+        }
         for name in ("full", "circuit"):
             row[f"{name}_low"], row[f"{name}_high"] = getattr(result, f"{name}_interval")
         rows.append(row | {f"p_against_{name}": value for name, value in result.mcnemar.items()})
@@ -76,7 +103,8 @@ def _label(name: str) -> str:
 
 
 def _places(rows: Sequence[ConditionResult]) -> tuple[list[float], dict[str, float], float]:
-    """The height of each row's full accuracy (its circuit's is `PAIR` lower), of each condition's name, and of all, in lines downward."""
+    """The height of each row's full accuracy (its circuit's is `PAIR` lower), of each condition's name, and of all, in
+    lines downward."""
     heights: list[float] = []
     names: dict[str, list[float]] = {}
     line = 0.0
@@ -88,28 +116,48 @@ def _places(rows: Sequence[ConditionResult]) -> tuple[list[float], dict[str, flo
     return heights, {name: sum(places) / len(places) for name, places in names.items()}, line
 
 
-def _dots(figure: go.Figure, name: str, rows: Sequence[ConditionResult], heights: Sequence[float], symbol: str, colour: str) -> None:
+def _dots(
+    figure: go.Figure, name: str, rows: Sequence[ConditionResult], heights: Sequence[float], symbol: str, colour: str
+) -> None:
     """One kind of accuracy of all rows, with its interval."""
-    measured = [(row.full_accuracy, row.full_interval) if name == FULL else (row.circuit_accuracy, row.circuit_interval) for row in rows]
+    measured = [
+        (row.full_accuracy, row.full_interval) if name == FULL else (row.circuit_accuracy, row.circuit_interval)
+        for row in rows
+    ]
     values = [value for value, _ in measured]
-    bars = {"array": [high - value for value, (_, high) in measured], "arrayminus": [value - low for value, (low, _) in measured]}
+    bars = {
+        "array": [high - value for value, (_, high) in measured],
+        "arrayminus": [value - low for value, (low, _) in measured],
+    }
     about = [
         f"{_who(row)}<br>{name} {value:.3f}<br>95 % interval {low:.3f} to {high:.3f}"
         for row, (value, (low, high)) in zip(rows, measured, strict=True)
     ]
     figure.add_scatter(
-        x=values, y=heights, mode="markers", name=name, hoverinfo="text", hovertext=about, cliponaxis=False,
+        x=values,
+        y=heights,
+        mode="markers",
+        name=name,
+        hoverinfo="text",
+        hovertext=about,
+        cliponaxis=False,
         marker={"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}},
         error_x={"type": "data", "symmetric": False, "thickness": 1.6, "width": 0, "color": colour, **bars},
-    )  # fmt: skip
+    )
 
 
 def _random(figure: go.Figure, rows: Sequence[ConditionResult], heights: Sequence[float], theme: Theme) -> None:
     about = [f"{_who(row)}<br>random circuit of equal size {row.random_circuit_accuracy:.3f}" for row in rows]
     figure.add_scatter(
-        x=[row.random_circuit_accuracy for row in rows], y=heights, mode="markers", name="random circuit", hoverinfo="text", hovertext=about,
-        cliponaxis=False, marker={"symbol": "line-ns", "size": 13, "line": {"width": 2.5, "color": theme.muted}},
-    )  # fmt: skip
+        x=[row.random_circuit_accuracy for row in rows],
+        y=heights,
+        mode="markers",
+        name="random circuit",
+        hoverinfo="text",
+        hovertext=about,
+        cliponaxis=False,
+        marker={"symbol": "line-ns", "size": 13, "line": {"width": 2.5, "color": theme.muted}},
+    )
 
 
 def _who(row: ConditionResult) -> str:
@@ -132,14 +180,21 @@ COLUMNS: Mapping[str, Callable[[ConditionResult], str]] = {
     "p against circuit / CE": lambda row: _p_value(row.mcnemar.get("circuit_ce")),
 }
 """Heading -> cell."""
-CAPTION = "Accuracies are shares of test prompts, with their 95 % interval; p is McNemar's exact test on the same prompts, two-sided."
+CAPTION = (
+    "Accuracies are shares of test prompts, with their 95 % interval; p is McNemar's exact test on the same "
+    "prompts, two-sided."
+)
 
 
 def results_html(results: Sequence[ConditionResult]) -> str:
-    """The results as a plain HTML table (class `results`; the method's rows have class `method`), all text escaped; `n/a` is not measured."""
+    """The results as a plain HTML table (class `results`; the method's rows have class `method`), all text escaped;
+    `n/a` is not measured."""
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("Condition", *COLUMNS))
     body = "\n".join(_row(row) for row in in_order(results))
-    return f'<table class="results">\n<caption>{CAPTION}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    return (
+        f'<table class="results">\n<caption>{CAPTION}</caption>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    )
 
 
 def _row(row: ConditionResult) -> str:

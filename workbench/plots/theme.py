@@ -1,7 +1,8 @@
 """The look of every figure: one frozen `Theme`, passed to each figure function, never global.
 
-Colours can be told apart with colour-blindness: categories are Okabe and Ito's (without their yellow, which is lost on white), signed values run
-blue - neutral - orange around zero, shares run along a part of matplotlib's `magma`. No web fonts: a figure needs no network.
+Colours can be told apart with colour-blindness: categories are Okabe and Ito's (without their yellow, which is lost on
+white), signed values run blue - neutral - orange around zero, shares run along a part of matplotlib's `magma`. No web
+fonts: a figure needs no network.
 """
 
 import html
@@ -94,7 +95,10 @@ def escaped(text: str) -> str:
 
 def wrapped(text: str, pixels: int, theme: Theme) -> list[str]:
     """Escaped lines of text that fit a width, at about half the font size per character."""
-    return [escaped(line) for line in textwrap.wrap(text.replace(" %", "\u00a0%"), max(12, int(pixels / (0.52 * theme.size)))) or [""]]
+    return [
+        escaped(line)
+        for line in textwrap.wrap(text.replace(" %", "\u00a0%"), max(12, int(pixels / (0.52 * theme.size)))) or [""]
+    ]
 
 
 def faint(colour: str, opacity: float = 0.18) -> str:
@@ -121,7 +125,12 @@ def templated(figure: go.Figure, theme: Theme) -> go.Figure:
         paper_bgcolor=theme.background,
         plot_bgcolor=theme.background,
         margin={"l": 60, "r": 30, "t": 60, "b": 55},
-        hoverlabel={"bgcolor": theme.background, "bordercolor": theme.muted, "font": {"family": theme.font, "color": theme.ink}, "align": "left"},
+        hoverlabel={
+            "bgcolor": theme.background,
+            "bordercolor": theme.muted,
+            "font": {"family": theme.font, "color": theme.ink},
+            "align": "left",
+        },
         legend={"bgcolor": "rgba(0,0,0,0)", "title": {"font": {"size": theme.size}}},
         xaxis=axis,
         yaxis=axis,
@@ -131,10 +140,13 @@ def templated(figure: go.Figure, theme: Theme) -> go.Figure:
     return figure.update_layout(template=go.layout.Template(layout=layout))
 
 
-def titled(figure: go.Figure, title: str, remarks: Sequence[str], theme: Theme, *, width: int, height: int, above: int = 0) -> go.Figure:
+def titled(
+    figure: go.Figure, title: str, remarks: Sequence[str], theme: Theme, *, width: int, height: int, above: int = 0
+) -> go.Figure:
     """The themed figure with a title and remarks below it, each on lines of its own.
 
-    `width` is the whole figure's, `height` that of the plot with its bottom margin, `above` what the plot needs above itself, in pixels.
+    `width` is the whole figure's, `height` that of the plot with its bottom margin, `above` what the plot needs above
+    itself, in pixels.
     """
     lines = [line for remark in remarks for line in wrapped(remark, width - 40, theme)]
     top = 50 + round(1.3 * theme.size * len(lines)) + above

@@ -8,10 +8,10 @@ from plotly import graph_objects as go
 
 from workbench.distillation.reports import StepReport
 from workbench.errors import InputError
+from workbench.experiment.results import TITLES
 from workbench.plots.export import with_table
 from workbench.plots.table import condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
-from workbench.study.rows import TITLES
 
 TRAINED = tuple(name for name in TITLES if name not in ("base", "teacher"))
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -20,17 +20,26 @@ PANELS = {"task_loss": ("y", "task loss (nats)"), "alignment_loss": ("y2", "sum 
 
 
 def loss_curves(
-    logs: Mapping[str, Sequence[StepReport]], *, smoothing: int = 9, theme: Theme = LIGHT, title: str = "Losses in training"
+    logs: Mapping[str, Sequence[StepReport]],
+    *,
+    smoothing: int = 9,
+    theme: Theme = LIGHT,
+    title: str = "Losses in training",
 ) -> go.Figure:
-    """Task loss (mean over the batch's prompts, in nats) above, alignment loss (SUM over pairs of 1 - CKA, without lambda) below, by optimizer step.
+    """Task loss (mean over the batch's prompts, in nats) above, alignment loss (SUM over pairs of 1 - CKA, without
+    lambda) below, by optimizer step.
 
-    `logs`: condition, or `condition-seed` as the run folders are named, or any other name -> its step reports. Seeds share their condition's colour.
-    Thin lines are the single steps; a bold line over them is their centred mean over `smoothing` steps, where that many surround a step (1: the
-    steps alone; runs shorter than twice that have none). A run without one of the losses has no line in that panel.
-    Errors: `InputError` for no reports, or for `smoothing` that is not odd.
+    `logs`: condition, or `condition-seed` as the run folders are named, or any other name -> its step reports. Seeds
+    share their condition's colour. Thin lines are the single steps; a bold line over them is their centred mean over
+    `smoothing` steps, where that many surround a step (1: the steps alone; runs shorter than twice that have none). A
+    run without one of the losses has no line in that panel. Errors: `InputError` for no reports, or for `smoothing`
+    that is not odd.
     """
     if not any(logs.values()) or smoothing < 1 or smoothing % 2 == 0:
-        raise InputError("loss curves need the step reports of at least one run, and an odd number of steps for `smoothing` (1: none).")
+        raise InputError(
+            "loss curves need the step reports of at least one run, and an odd number of steps for `smoothing` (1: "
+            "none)."
+        )
     figure = go.Figure()
     named: set[str] = set()
     for name, reports in logs.items():
@@ -56,7 +65,13 @@ def loss_curves(
 
 def _frame(logs: Mapping[str, Sequence[StepReport]]) -> pd.DataFrame:
     rows = [
-        {"run": name, "condition": run_of(name)[0], "step": report.step, "loss": report.loss, **{term: getattr(report, term) for term in PANELS}}
+        {
+            "run": name,
+            "condition": run_of(name)[0],
+            "step": report.step,
+            "loss": report.loss,
+            **{term: getattr(report, term) for term in PANELS},
+        }
         for name, reports in logs.items()
         for report in reports
     ]
@@ -77,23 +92,52 @@ def style_of(name: str, runs: Iterable[str], theme: Theme) -> dict[str, str]:
     return {"color": theme.categories[place % count], "dash": DASHES[place // count % len(DASHES)]}
 
 
-def _lines(figure: go.Figure, name: str, points: np.ndarray, axis: str, style: Mapping[str, str], smoothing: int, *, legend: bool) -> None:
+def _lines(
+    figure: go.Figure,
+    name: str,
+    points: np.ndarray,
+    axis: str,
+    style: Mapping[str, str],
+    smoothing: int,
+    *,
+    legend: bool,
+) -> None:
     """A run's line in one panel: bold, or thin with its running mean. `points`: [step, loss]."""
     condition, run = run_of(name)
     smooth = smoothing > 1 and len(points) >= 2 * smoothing
-    common = {"mode": "lines", "name": escaped(condition_title(condition)), "legendgroup": condition, "yaxis": axis, "xaxis": "x"}
+    common = {
+        "mode": "lines",
+        "name": escaped(condition_title(condition)),
+        "legendgroup": condition,
+        "yaxis": axis,
+        "xaxis": "x",
+    }
     about = f"<b>{escaped(run)}</b><br>step %{{x}}<br>%{{y:.4f}}"
     if smooth:
         thin = {"color": style["color"], "width": 1}
         figure.add_scatter(
-            x=points[:, 0], y=points[:, 1], line=thin, opacity=0.35, showlegend=False, meta="step", hovertemplate=about + "<extra></extra>", **common
+            x=points[:, 0],
+            y=points[:, 1],
+            line=thin,
+            opacity=0.35,
+            showlegend=False,
+            meta="step",
+            hovertemplate=about + "<extra></extra>",
+            **common,
         )
-        points = np.stack([points[smoothing // 2 : -(smoothing // 2), 0], running_mean(points[:, 1], smoothing)], axis=1)
+        points = np.stack(
+            [points[smoothing // 2 : -(smoothing // 2), 0], running_mean(points[:, 1], smoothing)], axis=1
+        )
         about += f"<br>mean over {smoothing} steps"
     figure.add_scatter(
-        x=points[:, 0], y=points[:, 1], line={**style, "width": 2.4}, showlegend=legend, meta="mean" if smooth else "step",
-        hovertemplate=about + "<extra></extra>", **common,
-    )  # fmt: skip
+        x=points[:, 0],
+        y=points[:, 1],
+        line={**style, "width": 2.4},
+        showlegend=legend,
+        meta="mean" if smooth else "step",
+        hovertemplate=about + "<extra></extra>",
+        **common,
+    )
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

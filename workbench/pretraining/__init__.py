@@ -1,4 +1,5 @@
-"""How the bundled models are made: lessons, one file for each family of tasks, a curriculum, pruning, and the bundles themselves."""
+"""How the bundled models are made: lessons, one file for each family of tasks, a curriculum, pruning, and the bundles
+themselves."""
 
 from workbench.pretraining.entity_bundle import BundleConfig, pretrain, word_tokenizer
 

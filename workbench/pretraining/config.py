@@ -20,7 +20,8 @@ class SizeConfig:
     d_mlp: Annotated[int, Field(ge=8)] = 128
     init_std: float = 0.06
     embedding_std: float | None = None
-    """Of the token embeddings, where it is to be another than `init_std`: a word must not drown in what the first layer writes over it."""
+    """Of the token embeddings, where it is to be another than `init_std`: a word must not drown in what the first layer
+    writes over it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -1,11 +1,14 @@
-"""How the bundled models are made: a Llama-style teacher, its pruned student, and an unrelated student, on entity tracking.
+"""How the bundled models are made: a Llama-style teacher, its pruned student, and an unrelated student, on entity
+tracking.
 
-Plain training stalls at "some object of the context": moving an object to its label, moving the queried label to the last token, and
-matching the two must appear together. Two temporary linear probes on the residual after the first layer (each context label predicts its
-object, the last token predicts the queried label) and a curriculum over the number of boxes get past it; no probe is part of a saved model.
+Plain training stalls at "some object of the context": moving an object to its label, moving the queried label to the
+last token, and matching the two must appear together. Two temporary linear probes on the residual after the first layer
+(each context label predicts its object, the last token predicts the queried label) and a curriculum over the number of
+boxes get past it; no probe is part of a saved model.
 
-Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed on few boxes: trained less, not
-damaged. The unrelated student has the same size and another initialisation: the negative control of every alignment claim.
+Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed on few boxes:
+trained less, not damaged. The unrelated student has the same size and another initialisation: the negative control of
+every alignment claim.
 
 Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
@@ -25,10 +28,10 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from workbench import seeds, storage
-from workbench.distillation import checkpoint
 from workbench.errors import InputError
 from workbench.pretraining.config import STRICT, SizeConfig
 from workbench.pretraining.models import finished, new_model, pruned, save_model
+from workbench.storage import checkpoint
 from workbench.tasks.base import Split, encode, task_dataset
 from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
 from workbench.tasks.vocabulary import word_level_tokenizer
@@ -103,7 +106,9 @@ def lesson(vocabulary: dict[str, int], boxes: int, config: LessonConfig, step: i
     draw = seeds.chooser(config.seed, "lesson", step)
     scenes = [draw_scene(draw, boxes, "train") for _ in range(config.batch)]
     asked = [[draw.randrange(boxes) for _ in range(config.queries)] for _ in scenes]
-    tokens = torch.tensor([[vocabulary[word] for word in _words(scene, queries)] for scene, queries in zip(scenes, asked, strict=True)])
+    tokens = torch.tensor(
+        [[vocabulary[word] for word in _words(scene, queries)] for scene, queries in zip(scenes, asked, strict=True)]
+    )
     start = CLAUSE * boxes
     answer_at = torch.arange(config.queries) * QUERY + start + 3
     label_at = torch.arange(boxes) * CLAUSE + 5
@@ -125,7 +130,9 @@ def _words(scene: Scene, queries: Sequence[int]) -> list[str]:
     return text
 
 
-def lesson_losses(model: LlamaForCausalLM, probes: nn.ModuleDict | None, batch: Lesson) -> tuple[Float[Tensor, ""], Float[Tensor, ""], float]:
+def lesson_losses(
+    model: LlamaForCausalLM, probes: nn.ModuleDict | None, batch: Lesson
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], float]:
     """Answer loss, probe loss (0 without probes), and accuracy on the first query."""
     output = model(batch.tokens, output_hidden_states=True, use_cache=False)
     logits = output.logits[:, batch.answer_at]
@@ -136,20 +143,28 @@ def lesson_losses(model: LlamaForCausalLM, probes: nn.ModuleDict | None, batch: 
     first = output.hidden_states[1]
     bound = probes["object"](first[:, batch.label_at]).flatten(0, 1)
     asked = probes["label"](first[:, batch.answer_at]).flatten(0, 1)
-    probe = nn.functional.cross_entropy(bound, batch.objects.flatten()) + nn.functional.cross_entropy(asked, batch.queried.flatten())
+    probe = nn.functional.cross_entropy(bound, batch.objects.flatten()) + nn.functional.cross_entropy(
+        asked, batch.queried.flatten()
+    )
     return answer, probe, accuracy
 
 
 class Curriculum:
     """Training on more and more boxes, resumable to the bit."""
 
-    def __init__(self, model: LlamaForCausalLM, vocabulary: dict[str, int], config: LessonConfig, *, label: str) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, vocabulary: dict[str, int], config: LessonConfig, *, label: str
+    ) -> None:
         self.model, self.vocabulary, self.config, self.label = model, vocabulary, config, label
         width = model.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(config.seed, "probes"))
             self.probes = nn.ModuleDict({name: nn.Linear(width, len(vocabulary)) for name in ("object", "label")})
-        self.leaves = {f"{part}.{name}": p for part, module in (("model", model), ("probes", self.probes)) for name, p in module.named_parameters()}
+        self.leaves = {
+            f"{part}.{name}": p
+            for part, module in (("model", model), ("probes", self.probes))
+            for name, p in module.named_parameters()
+        }
         self.optimizer = torch.optim.Adam(self.leaves.values(), lr=config.learning_rate, betas=(0.9, 0.98))
         self.step, self.boxes, self.accuracy = 0, config.boxes[0], 0.0
         self.log: list[dict[str, float]] = []
@@ -161,13 +176,23 @@ class Curriculum:
         boxes = self.boxes if draw.random() < 0.6 else draw.randint(config.boxes[0], self.boxes)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / config.warmup)
-        answer, probe, accuracy = lesson_losses(self.model, self.probes, lesson(self.vocabulary, boxes, config, self.step))
+        answer, probe, accuracy = lesson_losses(
+            self.model, self.probes, lesson(self.vocabulary, boxes, config, self.step)
+        )
         weight = config.probe_weight if self.boxes == config.boxes[0] else 0.0
         self.optimizer.zero_grad()
         (answer + weight * probe).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
-        self.log.append({"step": self.step, "boxes": boxes, "answer_loss": answer.item(), "probe_loss": probe.item(), "accuracy": accuracy})
+        self.log.append(
+            {
+                "step": self.step,
+                "boxes": boxes,
+                "answer_loss": answer.item(),
+                "probe_loss": probe.item(),
+                "accuracy": accuracy,
+            }
+        )
         self.step += 1
         if boxes == self.boxes:
             self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
@@ -184,7 +209,13 @@ class Curriculum:
         """Write an exact checkpoint."""
         extra = {"boxes": self.boxes, "accuracy": self.accuracy, "log": self.log}
         storage.write_json(folder / f"state-{self.step}.json", extra)
-        checkpoint.save(folder / "checkpoint.safetensors", step=self.step, leaves=self.leaves, optimizer=self.optimizer, identity=self._identity())
+        checkpoint.save(
+            folder / "checkpoint.safetensors",
+            step=self.step,
+            leaves=self.leaves,
+            optimizer=self.optimizer,
+            identity=self._identity(),
+        )
         for old in folder.glob("state-*.json"):
             if old.name != f"state-{self.step}.json":
                 old.unlink()
@@ -193,7 +224,10 @@ class Curriculum:
         """Go on from the last checkpoint, if there is one."""
         if (folder / "checkpoint.safetensors").exists():
             self.step, values = checkpoint.load(
-                folder / "checkpoint.safetensors", leaves=self.leaves, optimizer=self.optimizer, identity=self._identity()
+                folder / "checkpoint.safetensors",
+                leaves=self.leaves,
+                optimizer=self.optimizer,
+                identity=self._identity(),
             )
             extra = storage.read_json(folder / f"state-{self.step}.json")
             self.boxes, self.accuracy, self.log = extra["boxes"], extra["accuracy"], extra["log"]
@@ -209,20 +243,26 @@ class Curriculum:
 def task_accuracy(model: LlamaForCausalLM, *, boxes: int, split: Split, scenes: int, seed: int = 0) -> float:
     """Accuracy on held-out scenes of the task itself, each queried at each of its boxes."""
     tokenizer = word_tokenizer()
-    pairs = encode(task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer)
+    pairs = encode(
+        task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer
+    )
     right = [model(part.clean).logits[:, -1].argmax(-1) == part.answers for part in pairs.batches(256)]
     return float(torch.cat(right).float().mean())
 
 
 def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]:
-    """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in `folder`.
+    """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in
+    `folder`.
 
-    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracy on 7 boxes on test scenes.
+    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracy on 7
+    boxes on test scenes.
     """
     made = {
         "teacher": finished(folder / "teacher", lambda: _train_teacher(config, folder / "teacher", work)),
         "student": finished(folder / "student", lambda: _train_student(config, folder / "student", work)),
-        "unrelated-student": finished(folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)),
+        "unrelated-student": finished(
+            folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)
+        ),
     }
     return {name: task_accuracy(model, boxes=7, split="test", scenes=100) for name, model in made.items()}
 
@@ -241,21 +281,38 @@ def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
 
 def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
     """The pruned student, healed on the boxes that its ancestor had solved until its accuracy on 7 is in the band."""
-    lessons = replace(config.lessons, boxes=(2, config.pruned_from), stop_at=2.0, solved=0.0, learning_rate=config.healing_rate, probe_weight=0.0)
+    lessons = replace(
+        config.lessons,
+        boxes=(2, config.pruned_from),
+        stop_at=2.0,
+        solved=0.0,
+        learning_rate=config.healing_rate,
+        probe_weight=0.0,
+    )
     vocabulary = word_tokenizer().get_vocab()
-    ancestor = finished(work / f"teacher-{config.pruned_from}-boxes", lambda: _train_teacher(config, work / "teacher-again", work))
+    ancestor = finished(
+        work / f"teacher-{config.pruned_from}-boxes", lambda: _train_teacher(config, work / "teacher-again", work)
+    )
     batch = lesson(vocabulary, config.pruned_from, lessons, -1)
     model, kept = pruned(ancestor, config.student_layers, lambda model: lesson_losses(model, None, batch)[0].item())
     course = Curriculum(model, vocabulary, lessons, label="student")
     course.resume(work / "student")
     _until_in_band(course, config, work / "student")
-    made = {"ancestor": f"the teacher when it had solved {config.pruned_from} boxes", "kept_layers": kept, "lessons": asdict(lessons)}
+    made = {
+        "ancestor": f"the teacher when it had solved {config.pruned_from} boxes",
+        "kept_layers": kept,
+        "lessons": asdict(lessons),
+    }
     _save(model, target, made, course.log)
 
 
 def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
-    """The student of equal size and another initialisation, trained from scratch until its accuracy on 7 boxes is in the same band."""
-    lessons, size = replace(config.lessons, seed=config.unrelated_seed), replace(config.teacher, layers=config.student_layers)
+    """The student of equal size and another initialisation, trained from scratch until its accuracy on 7 boxes is in
+    the same band."""
+    lessons, size = (
+        replace(config.lessons, seed=config.unrelated_seed),
+        replace(config.teacher, layers=config.student_layers),
+    )
     model = new_model(size, len(word_tokenizer()), seed=config.unrelated_seed)
     course = Curriculum(model, word_tokenizer().get_vocab(), lessons, label="unrelated student")
     course.resume(work / "unrelated-student")
@@ -273,13 +330,16 @@ def _until_in_band(course: Curriculum, config: BundleConfig, work: Path) -> None
                 return
             if accuracy > high:
                 raise InputError(
-                    f"{course.label} is at {accuracy:.2f} on 7 boxes, above {high}; lower `look_every`, the learning rate or `pruned_from`."
+                    f"{course.label} is at {accuracy:.2f} on 7 boxes, above {high}; lower `look_every`, the learning "
+                    "rate or `pruned_from`."
                 )
 
 
 def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
     """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
-    with tqdm(total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step") as bar:
+    with tqdm(
+        total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step"
+    ) as bar:
         while course.step < course.config.max_steps:
             solved = course.advance()
             bar.update()
@@ -287,7 +347,10 @@ def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
             if course.step % course.config.checkpoint_every == 0:
                 course.save(work)
             yield solved
-    raise InputError(f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or max_steps.")
+    raise InputError(
+        f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or "
+        "max_steps."
+    )
 
 
 def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], log: list[dict[str, float]]) -> None:

@@ -17,7 +17,6 @@ from workbench.pretraining.lessons.exercise import Lesson
 from workbench.pretraining.lessons.indirect import IndirectLesson
 from workbench.pretraining.lessons.minds import MindsLesson
 from workbench.pretraining.lessons.operations import OperationsLesson
-from workbench.scores import wilson_interval
 from workbench.tasks.base import PromptPairs, Split, Task, encode, task_dataset
 from workbench.tasks.breakdown import accuracy_by
 from workbench.tasks.entity_operations import EntityOperations
@@ -25,6 +24,7 @@ from workbench.tasks.entity_tracking import EntityTracking
 from workbench.tasks.ioi import IndirectObject
 from workbench.tasks.theory_of_mind import TheoryOfMind
 from workbench.tasks.vocabulary import word_level_tokenizer
+from workbench.values.scores import wilson_interval
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {task.name: task for task in (EntityTracking(boxes=7), EntityOperations(), TheoryOfMind(), IndirectObject())}
@@ -52,7 +52,9 @@ def held_out_rows(name: str, *, split: Split, prompts: int, seed: int = 0) -> Da
 @functools.cache
 def held_out(name: str, *, split: Split, prompts: int, seed: int = 0) -> PromptPairs:
     """The same as tensors, padded on the right, so that a causal model needs no mask."""
-    return encode(held_out_rows(name, split=split, prompts=prompts, seed=seed), mixture_tokenizer(), padding_side="right")
+    return encode(
+        held_out_rows(name, split=split, prompts=prompts, seed=seed), mixture_tokenizer(), padding_side="right"
+    )
 
 
 @torch.no_grad()
@@ -67,11 +69,15 @@ def answered_right(model: LlamaForCausalLM, pairs: PromptPairs) -> Bool[Tensor, 
 
 def accuracies(model: LlamaForCausalLM, *, split: Split, prompts: int, seed: int = 0) -> dict[str, float]:
     """Accuracy on held-out prompts of each task."""
-    return {name: float(answered_right(model, held_out(name, split=split, prompts=prompts, seed=seed)).float().mean()) for name in TASKS}
+    return {
+        name: float(answered_right(model, held_out(name, split=split, prompts=prompts, seed=seed)).float().mean())
+        for name in TASKS
+    }
 
 
 def accuracy_report(model: LlamaForCausalLM, *, prompts: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Each task on test prompts: accuracy with its 95 % Wilson interval, chance, and accuracy by each fact that the task records."""
+    """Each task on test prompts: accuracy with its 95 % Wilson interval, chance, and accuracy by each fact that the
+    task records."""
     found = {}
     for name, task in TASKS.items():
         rows = held_out_rows(name, split="test", prompts=prompts, seed=seed)
@@ -88,14 +94,28 @@ def accuracy_report(model: LlamaForCausalLM, *, prompts: int = 1000, seed: int =
 
 
 def report_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Reports of several models as a table: one row for each task, and for operations one for each number that touches the queried box."""
+    """Reports of several models as a table: one row for each task, and for operations one for each number that touches
+    the queried box."""
     lines = []
     for name, task in TASKS.items():
-        lines.append([name.replace("_", " "), f"{task.chance:.2f}", *(_accuracy_text(report[name]) for report in reports.values())])
-    by = {model: {row["touching"]: row for row in report[EntityOperations.name]["by"]["touching"]} for model, report in reports.items()}
+        lines.append(
+            [
+                name.replace("_", " "),
+                f"{task.chance:.2f}",
+                *(_accuracy_text(report[name]) for report in reports.values()),
+            ]
+        )
+    by = {
+        model: {row["touching"]: row for row in report[EntityOperations.name]["by"]["touching"]}
+        for model, report in reports.items()
+    }
     for count in sorted({count for rows in by.values() for count in rows}):
         lines.append(
-            [f"  {count} operations touch the box", "", *(f"{rows[count]['accuracy']:.3f} ({rows[count]['prompts']})" for rows in by.values())]
+            [
+                f"  {count} operations touch the box",
+                "",
+                *(f"{rows[count]['accuracy']:.3f} ({rows[count]['prompts']})" for rows in by.values()),
+            ]
         )
     return pd.DataFrame(lines, columns=["task", "chance", *reports])
 

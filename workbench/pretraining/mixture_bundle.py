@@ -1,9 +1,10 @@
-"""The bundled models of the mixture: a teacher of all four tasks, a student pruned from its early self, and an unrelated student.
+"""The bundled models of the mixture: a teacher of all four tasks, a student pruned from its early self, and an
+unrelated student.
 
-Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed: trained less, not damaged. The unrelated
-student has the same size and another initialisation: the negative control of every alignment claim. A student rests from a task
-that it knows well enough, so that there is something left to distil. (Entity tracking is learned so early that a student which knows theory of mind
-at all is close to the teacher in it.)
+Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed: trained less,
+not damaged. The unrelated student has the same size and another initialisation: the negative control of every alignment
+claim. A student rests from a task that it knows well enough, so that there is something left to distil. (Entity
+tracking is learned so early that a student which knows theory of mind at all is close to the teacher in it.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,8 @@ class MixtureConfig:
     ancestor_step: Annotated[int, Field(ge=1)] = 650
     """The student descends from the teacher after so many steps (a multiple of `course.checkpoint_every`)."""
     student_from: float = 0.35
-    """A student is trained until its accuracy on each task is so far on the way from chance (0) to everything right (1), on the calibration split."""
+    """A student is trained until its accuracy on each task is so far on the way from chance (0) to everything right
+    (1), on the calibration split."""
     healing_rate: float = 3e-4
     """Learning rate of the pruned student."""
     look_every: int = 10
@@ -46,16 +48,22 @@ class MixtureConfig:
 
 
 def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in `folder`.
+    """Train the teacher, prune and heal the student, train the unrelated student; each as a Hugging Face directory in
+    `folder`.
 
-    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's report on test prompts, which is
-    also written beside it (`accuracies.json`).
+    `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's report on test
+    prompts, which is also written beside it (`accuracies.json`).
     """
     made = {
-        "mixture-teacher": finished(folder / "mixture-teacher", lambda: _train_teacher(config, folder / "mixture-teacher", work)),
-        "mixture-student": finished(folder / "mixture-student", lambda: _train_student(config, folder / "mixture-student", work)),
+        "mixture-teacher": finished(
+            folder / "mixture-teacher", lambda: _train_teacher(config, folder / "mixture-teacher", work)
+        ),
+        "mixture-student": finished(
+            folder / "mixture-student", lambda: _train_student(config, folder / "mixture-student", work)
+        ),
         "mixture-unrelated-student": finished(
-            folder / "mixture-unrelated-student", lambda: _train_unrelated(config, folder / "mixture-unrelated-student", work)
+            folder / "mixture-unrelated-student",
+            lambda: _train_unrelated(config, folder / "mixture-unrelated-student", work),
         ),
     }
     reports = {name: accuracy_report(model) for name, model in made.items()}
@@ -87,27 +95,44 @@ def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
     early = _ancestor(work, config.ancestor_step)
     ancestor = finished(early, lambda: _train_teacher(config, work / "mixture-teacher-again", work))
     levels: dict[str, int] = storage.read_json(early / "training.json")["levels"]
-    model, kept = pruned(ancestor, config.student_layers, lambda model: _cost(model, lessons, vocabulary, levels, seed=config.course.seed))
+    model, kept = pruned(
+        ancestor,
+        config.student_layers,
+        lambda model: _cost(model, lessons, vocabulary, levels, seed=config.course.seed),
+    )
     course = Course(model, vocabulary, lessons, course_config, label="mixture-student")
     course.levels |= levels
     _until_far_enough(course, config, work / "mixture-student")
-    made = {"ancestor": f"the teacher after {config.ancestor_step} steps", "kept_layers": kept, "course": asdict(course_config)}
+    made = {
+        "ancestor": f"the teacher after {config.ancestor_step} steps",
+        "kept_layers": kept,
+        "course": asdict(course_config),
+    }
     _save(model, target, made, course)
 
 
 def _train_unrelated(config: MixtureConfig, target: Path, work: Path) -> None:
     """The student of equal size and another initialisation, trained from scratch until it knows as much."""
-    course_config, size = replace(config.course, seed=config.unrelated_seed), replace(config.teacher, layers=config.student_layers)
+    course_config, size = (
+        replace(config.course, seed=config.unrelated_seed),
+        replace(config.teacher, layers=config.student_layers),
+    )
     model = new_model(size, len(mixture_tokenizer()), seed=config.unrelated_seed)
-    course = Course(model, mixture_tokenizer().get_vocab(), mixture_lessons(), course_config, label="mixture-unrelated-student")
+    course = Course(
+        model, mixture_tokenizer().get_vocab(), mixture_lessons(), course_config, label="mixture-unrelated-student"
+    )
     _until_far_enough(course, config, work / "mixture-unrelated-student")
     _save(model, target, {"size": asdict(size), "course": asdict(course_config)}, course)
 
 
-def _cost(model: LlamaForCausalLM, lessons: Sequence[Lesson], vocabulary: dict[str, int], levels: dict[str, int], *, seed: int) -> float:
+def _cost(
+    model: LlamaForCausalLM, lessons: Sequence[Lesson], vocabulary: dict[str, int], levels: dict[str, int], *, seed: int
+) -> float:
     """Answer loss over the lessons at some levels."""
     draw = seeds.chooser(seed, "pruning")
-    batches = [collate([lesson.exercise(draw, levels[lesson.name]) for _ in range(32)], vocabulary) for lesson in lessons]
+    batches = [
+        collate([lesson.exercise(draw, levels[lesson.name]) for _ in range(32)], vocabulary) for lesson in lessons
+    ]
     return sum(losses(model, None, lesson, batch)[0].item() for lesson, batch in zip(lessons, batches, strict=True))
 
 
@@ -119,14 +144,20 @@ def _until_far_enough(course: Course, config: MixtureConfig, work: Path) -> None
             continue
         found = accuracies(course.model, split="calibration", prompts=105)
         course.log[-1] |= {f"{name} held out": value for name, value in found.items()}
-        course.resting = [name for name, value in found.items() if (value - TASKS[name].chance) / (1 - TASKS[name].chance) >= config.student_from]
+        course.resting = [
+            name
+            for name, value in found.items()
+            if (value - TASKS[name].chance) / (1 - TASKS[name].chance) >= config.student_from
+        ]
         if len(course.resting) == len(TASKS):
             return
 
 
 def _steps(course: Course, work: Path) -> Iterator[None]:
     """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
-    with tqdm(total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step") as bar:
+    with tqdm(
+        total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step"
+    ) as bar:
         while course.step < course.config.max_steps:
             course.advance()
             bar.update()
@@ -134,8 +165,17 @@ def _steps(course: Course, work: Path) -> Iterator[None]:
             yield
             if course.step % course.config.checkpoint_every == 0:
                 course.save(work)
-    raise InputError(f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or max_steps.")
+    raise InputError(
+        f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or "
+        "max_steps."
+    )
 
 
 def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], course: Course) -> None:
-    save_model(model, mixture_tokenizer(), target, {**made, "lessons": [lesson.name for lesson in course.lessons], "command": COMMAND}, course.log)
+    save_model(
+        model,
+        mixture_tokenizer(),
+        target,
+        {**made, "lessons": [lesson.name for lesson in course.lessons], "command": COMMAND},
+        course.log,
+    )

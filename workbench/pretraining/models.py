@@ -1,4 +1,5 @@
-"""Small Llama-style models: freshly initialised, pruned by whole layers, and written as Hugging Face directories with what made them."""
+"""Small Llama-style models: freshly initialised, pruned by whole layers, and written as Hugging Face directories with
+what made them."""
 
 import itertools
 import json
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workbench import sources, storage
+from workbench import storage
+from workbench.models import sources
 from workbench.pretraining.config import SizeConfig
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
@@ -19,10 +21,21 @@ EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausalLM:
     """A freshly initialised model; the global random state is left as it was."""
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=size.d_model, intermediate_size=size.d_mlp, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads, head_dim=size.d_head, max_position_embeddings=256, tie_word_embeddings=False,
-        initializer_range=size.init_std, **EAGER, bos_token_id=2, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=size.d_model,
+        intermediate_size=size.d_mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.d_head,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=size.init_std,
+        **EAGER,
+        bos_token_id=2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
@@ -32,8 +45,11 @@ def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausal
     return model
 
 
-def pruned(model: LlamaForCausalLM, layers: int, cost: Callable[[LlamaForCausalLM], float]) -> tuple[LlamaForCausalLM, list[int]]:
-    """The model with so many whole layers kept that cost least: every choice of layers to drop is tried; returns which were kept.
+def pruned(
+    model: LlamaForCausalLM, layers: int, cost: Callable[[LlamaForCausalLM], float]
+) -> tuple[LlamaForCausalLM, list[int]]:
+    """The model with so many whole layers kept that cost least: every choice of layers to drop is tried; returns which
+    were kept.
 
     The first layer stays: temporary probes have made it the one that gathers neighbouring words.
     """
@@ -71,7 +87,9 @@ def finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:
         return LlamaForCausalLM.from_pretrained(target, local_files_only=True, use_safetensors=True)
 
 
-def save_model(model: LlamaForCausalLM, tokenizer: Any, target: Path, made: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> None:
+def save_model(
+    model: LlamaForCausalLM, tokenizer: Any, target: Path, made: Mapping[str, Any], log: Sequence[Mapping[str, float]]
+) -> None:
     """Write a Hugging Face directory with `training.json` (what made it) and `training_log.jsonl`."""
 
     def fill(temporary: Path) -> None:

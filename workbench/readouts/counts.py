@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.scores import wilson_interval
+from workbench.values.scores import wilson_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,10 @@ class AccuracyByCount:
 
     def __post_init__(self) -> None:
         if not self.counts or len({*map(len, (self.counts, self.accuracy, self.intervals, self.prompts))}) != 1:
-            raise InputError("accuracy by count needs as many accuracies, intervals and numbers of prompts as counts, and at least one.")
+            raise InputError(
+                "accuracy by count needs as many accuracies, intervals and numbers of prompts as counts, and at least "
+                "one."
+            )
 
     @classmethod
     def of(cls, correct: Bool[Tensor, " example"], counts: Int[Tensor, " example"]) -> "AccuracyByCount":
@@ -37,4 +40,6 @@ class AccuracyByCount:
     def to_frame(self) -> pd.DataFrame:
         """A row per count."""
         low, high = zip(*self.intervals, strict=True)
-        return pd.DataFrame({"operations": self.counts, "accuracy": self.accuracy, "low": low, "high": high, "prompts": self.prompts})
+        return pd.DataFrame(
+            {"operations": self.counts, "accuracy": self.accuracy, "low": low, "high": high, "prompts": self.prompts}
+        )

@@ -1,9 +1,11 @@
-"""From the residual stream to the logits: the final norm and the unembedding as plain tensors, and what one vector of the stream adds to a logit.
+"""From the residual stream to the logits: the final norm and the unembedding as plain tensors, and what one vector of
+the stream adds to a logit.
 
     logits = W_U^T (w * (x - mean x) / s(x) + b) + b_U          (an RMS norm has no mean and no b)
 
-With the scale s(x) frozen at the model's own x this is linear in x, so any sum of vectors that makes x splits a logit exactly. The tensors
-are read off the model and are only a claim about it: `agrees` compares with the model's own logits, and callers refuse where it does not hold.
+With the scale s(x) frozen at the model's own x this is linear in x, so any sum of vectors that makes x splits a logit
+exactly. The tensors are read off the model and are only a claim about it: `agrees` compares with the model's own
+logits, and callers refuse where it does not hold.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,14 +33,21 @@ class Output:
 
     @classmethod
     def of(cls, model: HookedModel) -> "Output":
-        """Read from a `TransformerBridge` or a `HookedTransformer`. Errors: `InputError` for a final norm without weights."""
+        """Read from a `TransformerBridge` or a `HookedTransformer`. Errors: `InputError` for a final norm without
+        weights."""
         hooked: Any = model.model
         norm = hooked.ln_final
         bridged = hasattr(norm, "original_component")
         plain = norm.original_component if bridged else norm
-        weight, bias = (plain.weight, getattr(plain, "bias", None)) if bridged else (getattr(plain, "w", None), getattr(plain, "b", None))
+        weight, bias = (
+            (plain.weight, getattr(plain, "bias", None))
+            if bridged
+            else (getattr(plain, "w", None), getattr(plain, "b", None))
+        )
         if not isinstance(weight, Tensor):
-            raise InputError(f"{model.name}: the final norm has no weights to read; load the model raw, without folded norms.")
+            raise InputError(
+                f"{model.name}: the final norm has no weights to read; load the model raw, without folded norms."
+            )
         weight = weight.detach() + 1.0 if getattr(norm, "uses_weight_offset", False) else weight.detach()
         rms = norm.uses_rms_norm if bridged else str(hooked.cfg.normalization_type).startswith("RMS")
         unembedding = hooked.W_U.detach()
@@ -65,8 +74,8 @@ class Output:
     def directions(
         self, x: Float[Tensor, "batch d_model"], answers: Int[Tensor, " batch"], distractors: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
-        """For each example the direction whose dot product with a part of x is that part's share of logit(answer) - logit(distractor), and the
-        share of the biases, which belong to no part of x. The scale is x's own, frozen."""
+        """For each example the direction whose dot product with a part of x is that part's share of logit(answer) -
+        logit(distractor), and the share of the biases, which belong to no part of x. The scale is x's own, frozen."""
         read = (self.unembedding[:, answers] - self.unembedding[:, distractors]).T
         constant = read @ self.bias + self.unembedding_bias[answers] - self.unembedding_bias[distractors]
         weighted = read * self.weight
@@ -80,6 +89,8 @@ def refuse_unlike(model: HookedModel, found: Tensor, expected: Tensor, size: flo
     difference = float((found - expected.float()).abs().max())
     if not difference <= allowed:
         raise InputError(
-            f"{model.name}: its parts do not sum to its logits (difference {difference:.2e}, allowed {allowed:.2e}); it does something that this file "
-            "does not know, e.g. soft-capped logits or norms after attention. Use path patching, which is exact for every model."
+            f"{model.name}: its parts do not sum to its logits (difference {difference:.2e}, allowed {allowed:.2e}); "
+            "it does something that this file "
+            "does not know, e.g. soft-capped logits or norms after attention. Use path patching, which is exact for "
+            "every model."
         )

@@ -1,9 +1,10 @@
-"""Where heads look: attention probabilities on one prompt, plain or weighted by how much each looked-at token has to give.
+"""Where heads look: attention probabilities on one prompt, plain or weighted by how much each looked-at token has to
+give.
 
     plain: a[query, key]            value-weighted: a[query, key] * |v[key] W_O|
 
-A head often parks its attention on a token with a small value (the first token, full stops): the weighted pattern is the norm of what really moves,
-in units of the residual stream. Source: Kobayashi et al. 2020.
+A head often parks its attention on a token with a small value (the first token, full stops): the weighted pattern is
+the norm of what really moves, in units of the residual stream. Source: Kobayashi et al. 2020.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench import hooks
 from workbench.errors import InputError
-from workbench.models import HookedModel
+from workbench.models import hooks
+from workbench.models.hooked_model import HookedModel
 from workbench.readouts.text import token_texts
-from workbench.refs import Head
+from workbench.values.refs import Head
 
 PLAIN, WEIGHTED = "attention probability", "attention probability x norm of the value after W_O"
 
@@ -50,8 +51,11 @@ class AttentionPatterns:
 
 
 @torch.no_grad()
-def attention_patterns(model: HookedModel, tokens: Int[Tensor, " pos"], heads: Sequence[Head], *, value_weighted: bool = False) -> AttentionPatterns:
-    """Attention of heads on one prompt without padding. With grouped-query attention a head's values are its group's, through its own W_O.
+def attention_patterns(
+    model: HookedModel, tokens: Int[Tensor, " pos"], heads: Sequence[Head], *, value_weighted: bool = False
+) -> AttentionPatterns:
+    """Attention of heads on one prompt without padding. With grouped-query attention a head's values are its group's,
+    through its own W_O.
 
     Errors: `InputError` in training mode, for no heads, and for a head that the model does not have.
     """
@@ -60,14 +64,23 @@ def attention_patterns(model: HookedModel, tokens: Int[Tensor, " pos"], heads: S
     if not chosen:
         raise InputError("attention patterns need at least one head, e.g. `circuit.heads`.")
     layers = sorted({head.layer for head in chosen})
-    names = [kind(layer) for layer in layers for kind in ((hooks.pattern, hooks.v) if value_weighted else (hooks.pattern,))]
+    names = [
+        kind(layer) for layer in layers for kind in ((hooks.pattern, hooks.v) if value_weighted else (hooks.pattern,))
+    ]
     batch, mask = tokens[None].to(model.device), torch.ones(1, len(tokens), dtype=torch.bool, device=model.device)
     found = model.early_activations(batch, mask, names)
     weights = torch.stack([_weights(model, found, head, value_weighted) for head in chosen])
-    return AttentionPatterns(tokens=token_texts(model, tokens), heads=chosen, weights=weights.cpu(), unit=WEIGHTED if value_weighted else PLAIN)
+    return AttentionPatterns(
+        tokens=token_texts(model, tokens),
+        heads=chosen,
+        weights=weights.cpu(),
+        unit=WEIGHTED if value_weighted else PLAIN,
+    )
 
 
-def _weights(model: HookedModel, found: dict[str, Tensor], head: Head, value_weighted: bool) -> Float[Tensor, "query key"]:
+def _weights(
+    model: HookedModel, found: dict[str, Tensor], head: Head, value_weighted: bool
+) -> Float[Tensor, "query key"]:
     pattern = model.of_head(head, hooks.pattern(head.layer), found[hooks.pattern(head.layer)])[0].float()
     if not value_weighted:
         return pattern

@@ -3,7 +3,7 @@
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.models import HookedModel
+from workbench.models.hooked_model import HookedModel
 
 
 def token_texts(model: HookedModel, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:

@@ -1,12 +1,15 @@
 """Canonical correlations: SVCCA (Raghu et al. 2017) and projection-weighted CCA (Morcos, Raghu & Bengio 2018).
 
-    rho_i = singular values of Q_x^T Q_y,  Q_x, Q_y orthonormal bases of the leading principal components of centered X and Y
-    SVCCA = mean of rho over min(k_x, k_y)      PWCCA = sum_i a_i rho_i / sum_i a_i,  a_i = sum_j |<Q_x u_i, x_j>| over the columns x_j of X
+    rho_i = singular values of Q_x^T Q_y,  Q_x, Q_y orthonormal bases of the leading principal components
+    of centered X and Y
+    SVCCA = mean of rho over min(k_x, k_y)
+    PWCCA = sum_i a_i rho_i / sum_i a_i,  a_i = sum_j |<Q_x u_i, x_j>| over the columns x_j of X
 
-`keep` is the share of variance whose components are kept (k_x, k_y of them). Where k_x + k_y > m - 1 at least k_x + k_y - m + 1 correlations are
-1 whatever the data: CCA needs many examples, so read it beside its shuffled floor. PWCCA's weights come from X (the student): it is not symmetric.
-In the gradient the principal directions and the weights stand still (their own derivatives divide by gaps between singular values);
-the whitening does not, so the correlations of the kept subspaces have their exact gradient.
+`keep` is the share of variance whose components are kept (k_x, k_y of them). Where k_x + k_y > m - 1 at least k_x + k_y
+- m + 1 correlations are 1 whatever the data: CCA needs many examples, so read it beside its shuffled floor. PWCCA's
+weights come from X (the student): it is not symmetric. In the gradient the principal directions and the weights stand
+still (their own derivatives divide by gaps between singular values); the whitening does not, so the correlations of the
+kept subspaces have their exact gradient.
 """
 
 import torch
@@ -32,8 +35,8 @@ def svcca(x: Features, y: Others, *, keep: float = 0.99, mask: Mask | None = Non
 def pwcca(x: Features, y: Others, *, keep: float = 1.0, mask: Mask | None = None) -> Value:
     """Canonical correlations weighted by how much of X each direction carries, in [0, 1]; 0 for constant input.
 
-    Invariant to every invertible linear map of Y (with `keep=1`), to scale and translation of X; not to a rotation of X, whose columns the
-    weights are summed over. Errors: as `svcca`.
+    Invariant to every invertible linear map of Y (with `keep=1`), to scale and translation of X; not to a rotation of
+    X, whose columns the weights are summed over. Errors: as `svcca`.
     """
     correlations, _, defined, weights = _canonical(x, y, keep, mask)
     total = weights.sum(-1)
@@ -59,7 +62,8 @@ def _canonical(
 
 
 def _orthonormal(x: Features, keep: float) -> tuple[Basis, Bool[Tensor, "*batch k"]]:
-    """An orthonormal basis of the leading principal components of centered X (columns of 0 for those left out), and which are kept."""
+    """An orthonormal basis of the leading principal components of centered X (columns of 0 for those left out), and
+    which are kept."""
     _, sizes, directions = torch.linalg.svd(x.detach(), full_matrices=False)
     variance = sizes.square()
     before = variance.cumsum(-1) - variance

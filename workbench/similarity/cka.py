@@ -1,11 +1,14 @@
-"""Centered kernel alignment with the linear kernel (Kornblith et al. 2019; eq 1 and 2 of the paper), biased and debiased.
+"""Centered kernel alignment with the linear kernel (Kornblith et al. 2019; eq 1 and 2 of the paper), biased and
+debiased.
 
-    K = X X^T, L = Y Y^T, H = I - 11^T/m, HSIC(K, L) = tr(K H L H) / (m-1)^2, CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+    K = X X^T, L = Y Y^T, H = I - 11^T/m, HSIC(K, L) = tr(K H L H) / (m-1)^2,
+    CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
 
-X [m p], Y [m q]: m examples, p and q features. The biased estimator is near 1 for unrelated X and Y when m is not far above p and q; the
-debiased one (unbiased HSIC of Song et al. 2012) is 0 in expectation and may be negative. Neither is clamped: a clamp has no gradient.
-Computation is in float32 at least. Constant input (no variance) has no CKA: the stated result is 0, with zero gradient; so it is for the
-debiased estimator where all rows are equally far apart, which it takes for no structure at all.
+X [m p], Y [m q]: m examples, p and q features. The biased estimator is near 1 for unrelated X and Y when m is not far
+above p and q; the debiased one (unbiased HSIC of Song et al. 2012) is 0 in expectation and may be negative. Neither is
+clamped: a clamp has no gradient. Computation is in float32 at least. Constant input (no variance) has no CKA: the
+stated result is 0, with zero gradient; so it is for the debiased estimator where all rows are equally far apart, which
+it takes for no structure at all.
 """
 
 from typing import Literal
@@ -26,9 +29,10 @@ ROWS = 64
 def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased", mask: Mask | None = None) -> Value:
     """CKA of X [*batch m p] and Y [*batch m q], differentiable in both.
 
-    Computed in feature space (`||Y^T X||^2`) or on Gram matrices, whichever is smaller; the value is the same. Rows that `mask` [*batch m]
-    leaves out count for nothing. Errors: `InputError` when the debiased estimator gets fewer than 4 examples, the biased one fewer than 2.
-    Source: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et al. 2021.
+    Computed in feature space (`||Y^T X||^2`) or on Gram matrices, whichever is smaller; the value is the same. Rows
+    that `mask` [*batch m] leaves out count for nothing. Errors: `InputError` when the debiased estimator gets fewer
+    than 4 examples, the biased one fewer than 2. Source: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et
+    al. 2021.
     """
     m = rows_counted(x, mask, least=fewest_rows(estimator), measure=f"{estimator} CKA")
     (x, x_varies), (y, y_varies) = standardised(x, mask), standardised(y, mask)
@@ -37,7 +41,8 @@ def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased", mask:
 
 
 def _resolved(x: Features, own: Value, m: Count, estimator: Estimator) -> Bool[Tensor, "*batch"]:
-    """Whether the debiased HSIC of X with itself stands above the rounding of its terms: rows that are all equally far apart have none."""
+    """Whether the debiased HSIC of X with itself stands above the rounding of its terms: rows that are all equally far
+    apart have none."""
     if estimator == "biased":
         return torch.ones_like(own, dtype=torch.bool)
     return own.detach() * (m * (m - 3)) > 64 * torch.finfo(x.dtype).eps * x.detach().square().sum(-1).square().sum(-1)
@@ -77,12 +82,17 @@ def _estimate(trace: Value, cross: Value, sums: Value, m: Count, estimator: Esti
 
 
 def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimator = "biased") -> Value:
-    """CKA of X with the rows of Y in another order [m]: what two unrelated sets of this shape give. Report it beside every CKA."""
+    """CKA of X with the rows of Y in another order [m]: what two unrelated sets of this shape give. Report it beside
+    every CKA."""
     return linear_cka(x, y[..., order, :], estimator=estimator)
 
 
 def pairwise_linear_cka(
-    x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased", mask: Bool[Tensor, " m"] | None = None
+    x: Float[Tensor, "a m p"],
+    y: Float[Tensor, "b m q"],
+    *,
+    estimator: Estimator = "biased",
+    mask: Bool[Tensor, " m"] | None = None,
 ) -> Float[Tensor, "a b"]:
     """CKA of every X with every Y, each self-term once. One mask for all pairs. Errors as `linear_cka`."""
     if mask is not None:
@@ -95,7 +105,9 @@ def pairwise_linear_cka(
     return quotient(xy, xx, yy, x_varies[:, None] & y_varies[None])
 
 
-def pairwise_hsic(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], estimator: Estimator) -> tuple[Tensor, Tensor, Tensor]:
+def pairwise_hsic(
+    x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], estimator: Estimator
+) -> tuple[Tensor, Tensor, Tensor]:
     """HSIC of every X with every Y, of X with itself and of Y with itself, each [a b], of centered features."""
     m, trace = x.shape[-2], pairwise_traces(x, y)
     k, l = x.square().sum(-1), y.square().sum(-1)
@@ -104,8 +116,9 @@ def pairwise_hsic(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], estimato
 
 
 def pairwise_traces(x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"]) -> Float[Tensor, "a b"]:
-    """tr(K L) of every X with every Y, by whichever takes fewer operations: a b p q m in feature space, or half of m^2 (a p + b q + a b) on Gram
-    matrices, where a pair is a dot product once each set has its matrix (a block of rows at a time, the symmetric half of it)."""
+    """tr(K L) of every X with every Y, by whichever takes fewer operations: a b p q m in feature space, or half of m^2
+    (a p + b q + a b) on Gram matrices, where a pair is a dot product once each set has its matrix (a block of rows at a
+    time, the symmetric half of it)."""
     (a, m, p), (b, _, q) = x.shape, y.shape
     if a * b * p * q <= m * (a * p + b * q + a * b) / 2:
         others = y.transpose(0, 1).flatten(1)

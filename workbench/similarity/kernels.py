@@ -1,11 +1,13 @@
 """CKA on Gram matrices: the RBF kernel, and any kernel of the user's own.
 
-    K_ij = exp(-|x_i - x_j|^2 / (2 s^2)),  s^2 = fraction^2 * median over i < j of |x_i - x_j|^2        (Kornblith et al. 2019, section 4)
+    K_ij = exp(-|x_i - x_j|^2 / (2 s^2)),
+    s^2 = fraction^2 * median over i < j of |x_i - x_j|^2  (Kornblith et al. 2019, section 4)
 
-The bandwidth s is a fraction of the median distance, so that the value does not depend on scale; it stands in the gradient. With centered
-matrices A, B both estimators are a cosine, sum(A B) / sqrt(sum(A A) sum(B B)): biased A = H K H; debiased A = the U-centered K (Szekely &
-Rizzo 2014, eq 2.5), whose product is the unbiased HSIC of Song et al. 2012. Rows that are all equal, or equally far apart, have no CKA: the
-stated result is 0. So it is where the median distance is 0 (over half of the pairs of rows coincide), which leaves no bandwidth.
+The bandwidth s is a fraction of the median distance, so that the value does not depend on scale; it stands in the
+gradient. With centered matrices A, B both estimators are a cosine, sum(A B) / sqrt(sum(A A) sum(B B)): biased A = H K
+H; debiased A = the U-centered K (Szekely & Rizzo 2014, eq 2.5), whose product is the unbiased HSIC of Song et al. 2012.
+Rows that are all equal, or equally far apart, have no CKA: the stated result is 0. So it is where the median distance
+is 0 (over half of the pairs of rows coincide), which leaves no bandwidth.
 """
 
 import torch
@@ -19,11 +21,18 @@ from workbench.similarity.rows import Count, Features, Mask, Others, Value, quot
 Gram = Float[Tensor, "*batch m m"]
 
 
-def rbf_cka(x: Features, y: Others, *, estimator: Estimator = "biased", fraction: float = 0.5, mask: Mask | None = None) -> Value:
-    """CKA with RBF kernels of bandwidth `fraction` times the median distance (each side its own). Errors: `InputError` on too few rows
-    (as `linear_cka`) and on a fraction that is not above 0."""
+def rbf_cka(
+    x: Features, y: Others, *, estimator: Estimator = "biased", fraction: float = 0.5, mask: Mask | None = None
+) -> Value:
+    """CKA with RBF kernels of bandwidth `fraction` times the median distance (each side its own). Errors: `InputError`
+    on too few rows (as `linear_cka`) and on a fraction that is not above 0."""
     rows_counted(x, mask, least=fewest_rows(estimator), measure=f"{estimator} CKA")
-    return gram_cka(rbf_gram(x, fraction=fraction, mask=mask), rbf_gram(y, fraction=fraction, mask=mask), estimator=estimator, mask=mask)
+    return gram_cka(
+        rbf_gram(x, fraction=fraction, mask=mask),
+        rbf_gram(y, fraction=fraction, mask=mask),
+        estimator=estimator,
+        mask=mask,
+    )
 
 
 def rbf_gram(x: Features, *, fraction: float = 0.5, mask: Mask | None = None) -> Gram:
@@ -36,7 +45,9 @@ def rbf_gram(x: Features, *, fraction: float = 0.5, mask: Mask | None = None) ->
 def rbf(distances: Gram, median: Value, fraction: float) -> Gram:
     """exp(-distances / (2 fraction^2 median)) of squared distances; all ones where the median is 0."""
     if fraction <= 0:
-        raise InputError(f"the bandwidth is a fraction above 0 of the median distance, not {fraction}; 0.2 to 1 are usual.")
+        raise InputError(
+            f"the bandwidth is a fraction above 0 of the median distance, not {fraction}; 0.2 to 1 are usual."
+        )
     defined = (median > 0)[..., None, None]
     scale = torch.where(defined, 2 * fraction**2 * median[..., None, None], 1.0)
     return torch.where(defined, (-distances / scale).exp(), 1.0)
@@ -46,7 +57,9 @@ def squared_distances(x: Features) -> Gram:
     """|x_i - x_j|^2, exactly 0 on the diagonal."""
     k = x @ x.mT
     norms = k.diagonal(dim1=-2, dim2=-1)
-    return (norms[..., :, None] + norms[..., None, :] - 2 * k) * (1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device))
+    return (norms[..., :, None] + norms[..., None, :] - 2 * k) * (
+        1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    )
 
 
 def median_of_pairs(distances: Gram, mask: Mask | None) -> Value:
@@ -71,17 +84,21 @@ def pairs_of_rows(distances: Gram) -> tuple[Int[Tensor, " pairs"], Int[Tensor, "
 
 
 def gram_cka(k: Gram, l: Gram, *, estimator: Estimator = "biased", mask: Mask | None = None) -> Value:
-    """CKA of two Gram matrices over the same examples, differentiable in both. Errors: `InputError` on too few examples."""
+    """CKA of two Gram matrices over the same examples, differentiable in both. Errors: `InputError` on too few
+    examples."""
     m = rows_counted(k, mask, least=fewest_rows(estimator), measure=f"{estimator} CKA")
     (a, a_varies), (b, b_varies) = (centered_gram(gram, m, estimator, mask) for gram in (k, l))
     xy, xx, yy = ((one * other).sum((-2, -1)) for one, other in ((a, b), (a, a), (b, b)))
     return quotient(xy, xx, yy, a_varies & b_varies)
 
 
-def centered_gram(k: Gram, m: Count, estimator: Estimator, mask: Mask | None = None) -> tuple[Gram, Bool[Tensor, "*batch"]]:
+def centered_gram(
+    k: Gram, m: Count, estimator: Estimator, mask: Mask | None = None
+) -> tuple[Gram, Bool[Tensor, "*batch"]]:
     """A with sum(A B) = HSIC times a factor of m, and whether it stands above the rounding of K.
 
-    Biased: H K H. Debiased: K~ - rows / (m-2) - columns / (m-2) + total / ((m-1)(m-2)) off the diagonal, with K~ = K without its diagonal.
+    Biased: H K H. Debiased: K~ - rows / (m-2) - columns / (m-2) + total / ((m-1)(m-2)) off the diagonal, with K~ = K
+    without its diagonal.
     """
     k = k.to(torch.promote_types(k.dtype, torch.float32))
     kept = torch.ones_like(k) if mask is None else (mask[..., :, None] & mask[..., None, :]).to(k.dtype)
@@ -92,7 +109,9 @@ def centered_gram(k: Gram, m: Count, estimator: Estimator, mask: Mask | None = N
     rows = k.sum(-1) / (one if isinstance(one, int) else one[..., None])
     total = rows.sum(-1) / two
     a = (k - rows[..., :, None] - rows[..., None, :] + total[..., None, None]) * kept
-    return a, ~(a.detach().square().sum((-2, -1)) <= (16 * torch.finfo(k.dtype).eps) ** 2 * k.detach().square().sum((-2, -1)))
+    return a, ~(
+        a.detach().square().sum((-2, -1)) <= (16 * torch.finfo(k.dtype).eps) ** 2 * k.detach().square().sum((-2, -1))
+    )
 
 
 def pairwise_rbf_cka(

@@ -1,9 +1,11 @@
-"""CKA of more examples than fit in memory: the unbiased HSIC summed over minibatches (Nguyen, Raghu & Kornblith 2021, eq 4).
+"""CKA of more examples than fit in memory: the unbiased HSIC summed over minibatches (Nguyen, Raghu & Kornblith 2021,
+eq 4).
 
     CKA = sum_b HSIC_1(K_b, L_b) / sqrt(sum_b HSIC_1(K_b, K_b) * sum_b HSIC_1(L_b, L_b))
 
-HSIC_1 is unbiased, so each minibatch estimates the same number whatever its size, and the sums converge to the CKA of the population; the mean
-of biased CKAs does not. One minibatch gives the debiased CKA. Scale and RBF bandwidth are those of the first minibatch.
+HSIC_1 is unbiased, so each minibatch estimates the same number whatever its size, and the sums converge to the CKA of
+the population; the mean of biased CKAs does not. One minibatch gives the debiased CKA. Scale and RBF bandwidth are
+those of the first minibatch.
 """
 
 from collections.abc import Iterable
@@ -23,13 +25,16 @@ Kernel = Literal["linear", "rbf"]
 class MinibatchCka:
     """Sums of HSIC over minibatches: `add` each, then `value()`.
 
-    X [*batch m p] against Y [*batch m q], or with `pairwise` every X [a m p] against every Y [b m q] (linear kernel, no mask). Differentiable in
-    all minibatches that were added.
+    X [*batch m p] against Y [*batch m q], or with `pairwise` every X [a m p] against every Y [b m q] (linear kernel, no
+    mask). Differentiable in all minibatches that were added.
     """
 
     def __init__(self, *, kernel: Kernel = "linear", fraction: float = 0.5, pairwise: bool = False) -> None:
         if pairwise and kernel != "linear":
-            raise InputError("all pairs over minibatches are there for the linear kernel only; leave `pairwise` out and add pair by pair.")
+            raise InputError(
+                "all pairs over minibatches are there for the linear kernel only; leave `pairwise` out and add pair by "
+                "pair."
+            )
         self.kernel, self.fraction, self.pairwise = kernel, fraction, pairwise
         self._scales: dict[str, Tensor] = {}
         self._medians: dict[str, Tensor] = {}
@@ -50,7 +55,9 @@ class MinibatchCka:
             return pairwise_hsic(a, b, "debiased")
         if self.kernel == "linear":
             return hsic(a, b, m, "debiased"), hsic(a, a, m, "debiased"), hsic(b, b, m, "debiased")
-        (k, _), (l, _) = (centered_gram(self._gram(side, value, mask), m, "debiased", mask) for side, value in (("x", a), ("y", b)))
+        (k, _), (l, _) = (
+            centered_gram(self._gram(side, value, mask), m, "debiased", mask) for side, value in (("x", a), ("y", b))
+        )
         xy, xx, yy = ((one * other).sum((-2, -1)) / (m * (m - 3)) for one, other in ((k, l), (k, k), (l, l)))
         return xy, xx, yy
 
@@ -73,7 +80,9 @@ class MinibatchCka:
         return rbf(distances, median, self.fraction)
 
 
-def minibatch_cka(minibatches: Iterable[tuple[Tensor, Tensor]], *, kernel: Kernel = "linear", fraction: float = 0.5) -> Value:
+def minibatch_cka(
+    minibatches: Iterable[tuple[Tensor, Tensor]], *, kernel: Kernel = "linear", fraction: float = 0.5
+) -> Value:
     """CKA over (X, Y) minibatches of any size of at least 4 rows."""
     sums = MinibatchCka(kernel=kernel, fraction=fraction)
     for x, y in minibatches:

@@ -1,12 +1,14 @@
 """Cosine and mean squared error through a learned linear projection of X onto Y: can Y be read off X?
 
     W = (X^T X + r I)^-1 X^T Y,  r = ridge * ||X||^2 / p      of centered X, Y
-    MSE similarity = 1 - sum_i |y_i - x_i W_(-i)|^2 / sum_i |y_i - mean_(-i)|^2         cosine similarity = mean_i cos(x_i W_(-i), y_i - mean_(-i))
+    MSE similarity = 1 - sum_i |y_i - x_i W_(-i)|^2 / sum_i |y_i - mean_(-i)|^2
+    cosine similarity = mean_i cos(x_i W_(-i), y_i - mean_(-i))
 
-The projection is learned by ridge regression in closed form, on the batch at hand, and each row is predicted by the projection that the *other*
-rows give (leave-one-out, exact by the hat matrix: e_i / (1 - h_i)). So it needs no parameters, no optimizer and no checkpoint of its own, it is
-differentiable, and it cannot fit what it is judged on: unrelated rows give 0 or less at any m, where in-sample regression gives 1 for m <= p.
-1 - MSE similarity is the normalised error of the usual hint loss (FitNets, Romero et al. 2015). It is directed: X (the student) predicts Y.
+The projection is learned by ridge regression in closed form, on the batch at hand, and each row is predicted by the
+projection that the *other* rows give (leave-one-out, exact by the hat matrix: e_i / (1 - h_i)). So it needs no
+parameters, no optimizer and no checkpoint of its own, it is differentiable, and it cannot fit what it is judged on:
+unrelated rows give 0 or less at any m, where in-sample regression gives 1 for m <= p. 1 - MSE similarity is the
+normalised error of the usual hint loss (FitNets, Romero et al. 2015). It is directed: X (the student) predicts Y.
 """
 
 import torch
@@ -18,7 +20,8 @@ from workbench.similarity.rows import Features, Mask, Others, Value, rows_counte
 
 
 def projection_mse(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask | None = None) -> Value:
-    """Share of Y's variance that X predicts on rows left out: at most 1, below 0 where the mean predicts better. 0 for constant input.
+    """Share of Y's variance that X predicts on rows left out: at most 1, below 0 where the mean predicts better. 0 for
+    constant input.
 
     Errors: `InputError` on fewer than 3 examples and on a ridge that is not above 0.
     """
@@ -28,7 +31,8 @@ def projection_mse(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask | 
 
 
 def projection_cosine(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask | None = None) -> Value:
-    """Mean cosine in [-1, 1] of each row of Y (from the mean of the others) and its prediction from the other rows. 0 for constant input.
+    """Mean cosine in [-1, 1] of each row of Y (from the mean of the others) and its prediction from the other rows. 0
+    for constant input.
 
     Errors: as `projection_mse`.
     """
@@ -43,7 +47,8 @@ def projection_cosine(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask
 def _left_out(x: Features, y: Others, ridge: float, mask: Mask | None) -> tuple[Others, Others, Tensor]:
     """Predictions of Y's rows and the rows themselves, each from the mean of the other rows; whether both sides vary.
 
-    With leverage h_i = 1/m + x_i (X^T X + r I)^-1 x_i^T: y_i - prediction = (y_i - x_i W) / (1 - h_i), y_i - mean_(-i) = y_i m / (m - 1).
+    With leverage h_i = 1/m + x_i (X^T X + r I)^-1 x_i^T: y_i - prediction = (y_i - x_i W) / (1 - h_i), y_i - mean_(-i)
+    = y_i m / (m - 1).
     """
     if ridge <= 0:
         raise InputError(f"the ridge is above 0, not {ridge}; 0.01 of the mean variance is the default.")

@@ -1,7 +1,8 @@
 """Rows of features made ready to be compared: float32 or more, centered, at unit scale, with padding rows set to zero.
 
-Every measure of this room takes X [*batch m p] and Y [*batch m q], and a mask [*batch m] that is True at the rows that count: a row left
-out by the mask is as good as dropped, whatever it holds (NaN included), and each pair of a batch may leave out its own.
+Every measure of this room takes X [*batch m p] and Y [*batch m q], and a mask [*batch m] that is True at the rows that
+count: a row left out by the mask is as good as dropped, whatever it holds (NaN included), and each pair of a batch may
+leave out its own.
 """
 
 import torch
@@ -19,8 +20,9 @@ Count = int | Value
 
 
 def standardised(x: Features, mask: Mask | None = None) -> tuple[Features, Bool[Tensor, "*batch"]]:
-    """Centered features at unit scale in float32 or more (squares of squares overflow otherwise), and whether they vary beyond the rounding
-    of their mean. The scale is a constant in the gradient: right for every measure that does not depend on scale."""
+    """Centered features at unit scale in float32 or more (squares of squares overflow otherwise), and whether they vary
+    beyond the rounding of their mean. The scale is a constant in the gradient: right for every measure that does not
+    depend on scale."""
     x = filled(x, mask)
     x = x / largest(x)
     centered = center(x, mask)
@@ -36,7 +38,8 @@ def filled(x: Features, mask: Mask | None) -> Features:
 
 
 def largest(x: Features) -> Float[Tensor, "*batch 1 1"]:
-    """The largest absolute value of each X (1 where all are 0), without a gradient: a scale at which squares do not overflow."""
+    """The largest absolute value of each X (1 where all are 0), without a gradient: a scale at which squares do not
+    overflow."""
     value = x.detach().abs().amax((-2, -1), keepdim=True)
     return torch.where(value > 0, value, 1.0)
 
@@ -53,7 +56,9 @@ def rows_counted(x: Features, mask: Mask | None, *, least: int, measure: str) ->
     """m. Errors: `InputError` when a pair has fewer than `least` rows."""
     fewest = x.shape[-2] if mask is None else int(mask.sum(-1).min())
     if fewest < least:
-        raise InputError(f"{measure} needs at least {least} examples, got {fewest}; use a larger batch or more positions.")
+        raise InputError(
+            f"{measure} needs at least {least} examples, got {fewest}; use a larger batch or more positions."
+        )
     return x.shape[-2] if mask is None else mask.sum(-1).to(torch.promote_types(x.dtype, torch.float32))
 
 

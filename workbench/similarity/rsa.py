@@ -2,9 +2,10 @@
 
     D_ij = distance of rows i and j,   RSA = Pearson's correlation of the m (m-1) / 2 entries i < j of the two matrices
 
-Distances: `sqeuclidean` (the default: |x_i - x_j|^2, smooth where rows coincide, invariant to rotation, isotropic scale and translation of X) or
-`correlation` (1 - Pearson's correlation of the two rows over features: Kriegeskorte's; invariant to each row's own scale and offset, not to
-rotation or translation of X; a row without variance correlates 0 with all). Pearson's correlation, since Spearman's has no gradient.
+Distances: `sqeuclidean` (the default: |x_i - x_j|^2, smooth where rows coincide, invariant to rotation, isotropic scale
+and translation of X) or `correlation` (1 - Pearson's correlation of the two rows over features: Kriegeskorte's;
+invariant to each row's own scale and offset, not to rotation or translation of X; a row without variance correlates 0
+with all). Pearson's correlation, since Spearman's has no gradient.
 """
 
 from typing import Literal
@@ -15,13 +16,24 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.similarity.kernels import Gram, pairs_of_rows, squared_distances
-from workbench.similarity.rows import Features, Mask, Others, Value, filled, largest, quotient, rows_counted, standardised
+from workbench.similarity.rows import (
+    Features,
+    Mask,
+    Others,
+    Value,
+    filled,
+    largest,
+    quotient,
+    rows_counted,
+    standardised,
+)
 
 Distance = Literal["sqeuclidean", "correlation"]
 
 
 def rsa(x: Features, y: Others, *, distance: Distance = "sqeuclidean", mask: Mask | None = None) -> Value:
-    """Correlation in [-1, 1] of the distance matrices of X [*batch m p] and Y [*batch m q], symmetric. 0 where all distances are equal.
+    """Correlation in [-1, 1] of the distance matrices of X [*batch m p] and Y [*batch m q], symmetric. 0 where all
+    distances are equal.
 
     Errors: `InputError` on fewer than 3 examples and on an unknown distance.
     """
@@ -40,7 +52,9 @@ def _distances(x: Features, distance: Distance, mask: Mask | None) -> Gram:
     x = filled(x, mask)
     x = x / largest(x)
     rows = x - x.mean(-1, keepdim=True)
-    varies = rows.detach().square().sum(-1, keepdim=True) > (16 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum(-1, keepdim=True)
+    varies = rows.detach().square().sum(-1, keepdim=True) > (
+        16 * torch.finfo(x.dtype).eps
+    ) ** 2 * x.detach().square().sum(-1, keepdim=True)
     rows = torch.where(varies, rows, 0.0) / torch.where(varies, rows.square().sum(-1, keepdim=True), 1.0).sqrt()
     return 1 - rows @ rows.mT
 

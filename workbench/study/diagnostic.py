@@ -1,8 +1,10 @@
-"""Will alignment help these two models? Their matched pairs' CKA before training, against what a study of many trainings gained from such starts.
+"""Will alignment help these two models? Their matched pairs' CKA before training, against what a study of many
+trainings gained from such starts.
 
-The start of a training is the mean over its aligned pairs of CKA minus its shuffled floor, on discovery prompts, in the untrained student. A study
-holds such starts with the gain of alignment over circuit CE in full accuracy. The forecast is that of the nearest starts: their mean gain, its
-interval, and how many of them gained. It says what happened there, with those models and that task; it is no law.
+The start of a training is the mean over its aligned pairs of CKA minus its shuffled floor, on discovery prompts, in the
+untrained student. A study holds such starts with the gain of alignment over circuit CE in full accuracy. The forecast
+is that of the nearest starts: their mean gain, its interval, and how many of them gained. It says what happened there,
+with those models and that task; it is no law.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any, Literal
 from workbench import storage
 from workbench.errors import InputError
 from workbench.experiment import located
-from workbench.statistics import Estimate, mean_interval
+from workbench.values.statistics import Estimate, mean_interval
 
 BUNDLED = "assets/results/study_entity"
 """The study that comes with the project."""
@@ -47,7 +49,8 @@ class Forecast:
     """Of gain and start over all its trainings."""
     nearest: tuple[Start, ...]
     gain: Estimate
-    """Mean gain of the nearest with its interval over them, which takes trainings of one start (other seeds) for independent."""
+    """Mean gain of the nearest with its interval over them, which takes trainings of one start (other seeds) for
+    independent."""
     gained: int
     verdict: Verdict
     beyond: bool
@@ -60,26 +63,40 @@ class Forecast:
     def text(self) -> str:
         """Two sentences with all figures."""
         low, high = self.nearest[0].above_floor, self.nearest[-1].above_floor
-        spread = "" if self.gain.low is None or self.gain.high is None else f" [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
-        known = "" if self.rank_correlation is None else f" (rank correlation of gain and start {self.rank_correlation:.2f})"
+        spread = (
+            "" if self.gain.low is None or self.gain.high is None else f" [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
+        )
+        known = (
+            ""
+            if self.rank_correlation is None
+            else f" (rank correlation of gain and start {self.rank_correlation:.2f})"
+        )
         outside = " This start lies outside the study's, so read it with care." if self.beyond else ""
         return (
-            f"alignment is {self.verdict}: the {self.pairs} matched pairs' CKA is {self.cka:.2f}, {self.above_floor:.2f} above its floor of {self.floor:.2f}. "
-            f"Of {self.trainings} trainings of the study{known}, the {len(self.nearest)} that began nearest ({low:.2f} to {high:.2f} above) gained "
-            f"{self.gain.mean:+.3f}{spread} in accuracy over training without alignment; {self.gained} of them gained at all; they had {len({round(each.above_floor, 6) for each in self.nearest})} different starts.{outside}"
+            f"alignment is {self.verdict}: the {self.pairs} matched pairs' CKA is {self.cka:.2f}, "
+            f"{self.above_floor:.2f} above its floor of {self.floor:.2f}. "
+            f"Of {self.trainings} trainings of the study{known}, the {len(self.nearest)} that began nearest ({low:.2f} "
+            f"to {high:.2f} above) gained "
+            f"{self.gain.mean:+.3f}{spread} in accuracy over training without alignment; {self.gained} of them gained "
+            f"at all; they had {len({round(each.above_floor, 6) for each in self.nearest})} different starts.{outside}"
         )
 
 
 def read_starts(study: str | Path = BUNDLED) -> tuple[list[Start], float | None]:
-    """(starts of a study's trainings, their rank correlation with the gains), from its `summary.json`. Errors: `InputError` when there is none."""
+    """(starts of a study's trainings, their rank correlation with the gains), from its `summary.json`. Errors:
+    `InputError` when there is none."""
     file = Path(located(str(study))) / "summary.json"
     if not file.exists():
         raise InputError(f"{study} holds no summary of a study; give the folder of a finished `workbench study`.")
     found = storage.read_json(file)["diagnostic"]
-    return [Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in found["points"]], found["rank_correlation"]
+    return [Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in found["points"]], found[
+        "rank_correlation"
+    ]
 
 
-def forecast(ckas: Sequence[Mapping[str, Any]], starts: Sequence[Start], rank_correlation: float | None = None) -> Forecast | None:
+def forecast(
+    ckas: Sequence[Mapping[str, Any]], starts: Sequence[Start], rank_correlation: float | None = None
+) -> Forecast | None:
     """The forecast for matched pairs (rows of `ckas.json`: cka, floor); None without pairs or without trainings."""
     if not ckas or not starts:
         return None
@@ -87,15 +104,32 @@ def forecast(ckas: Sequence[Mapping[str, Any]], starts: Sequence[Start], rank_co
     start = cka - floor
     count = min(len(starts), max(NEAREST, len(starts) // 5))
     reach = sorted(abs(each.above_floor - start) for each in starts)[count - 1]
-    nearest = sorted((each for each in starts if abs(each.above_floor - start) <= reach + 1e-9), key=lambda each: each.above_floor)
+    nearest = sorted(
+        (each for each in starts if abs(each.above_floor - start) <= reach + 1e-9), key=lambda each: each.above_floor
+    )
     gained = sum(each.gain > 0 for each in nearest)
     lost = sum(each.gain < 0 for each in nearest)
     known = [each.above_floor for each in starts]
-    verdict: Verdict = "likely to help" if gained >= CLEAR * len(nearest) else "likely to hurt" if lost >= CLEAR * len(nearest) else "undecided"
+    verdict: Verdict = (
+        "likely to help"
+        if gained >= CLEAR * len(nearest)
+        else "likely to hurt"
+        if lost >= CLEAR * len(nearest)
+        else "undecided"
+    )
     return Forecast(
-        above_floor=start, cka=cka, floor=floor, pairs=len(ckas), trainings=len(starts), rank_correlation=rank_correlation, nearest=tuple(nearest),
-        gain=mean_interval([each.gain for each in nearest]), gained=gained, verdict=verdict, beyond=not min(known) <= start <= max(known),
-    )  # fmt: skip
+        above_floor=start,
+        cka=cka,
+        floor=floor,
+        pairs=len(ckas),
+        trainings=len(starts),
+        rank_correlation=rank_correlation,
+        nearest=tuple(nearest),
+        gain=mean_interval([each.gain for each in nearest]),
+        gained=gained,
+        verdict=verdict,
+        beyond=not min(known) <= start <= max(known),
+    )
 
 
 def forecast_of(run: Path, study: str | Path = BUNDLED) -> Forecast | None:

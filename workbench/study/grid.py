@@ -26,11 +26,12 @@ from workbench.circuits.comparison import compare
 from workbench.distillation.reports import evaluations, read_log
 from workbench.errors import InputError
 from workbench.experiment import CONDITIONS, Experiment, mean_cka_and_floor
-from workbench.models import Student
-from workbench.recipe import Condition, Recipe, parse_config, read_recipe, read_yaml, to_plain
-from workbench.refs import Head
-from workbench.runs import RunFolder, provenance
-from workbench.study.arms import run_arms, run_condition
+from workbench.experiment.arms import run_arms, run_condition
+from workbench.experiment.recipe import Condition, Recipe, parse_config, read_recipe, read_yaml, to_plain
+from workbench.experiment.runs import RunFolder
+from workbench.models.hooked_model import Student
+from workbench.storage.provenance import provenance
+from workbench.values.refs import Head
 
 log = logging.getLogger("workbench")
 STRICT = ConfigDict(extra="forbid")
@@ -43,9 +44,11 @@ class StudentConfig:
     source: str
     """Directory or hub id."""
     teacher_layers: tuple[int, ...] | None = None
-    """Which of the teacher's layers the student's came from, where it is of its lineage: circuits can then be compared head by head."""
+    """Which of the teacher's layers the student's came from, where it is of its lineage: circuits can then be compared
+    head by head."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe for this student alone, e.g. `alignment.positions: last`: the same model under several methods."""
+    """Dotted keys of the recipe for this student alone, e.g. `alignment.positions: last`: the same model under several
+    methods."""
 
 
 @validated(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -61,7 +64,8 @@ class StudyConfig:
     train_scenes: tuple[Annotated[int, Field(ge=1)], ...]
     """Data sizes, scarce to ample."""
     weights: tuple[Annotated[float, Field(gt=0)], ...]
-    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts; a single one is taken as it is."""
+    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts; a single one is
+    taken as it is."""
     validation_seeds: tuple[int, ...] = ()
     """Training seeds of the choice of lambda; none of them is among `seeds`."""
     seeds: tuple[int, ...]
@@ -72,9 +76,15 @@ class StudyConfig:
     def __post_init__(self) -> None:
         shared = set(self.seeds) & set(self.validation_seeds)
         if shared:
-            raise InputError(f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the results.")
+            raise InputError(
+                f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the "
+                "results."
+            )
         if len(self.weights) > 1 and not self.validation_seeds:
-            raise InputError("lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single weight.")
+            raise InputError(
+                "lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single "
+                "weight."
+            )
 
 
 def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -> StudyConfig:
@@ -108,7 +118,10 @@ class Study:
         self.config, self.path = config, path
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
         if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
-            raise InputError("a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every in `overrides`.")
+            raise InputError(
+                "a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every "
+                "in `overrides`."
+            )
         self._experiments: dict[str, Experiment] = {}
         self._open: dict[str, Experiment] = {}
 
@@ -121,7 +134,10 @@ class Study:
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
         if parse_config(StudyConfig, storage.read_json(file)["study"]) != self.config:
-            raise InputError(f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another --out.")
+            raise InputError(
+                f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another "
+                "--out."
+            )
 
     def folder(self, student: str) -> RunFolder:
         """Where a student's circuits and head map lie."""
@@ -142,7 +158,8 @@ class Study:
             pass
 
     def run_trial(self, student: str, scenes: int, condition: str, seed: int, *, weight: float | None = None) -> None:
-        """One training: with a `weight` on trial, to be judged on validation prompts; else at the chosen one, evaluated on the test prompts.
+        """One training: with a `weight` on trial, to be judged on validation prompts; else at the chosen one, evaluated
+        on the test prompts.
 
         Errors: `InputError` when circuits, head map or (without `weight`) the choice of lambda are not there yet.
         """
@@ -156,7 +173,8 @@ class Study:
         run_condition(self._chosen(base, scenes), condition, seed, resume=True)
 
     def run(self) -> None:
-        """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all students first."""
+        """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all
+        students first."""
         for cell in self.cells():
             run_arms(cell.experiment, self.arms, resume=True)
             if cell.scenes == self.config.train_scenes[0]:
@@ -180,7 +198,10 @@ class Study:
             Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
             for scenes in self.config.train_scenes
             for name, folder in folders.items()
-            if all((replace(folder, trial=f"scenes-{scenes}").condition(*arm) / "result.json").exists() for arm in self.arms)
+            if all(
+                (replace(folder, trial=f"scenes-{scenes}").condition(*arm) / "result.json").exists()
+                for arm in self.arms
+            )
         ]
 
     def cells(self) -> Iterator[Cell]:
@@ -229,12 +250,18 @@ class Study:
             accuracies = {weight: self._validated(base, scenes, weight) for weight in self.config.weights}
             means = {weight: sum(values) / len(values) for weight, values in accuracies.items()}
             best = max(sorted(means), key=lambda weight: means[weight])
-            log.info("%s, %d scenes: lambda %g (validation accuracy %.3f)", base.folder.path.name, scenes, best, means[best])
-            storage.write_json(file, {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}})
+            log.info(
+                "%s, %d scenes: lambda %g (validation accuracy %.3f)", base.folder.path.name, scenes, best, means[best]
+            )
+            storage.write_json(
+                file,
+                {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}},
+            )
         return base.varied(self._at(base.recipe, scenes, storage.read_json(file)["weight"]), trial)
 
     def _validated(self, base: Experiment, scenes: int, weight: float) -> list[float]:
-        """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test prompts."""
+        """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test
+        prompts."""
         return [self._validated_once(base, scenes, weight, seed) for seed in self.config.validation_seeds]
 
     def _validated_once(self, base: Experiment, scenes: int, weight: float, seed: int) -> float:
@@ -247,23 +274,36 @@ class Study:
 
     @staticmethod
     def _at(recipe: Recipe, scenes: int, weight: float) -> Recipe:
-        return replace(recipe, data=replace(recipe.data, train_scenes=scenes), alignment=replace(recipe.alignment, weight=weight))
+        return replace(
+            recipe, data=replace(recipe.data, train_scenes=scenes), alignment=replace(recipe.alignment, weight=weight)
+        )
 
     def _find_anew(self, cell: Cell, condition: str) -> None:
-        """The circuit of a trained student, found by the recipe's own search, beside the untrained student's and the teacher's."""
+        """The circuit of a trained student, found by the recipe's own search, beside the untrained student's and the
+        teacher's."""
         file = cell.path / "anew" / f"{condition}.json"
         if file.exists():
             return
         experiment, seed = cell.experiment, self.config.seeds[0]
         trained = cell.experiment.folder.condition(condition, seed) / "student"
-        student = experiment.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
+        student = (
+            experiment.student
+            if CONDITIONS[condition].trains is None
+            else Student.load(trained, device=self.recipe.device)
+        )
         prompts, config = experiment.prompts, experiment.recipe.discovery
         anew = discovery.backward_search(student, prompts.discovery, prompts.stages, config).circuit
         before, teacher = experiment.folder.circuit("student"), experiment.folder.circuit("teacher")
         layers = self.config.students[cell.student].teacher_layers
         overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
         storage.write_json(
-            file, {"circuit": anew.to_json(), "against_untrained": compare(before, anew).to_json(), "teacher_overlap": overlap, "seed": seed}
+            file,
+            {
+                "circuit": anew.to_json(),
+                "against_untrained": compare(before, anew).to_json(),
+                "teacher_overlap": overlap,
+                "seed": seed,
+            },
         )
 
 
@@ -274,11 +314,15 @@ def _alike(first: Recipe, second: Recipe, *keys: str) -> bool:
 def _share_found(found: Experiment, wanting: Experiment) -> None:
     """Scores and circuits that a study has found already in the same model, by the same search, serve again."""
     first, second = found.recipe, wanting.recipe
-    searched = _alike(first, second, "teacher", "teacher_dtype", "device", "dtype", "data", "stages", "discovery", "evaluation")
+    searched = _alike(
+        first, second, "teacher", "teacher_dtype", "device", "dtype", "data", "stages", "discovery", "evaluation"
+    )
     if not searched or first.matching.metric != second.matching.metric:
         return
     for model in ("teacher", "student") if first.student == second.student else ("teacher",):
-        for file in sorted([*found.folder.path.glob(f"scores/{model}-*"), *found.folder.path.glob(f"circuits/{model}*")]):
+        for file in sorted(
+            [*found.folder.path.glob(f"scores/{model}-*"), *found.folder.path.glob(f"circuits/{model}*")]
+        ):
             target = wanting.folder.path / file.relative_to(found.folder.path)
             if not target.exists():
                 storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
@@ -288,7 +332,11 @@ def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`{"training": {"steps": 20}}`, as `--set overrides.training.steps=20` gives it, as `{"training.steps": 20}`."""
     found: dict[str, Any] = {}
     for key, value in overrides.items():
-        found |= {f"{key}.{rest}": inner for rest, inner in _dotted(value).items()} if isinstance(value, Mapping) and value else {key: value}
+        found |= (
+            {f"{key}.{rest}": inner for rest, inner in _dotted(value).items()}
+            if isinstance(value, Mapping) and value
+            else {key: value}
+        )
     return found
 
 
@@ -300,13 +348,16 @@ def lineage_overlap(student: tuple[Head, ...], teacher: tuple[Head, ...], layers
 
 
 def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, float] | None:
-    """(mean CKA, mean floor) of the pairs that a condition aligns, in the untrained student on the discovery prompts; None if it aligns none."""
+    """(mean CKA, mean floor) of the pairs that a condition aligns, in the untrained student on the discovery prompts;
+    None if it aligns none."""
     experiment, spec = cell.experiment, CONDITIONS[condition]
     if spec.aligns is None:
         return None
     file = cell.path / "starting" / f"{condition}-{seed}.json"
     if not file.exists():
-        cka, floor = mean_cka_and_floor(experiment.ckas(experiment.student, experiment.head_map_of(spec, seed), experiment.prompts.discovery))
+        cka, floor = mean_cka_and_floor(
+            experiment.ckas(experiment.student, experiment.head_map_of(spec, seed), experiment.prompts.discovery)
+        )
         storage.write_json(file, {"cka": cka, "floor": floor})
     found: Mapping[str, float] = storage.read_json(file)
     return found["cka"], found["floor"]

@@ -1,12 +1,13 @@
 """The trials of a study spread over a Ray cluster, to the same files as one process writes after another.
 
-A trial is one training (and its evaluation): a function of the study's configuration, the student, the data size, the condition, the seed and
-lambda, which writes into a folder of its own. So trials need no order among each other but one: lambda is chosen before a cell's conditions run.
-The driver finds circuits and head maps first, which all trials read; what is evaluated once (the teacher, circuits anew) it does at the end. Where every
-process computes with as many threads, the numbers are the sequential study's to the bit.
+A trial is one training (and its evaluation): a function of the study's configuration, the student, the data size, the
+condition, the seed and lambda, which writes into a folder of its own. So trials need no order among each other but one:
+lambda is chosen before a cell's conditions run. The driver finds circuits and head maps first, which all trials read;
+what is evaluated once (the teacher, circuits anew) it does at the end. Where every process computes with as many
+threads, the numbers are the sequential study's to the bit.
 
-The study's folder (and `$WORKBENCH_CACHE`) must be on a file system that all machines see. A trial whose worker dies is begun again on another, from
-its last checkpoint; when Ray gives up, the study stops and resumes with `--resume`.
+The study's folder (and `$WORKBENCH_CACHE`) must be on a file system that all machines see. A trial whose worker dies is
+begun again on another, from its last checkpoint; when Ray gives up, the study stops and resumes with `--resume`.
 """
 
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from workbench.errors import InputError
-from workbench.sources import require_package
+from workbench.models.sources import require_package
 from workbench.study.grid import Study, opened_study
 
 log = logging.getLogger("workbench")
@@ -94,9 +95,15 @@ class _Cluster:
         import ray  # pyright: ignore[reportMissingImports]
 
         kept = {name: os.environ[name] for name in ("WORKBENCH_CACHE", "HF_HUB_OFFLINE") if name in os.environ}
-        settings: dict[str, Any] = {"runtime_env": {"env_vars": {**kept, "OMP_NUM_THREADS": str(self.threads)}}, "log_to_driver": False}
+        settings: dict[str, Any] = {
+            "runtime_env": {"env_vars": {**kept, "OMP_NUM_THREADS": str(self.threads)}},
+            "log_to_driver": False,
+        }
         if not os.environ.get("RAY_ADDRESS"):
-            settings |= {"include_dashboard": False, "num_cpus": None if self.workers is None else self.workers * self.threads}
+            settings |= {
+                "include_dashboard": False,
+                "num_cpus": None if self.workers is None else self.workers * self.threads,
+            }
         ray.init(**settings)
         return self
 
@@ -119,11 +126,21 @@ class _Cluster:
             trial = waiting.pop(done)
             try:
                 ray.get(done)
-                log.info("%s, %d scenes, %s, seed %d: done, %d left", trial.student, trial.scenes, trial.condition, trial.seed, len(waiting))
+                log.info(
+                    "%s, %d scenes, %s, seed %d: done, %d left",
+                    trial.student,
+                    trial.scenes,
+                    trial.condition,
+                    trial.seed,
+                    len(waiting),
+                )
             except RayError as error:
                 failed.append(f"{trial}: {str(error).strip().splitlines()[-1]}")
         if failed:
-            raise InputError(f"{len(failed)} of {len(trials)} trials failed, the others are kept; go on with --resume. First: {failed[0]}")
+            raise InputError(
+                f"{len(failed)} of {len(trials)} trials failed, the others are kept; go on with --resume. First: "
+                f"{failed[0]}"
+            )
 
 
 def _remote(path: str, trial: dict[str, Any], threads: int, where: str) -> None:

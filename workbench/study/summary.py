@@ -1,7 +1,8 @@
-"""What a study found: every cell with its interval over seeds, every comparison with its tests, and when alignment helped.
+"""What a study found: every cell with its interval over seeds, every comparison with its tests, and when alignment
+helped.
 
-Accuracies are of held-out test prompts, full model and circuit alone. Comparisons are with circuit CE and full CE on the same seeds and
-prompts; prompts of one scene count as one (`workbench.statistics`).
+Accuracies are of held-out test prompts, full model and circuit alone. Comparisons are with circuit CE and full CE on
+the same seeds and prompts; prompts of one scene count as one (`workbench.values.statistics`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,30 +18,41 @@ from workbench import storage
 from workbench.distillation.reports import evaluations, read_log, steps_to_reach
 from workbench.errors import InputError
 from workbench.experiment import CONDITIONS
-from workbench.statistics import compared, mean_interval
+from workbench.experiment.results import COMPARED_WITH, TITLES, ConditionResult, collect, in_columns
+from workbench.experiment.transfer import read_outcomes, transfer_table, transfer_text
 from workbench.study.grid import Cell, Study, starting_similarity
-from workbench.study.rows import COMPARED_WITH, TITLES, ConditionResult, collect, in_columns
-from workbench.study.transfer import read_outcomes, transfer_table, transfer_text
+from workbench.values.statistics import compared, mean_interval
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Summary of the finished cells of a study, as plain JSON values; also written to `summary.json`. Errors: `InputError` when none is."""
+    """Summary of the finished cells of a study, as plain JSON values; also written to `summary.json`. Errors:
+    `InputError` when none is."""
     cells = study.finished()
     if not cells:
-        raise InputError(f"no cell of the study in {study.path} is finished; run `workbench study` into it with --resume.")
-    found = {"title": study.config.title, "cells": [_cell(study, cell) for cell in cells], "diagnostic": _diagnostic(study, cells)}
+        raise InputError(
+            f"no cell of the study in {study.path} is finished; run `workbench study` into it with --resume."
+        )
+    found = {
+        "title": study.config.title,
+        "cells": [_cell(study, cell) for cell in cells],
+        "diagnostic": _diagnostic(study, cells),
+    }
     storage.write_json(study.path / "summary.json", found)
     return found
 
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
-    rows = [row for row in collect(cell.experiment.folder) if row.seed in study.config.seeds or row.condition == "teacher"]
+    rows = [
+        row for row in collect(cell.experiment.folder) if row.seed in study.config.seeds or row.condition == "teacher"
+    ]
     weight = storage.read_json(cell.path / "weight.json")
     by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
     target = _mean_end(cell, study, "circuit_ce")
-    anew = {file.stem: _without_circuit(storage.read_json(file)) for file in sorted((cell.path / "anew").glob("*.json"))}
+    anew = {
+        file.stem: _without_circuit(storage.read_json(file)) for file in sorted((cell.path / "anew").glob("*.json"))
+    }
     return {
         "student": cell.student,
         "train_scenes": cell.scenes,
@@ -50,7 +62,9 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
         "validation_accuracy": weight["validation_accuracy"],
         "heads_trained": _heads_trained(cell),
         "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
-        "comparisons": {other: _comparisons(study, cell, other) for other in COMPARED_WITH if other in study.config.conditions},
+        "comparisons": {
+            other: _comparisons(study, cell, other) for other in COMPARED_WITH if other in study.config.conditions
+        },
         "circuits_anew": anew,
         "transfer": _transfer(study, cell),
     }
@@ -58,7 +72,11 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
 
 def _transfer(study: Study, cell: Cell) -> dict[str, Any]:
     """What training did to the other tasks that the recipe names."""
-    folders = {name: [cell.experiment.folder.condition(name, seed) for seed in study.config.seeds] for name in TITLES if name != "teacher"}
+    folders = {
+        name: [cell.experiment.folder.condition(name, seed) for seed in study.config.seeds]
+        for name in TITLES
+        if name != "teacher"
+    }
     folders["teacher"] = [cell.experiment.folder.condition("teacher", 0)]
     return transfer_table({name: found for name, paths in folders.items() if (found := read_outcomes(paths))})
 
@@ -68,11 +86,17 @@ def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heads_trained(cell: Cell) -> dict[str, Any]:
-    """How many of the student's heads a circuit condition trains, how many are matched, and to how many of the teacher's."""
+    """How many of the student's heads a circuit condition trains, how many are matched, and to how many of the
+    teacher's."""
     head_map, shape = cell.experiment.folder.head_map(), cell.experiment.folder.circuit("student").shape
     able = len(cell.experiment.trainable_heads)
     heads = min(able, cell.experiment.recipe.training.most or able)
-    return {"heads": heads, "of": shape[0] * shape[1], "matched": len(head_map.matches), "teacher_heads_used": len(head_map.teacher_heads)}
+    return {
+        "heads": heads,
+        "of": shape[0] * shape[1],
+        "matched": len(head_map.matches),
+        "teacher_heads_used": len(head_map.teacher_heads),
+    }
 
 
 def _condition(study: Study, cell: Cell, rows: Sequence[ConditionResult], target: float | None) -> dict[str, Any]:
@@ -125,19 +149,24 @@ def _outcomes(study: Study, cell: Cell, condition: str) -> list[Outcomes]:
 
 def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
     """Every condition against another one: full accuracy and circuit accuracy."""
-    second, scene = _outcomes(study, cell, other), len(cell.experiment.prompts.test) // cell.experiment.recipe.data.test_scenes
+    second, scene = (
+        _outcomes(study, cell, other),
+        len(cell.experiment.prompts.test) // cell.experiment.recipe.data.test_scenes,
+    )
     found = {}
     for condition in study.config.conditions:
         if condition != other:
             first = _outcomes(study, cell, condition)
             found[condition] = {
-                part: compared([run[part] for run in first], [run[part] for run in second], clusters=scene).to_json() for part in ("full", "circuit")
+                part: compared([run[part] for run in first], [run[part] for run in second], clusters=scene).to_json()
+                for part in ("full", "circuit")
             }
     return found
 
 
 def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
-    """When does alignment help: the gain over circuit CE against how far the aligned pairs' CKA starts above its floor."""
+    """When does alignment help: the gain over circuit CE against how far the aligned pairs' CKA starts above its
+    floor."""
     points = []
     for cell in cells:
         results = {(row.condition, row.seed): row for row in collect(cell.experiment.folder)}
@@ -147,7 +176,13 @@ def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
                 if (
                     start is None
                     or ("circuit_ce", seed) not in results
-                    or condition not in ("circuit_ce_cka", "circuit_ce_random_cka", "circuit_ce_shuffled_cka", "circuit_ce_paper_cka")
+                    or condition
+                    not in (
+                        "circuit_ce_cka",
+                        "circuit_ce_random_cka",
+                        "circuit_ce_shuffled_cka",
+                        "circuit_ce_paper_cka",
+                    )
                 ):
                     continue
                 gain = results[condition, seed].full_accuracy - results["circuit_ce", seed].full_accuracy
@@ -176,8 +211,10 @@ def text(summary: Mapping[str, Any]) -> str:
 def _cell_text(cell: Mapping[str, Any]) -> str:
     heads = cell["heads_trained"]
     title = (
-        f"{cell['student']}, {cell['train_scenes']} scenes ({cell['train_prompts']} prompts), lambda {cell['weight']:g}; "
-        f"{heads.get('matched', heads['heads'])} of {heads['of']} heads matched to {heads['teacher_heads_used']} of the teacher's, {heads['heads']} train"
+        f"{cell['student']}, {cell['train_scenes']} scenes ({cell['train_prompts']} prompts), lambda "
+        f"{cell['weight']:g}; "
+        f"{heads.get('matched', heads['heads'])} of {heads['of']} heads matched to {heads['teacher_heads_used']} of "
+        f"the teacher's, {heads['heads']} train"
     )
     head = (
         "condition",
@@ -193,15 +230,24 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
         "p",
         "steps",
     )
-    lines = [title, in_columns([head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())])]
+    lines = [
+        title,
+        in_columns([head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())]),
+    ]
     if cell.get("transfer"):
-        lines += ["", "accuracy on the other tasks, and its change from the untrained student's", transfer_text(cell["transfer"])]
+        lines += [
+            "",
+            "accuracy on the other tasks, and its change from the untrained student's",
+            transfer_text(cell["transfer"]),
+        ]
     return "\n".join(lines)
 
 
 def _condition_text(name: str, found: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:
     against = cell["comparisons"].get("circuit_ce", {}).get(name)
-    differences = [text for part in ("full", "circuit") for text in (_difference_text(against[part]) if against else ("-", "-"))]
+    differences = [
+        text for part in ("full", "circuit") for text in (_difference_text(against[part]) if against else ("-", "-"))
+    ]
     steps = sorted(step if step is not None else float("inf") for step in found["steps_to_circuit_ce"])
     middle = steps[len(steps) // 2] if steps else None
     return (
@@ -232,6 +278,7 @@ def _diagnostic_text(found: Mapping[str, Any]) -> str:
     if found["rank_correlation"] is None:
         return "Too few trainings with alignment to say when it helps."
     return (
-        f"Gain of alignment over circuit CE against the pairs' CKA above its floor before training: rank correlation {found['rank_correlation']:.2f} "
+        "Gain of alignment over circuit CE against the pairs' CKA above its floor before training: rank correlation "
+        f"{found['rank_correlation']:.2f} "
         f"over {len(found['points'])} trainings."
     )

@@ -1,7 +1,7 @@
 """What a task is, and how its pairs of prompts become tensors.
 
-The road: `Task.pairs` (text) -> `to_dataset` (checked row by row against a tokenizer) -> `encode` (`PromptPairs`, tensors).
-A user's own pairs enter at `load_pairs` and travel the same road.
+The road: `Task.pairs` (text) -> `to_dataset` (checked row by row against a tokenizer) -> `encode` (`PromptPairs`,
+tensors). A user's own pairs enter at `load_pairs` and travel the same road.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from workbench.tasks.pairs import Pair, Span, Split, numbered_pairs
 class Stage:
     """A group of heads in a backward search: where its heads act and whose input they write to.
 
-    `into=None` means the logits; otherwise `composition` says which input (q, k or v) of the heads of group `into` receives.
+    `into=None` means the logits; otherwise `composition` says which input (q, k or v) of the heads of group `into`
+    receives.
     """
 
     name: str
@@ -34,7 +35,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if (self.into is None) != (self.composition is None):
-            raise InputError(f"stage {self.name!r}: `into` and `composition` go together (both, or neither for the logits).")
+            raise InputError(
+                f"stage {self.name!r}: `into` and `composition` go together (both, or neither for the logits)."
+            )
 
 
 @runtime_checkable
@@ -52,7 +55,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptPairs:
-    """A batch of tokenised pairs. Clean and corrupt have the same length row by row, so one mask and one set of positions serve both."""
+    """A batch of tokenised pairs. Clean and corrupt have the same length row by row, so one mask and one set of
+    positions serve both."""
 
     clean: Int[Tensor, "batch pos"]
     corrupt: Int[Tensor, "batch pos"]
@@ -63,15 +67,21 @@ class PromptPairs:
     positions: Mapping[str, Bool[Tensor, "batch pos"]]
     """Name -> the tokens it stands for; `last` (the last real token) and `all` (every real token) are always there."""
     answer_tokens: Int[Tensor, "batch token"] | None = None
-    """With answers of several tokens: all tokens of each answer, padded with -1 (`answers` holds the first); see `workbench.tasks.scoring`."""
+    """With answers of several tokens: all tokens of each answer, padded with -1 (`answers` holds the first); see
+    `workbench.tasks.scoring`."""
     distractor_tokens: Int[Tensor, "batch wrong"] | None = None
     """The same of each distractor."""
     teacher: "PromptPairs | None" = None
-    """Where the teacher has another tokenizer: its reading of the same prompts, row by row (`workbench.tasks.tokenizers`)."""
+    """Where the teacher has another tokenizer: its reading of the same prompts, row by row
+    (`workbench.tasks.tokenizers`)."""
 
     def __post_init__(self) -> None:
-        if self.teacher is not None and (len(self.teacher) != len(self) or self.teacher.positions.keys() != self.positions.keys()):
-            raise InputError("the teacher's reading holds other prompts or names other positions; encode the same pairs for both.")
+        if self.teacher is not None and (
+            len(self.teacher) != len(self) or self.teacher.positions.keys() != self.positions.keys()
+        ):
+            raise InputError(
+                "the teacher's reading holds other prompts or names other positions; encode the same pairs for both."
+            )
 
     @property
     def for_teacher(self) -> "PromptPairs":
@@ -101,14 +111,25 @@ class PromptPairs:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PromptPairs":
         """The same change to every tensor; what is None stays None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("positions", "teacher")}
+        values = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("positions", "teacher")
+        }
         tensors: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
         teacher = None if self.teacher is None else self.teacher._each(change)
-        return PromptPairs(**tensors, positions={name: change(mask) for name, mask in self.positions.items()}, teacher=teacher)
+        return PromptPairs(
+            **tensors, positions={name: change(mask) for name, mask in self.positions.items()}, teacher=teacher
+        )
 
     def swapped(self) -> "PromptPairs":
         """Clean and corrupt exchanged, with the same answers: patching then puts clean into corrupt."""
-        return replace(self, clean=self.corrupt, corrupt=self.clean, teacher=None if self.teacher is None else self.teacher.swapped())
+        return replace(
+            self,
+            clean=self.corrupt,
+            corrupt=self.clean,
+            teacher=None if self.teacher is None else self.teacher.swapped(),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, answer and position: the key of anything cached for these pairs."""
@@ -149,19 +170,23 @@ def single_token_words(tokenizer: Any, words: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for word in words if single_token(tokenizer, f" {word}") is not None)
 
 
-def task_dataset(task: Task, tokenizer: Any, *, split: Split, scenes: int, seed: int, multi_token: bool = False) -> Dataset:
+def task_dataset(
+    task: Task, tokenizer: Any, *, split: Split, scenes: int, seed: int, multi_token: bool = False
+) -> Dataset:
     """The task's pairs as a `datasets.Dataset`, checked row by row against the tokenizer."""
     pairs = task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)
     return to_dataset(enumerate(pairs), tokenizer, source=f"{task.name} ({split})", multi_token=multi_token)
 
 
-def load_pairs(source: str | Path | Dataset, tokenizer: Any, *, split: str = "train", multi_token: bool = False) -> Dataset:
+def load_pairs(
+    source: str | Path | Dataset, tokenizer: Any, *, split: str = "train", multi_token: bool = False
+) -> Dataset:
     """A user's own pairs, checked row by row against the tokenizer.
 
-    `source`: a JSONL file, a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with the columns clean, corrupt, answer, distractor and
-    (optionally) positions: name -> token index without BOS (negative counts from the end), several of them, or a piece of the
-    clean prompt (its last token counts). Also read where they are there: `corrupt_answer` and `facts`, as in `Pair`.
-    Errors: `InputError` with the row's number.
+    `source`: a JSONL file, a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with the columns clean, corrupt,
+    answer, distractor and (optionally) positions: name -> token index without BOS (negative counts from the end),
+    several of them, or a piece of the clean prompt (its last token counts). Also read where they are there:
+    `corrupt_answer` and `facts`, as in `Pair`. Errors: `InputError` with the row's number.
     """
     named = str(source) if not isinstance(source, Dataset) else "the dataset"
     return to_dataset(numbered_pairs(source, split=split), tokenizer, source=named, multi_token=multi_token)
@@ -170,7 +195,8 @@ def load_pairs(source: str | Path | Dataset, tokenizer: Any, *, split: str = "tr
 def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str, multi_token: bool = False) -> Dataset:
     """Numbered pairs -> a `Dataset` with token positions (indices into the prompt without BOS).
 
-    `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. Errors: `InputError` with the row's number.
+    `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. Errors:
+    `InputError` with the row's number.
     """
     rows = [checked_row(number, pair, tokenizer, multi_token=multi_token) for number, pair in pairs]
     if not rows:
@@ -179,11 +205,13 @@ def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str
     for number, row in enumerate(rows):
         if set(row["positions"]) != names:
             raise InputError(
-                f"row {number} of {source} names the positions {sorted(row['positions'])}, the first row {sorted(names)}; name the same in each."
+                f"row {number} of {source} names the positions {sorted(row['positions'])}, the first row "
+                f"{sorted(names)}; name the same in each."
             )
         if row.keys() != rows[0].keys() or set(row.get("facts", ())) != set(rows[0].get("facts", ())):
             raise InputError(
-                f"row {number} of {source} has other columns or facts than the first row; give `corrupt_answer` and `facts` in each or in none."
+                f"row {number} of {source} has other columns or facts than the first row; give `corrupt_answer` and "
+                "`facts` in each or in none."
             )
     return Dataset.from_list(rows, features=features_of(rows[0]))
 
@@ -202,20 +230,27 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
     length, other = len(encoded["input_ids"]), len(tokenizer(pair.corrupt, add_special_tokens=False)["input_ids"])
     if length != other:
         raise InputError(
-            f"row {number}: the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. Reword one."
+            f"row {number}: the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt "
+            "lengths. Reword one."
         )
     for column in ("answer", "distractor"):
         word = getattr(pair, column)
         if not multi_token and single_token(tokenizer, word) is None:
             count = len(tokenizer(word, add_special_tokens=False)["input_ids"])
             raise InputError(
-                f"row {number}: the {column} {word!r} is {count} token(s) or unknown to this tokenizer; it must be one known token. Choose another word (mind the space before it)."
+                f"row {number}: the {column} {word!r} is {count} token(s) or unknown to this tokenizer; it must be one "
+                "known token. Choose another word (mind the space before it)."
             )
     if pair.answer == pair.distractor:
-        raise InputError(f"row {number}: answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer.")
+        raise InputError(
+            f"row {number}: answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer."
+        )
     if multi_token:
         _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"])
-    positions = {name: token_indices(number, name, where, pair.clean, encoded["offset_mapping"]) for name, where in pair.positions.items()}
+    positions = {
+        name: token_indices(number, name, where, pair.clean, encoded["offset_mapping"])
+        for name, where in pair.positions.items()
+    }
     return {
         "clean": pair.clean,
         "corrupt": pair.corrupt,
@@ -228,24 +263,33 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
 
 
 def _refuse_unscorable(number: int, pair: Pair, tokenizer: Any, prompt: list[int]) -> None:
-    """Answers of several tokens: known ones, which do not merge with the end of the prompt, and which differ in the first."""
+    """Answers of several tokens: known ones, which do not merge with the end of the prompt, and which differ in the
+    first."""
     first = {}
     for column in ("answer", "distractor"):
         word = getattr(pair, column)
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         if not ids or tokenizer.unk_token_id in ids:
-            raise InputError(f"row {number}: the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another word.")
+            raise InputError(
+                f"row {number}: the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another "
+                "word."
+            )
         if tokenizer(pair.clean + word, add_special_tokens=False)["input_ids"] != [*prompt, *ids]:
-            raise InputError(f"row {number}: the {column} {word!r} merges with the end of the prompt into other tokens. Mind the space between them.")
+            raise InputError(
+                f"row {number}: the {column} {word!r} merges with the end of the prompt into other tokens. Mind the "
+                "space between them."
+            )
         first[column] = ids[0]
     if first["answer"] == first["distractor"]:
         raise InputError(
-            f"row {number}: answer {pair.answer!r} and distractor {pair.distractor!r} begin with the same token; choose another distractor."
+            f"row {number}: answer {pair.answer!r} and distractor {pair.distractor!r} begin with the same token; "
+            "choose another distractor."
         )
 
 
 def token_indices(number: int, name: str, where: Any, text: str, offsets: list[Span]) -> list[int]:
-    """Where a named position is, as token indices. Errors: `InputError` with the row's number where it is missing or out of range."""
+    """Where a named position is, as token indices. Errors: `InputError` with the row's number where it is missing or
+    out of range."""
     if isinstance(where, str):
         start = text.rfind(where)
         if start < 0:
@@ -253,10 +297,18 @@ def token_indices(number: int, name: str, where: Any, text: str, offsets: list[S
         return [_covering(offsets, start, start + len(where))[-1]]
     entries = [where] if isinstance(where, int) else list(where)
     found = sorted(
-        {index for entry in entries for index in (_covering(offsets, *entry) if isinstance(entry, tuple) else [entry + len(offsets) * (entry < 0)])}
+        {
+            index
+            for entry in entries
+            for index in (
+                _covering(offsets, *entry) if isinstance(entry, tuple) else [entry + len(offsets) * (entry < 0)]
+            )
+        }
     )
     if not found or not all(0 <= index < len(offsets) for index in found):
-        raise InputError(f"row {number}: position {name!r} ({where!r}) is outside the {len(offsets)} tokens of the prompt.")
+        raise InputError(
+            f"row {number}: position {name!r} ({where!r}) is outside the {len(offsets)} tokens of the prompt."
+        )
     return found
 
 
@@ -266,11 +318,18 @@ def _covering(offsets: list[Span], start: int, end: int) -> list[int]:
 
 
 def encode(
-    dataset: Dataset, tokenizer: Any, *, padding_side: Literal["left", "right"] = "left", prepend_bos: bool = False, multi_token: bool = False
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    padding_side: Literal["left", "right"] = "left",
+    prepend_bos: bool = False,
+    multi_token: bool = False,
 ) -> PromptPairs:
-    """A checked dataset -> tensors. No token is added unless `prepend_bos` asks for it; shorter prompts are padded on `padding_side`.
+    """A checked dataset -> tensors. No token is added unless `prepend_bos` asks for it; shorter prompts are padded on
+    `padding_side`.
 
-    With `multi_token`, `answers` and `distractors` are first tokens, and `answer_tokens` and `distractor_tokens` hold them all.
+    With `multi_token`, `answers` and `distractors` are first tokens, and `answer_tokens` and `distractor_tokens` hold
+    them all.
     """
     if prepend_bos and tokenizer.bos_token_id is None:
         raise InputError("`prepend_bos` is set, but this tokenizer has no BOS token; set it to false.")
@@ -308,9 +367,17 @@ def encode(
 
 
 def _refuse_several_tokens(dataset: Dataset, tokenizer: Any) -> None:
-    long = [word for column in ("answer", "distractor") for word in dataset.unique(column) if single_token(tokenizer, word) is None]
+    long = [
+        word
+        for column in ("answer", "distractor")
+        for word in dataset.unique(column)
+        if single_token(tokenizer, word) is None
+    ]
     if long:
-        raise InputError(f"{long[0]!r} is no single known token of this tokenizer; encode with `multi_token`, or choose another word.")
+        raise InputError(
+            f"{long[0]!r} is no single known token of this tokenizer; encode with `multi_token`, or choose another "
+            "word."
+        )
 
 
 def _continuations(words: list[str], tokenizer: Any) -> Int[Tensor, "batch token"]:

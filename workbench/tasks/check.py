@@ -1,7 +1,8 @@
 """What is wrong with a task? `check(task, tokenizer)` draws its prompts and names every fault it finds.
 
-For a task of your own: write the class (docs/your_own_task.py is a template), run `workbench check-task NAME --tokenizer PATH`, mend, repeat.
-A task without faults is sound in form. Whether it measures what you mean is yours to judge: look at the shortcuts' accuracies, too.
+For a task of your own: write the class (docs/your_own_task.py is a template), run `workbench check-task NAME
+--tokenizer PATH`, mend, repeat. A task without faults is sound in form. Whether it measures what you mean is yours to
+judge: look at the shortcuts' accuracies, too.
 """
 
 import itertools
@@ -16,9 +17,22 @@ from workbench.errors import InputError
 from workbench.tasks.base import Pair, Split, Task, single_token, token_indices
 
 FaultKind = Literal[
-    "cannot draw", "not reproducible", "one sample for all seeds", "unequal lengths", "answer tokens", "answer is distractor", "clean is corrupt",
-    "same answer", "ambiguous", "repeated prompt", "positions", "stage position", "leak", "unbalanced answers", "shortcut",
-]  # fmt: skip
+    "cannot draw",
+    "not reproducible",
+    "one sample for all seeds",
+    "unequal lengths",
+    "answer tokens",
+    "answer is distractor",
+    "clean is corrupt",
+    "same answer",
+    "ambiguous",
+    "repeated prompt",
+    "positions",
+    "stage position",
+    "leak",
+    "unbalanced answers",
+    "shortcut",
+]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 MARGIN = 0.02
 """A rule may beat chance by so much."""
@@ -59,13 +73,18 @@ class TaskReport:
     def __str__(self) -> str:
         rules = "\n".join(f"  {accuracy:.3f}  {rule}" for rule, accuracy in self.shortcuts.items())
         wrong = "\n".join(f"  {fault.kind}: {fault.message}" for fault in self.faults) or "  none"
-        return f"{self.task}: {self.pairs} pairs, chance {self.chance:.3f}\naccuracy of shortcuts\n{rules}\nfaults\n{wrong}"
+        return (
+            f"{self.task}: {self.pairs} pairs, chance {self.chance:.3f}\naccuracy of "
+            f"shortcuts\n{rules}\nfaults\n{wrong}"
+        )
 
 
 def check(task: Task, tokenizer: Any, *, scenes: int = 600, seed: int = 0, multi_token: bool = False) -> TaskReport:
-    """All faults of a task with a tokenizer, each kind reported once for each place it can show. Draws `scenes` scenes of each split, twice.
+    """All faults of a task with a tokenizer, each kind reported once for each place it can show. Draws `scenes` scenes
+    of each split, twice.
 
-    `multi_token` allows answers of several tokens. A task whose corrupt prompts are meant to have the clean answer says so with `keeps_answer = True`.
+    `multi_token` allows answers of several tokens. A task whose corrupt prompts are meant to have the clean answer says
+    so with `keeps_answer = True`.
     """
     drawn: dict[Split, list[Pair]] = {}
     for split in SPLITS:
@@ -79,7 +98,11 @@ def check(task: Task, tokenizer: Any, *, scenes: int = 600, seed: int = 0, multi
     rules = shortcuts(train)
     faults = [
         *_reproducibility(task, tokenizer, drawn, scenes, seed),
-        *(fault for split in SPLITS for fault in _rows(drawn[split], split, tokenizer, multi_token, getattr(task, "keeps_answer", False))),
+        *(
+            fault
+            for split in SPLITS
+            for fault in _rows(drawn[split], split, tokenizer, multi_token, getattr(task, "keeps_answer", False))
+        ),
         *_stage_positions(task, train),
         *_leaks(drawn),
         *_beaten(rules, task.chance, len(train)),
@@ -88,29 +111,40 @@ def check(task: Task, tokenizer: Any, *, scenes: int = 600, seed: int = 0, multi
 
 
 def _failed(task: Task, message: str) -> TaskReport:
-    return TaskReport(task=task.name, chance=task.chance, pairs=0, shortcuts={}, faults=(Fault(kind="cannot draw", message=message),))
+    return TaskReport(
+        task=task.name, chance=task.chance, pairs=0, shortcuts={}, faults=(Fault(kind="cannot draw", message=message),)
+    )
 
 
-def _reproducibility(task: Task, tokenizer: Any, drawn: Mapping[Split, list[Pair]], scenes: int, seed: int) -> Iterator[Fault]:
+def _reproducibility(
+    task: Task, tokenizer: Any, drawn: Mapping[Split, list[Pair]], scenes: int, seed: int
+) -> Iterator[Fault]:
     for split in SPLITS:
         if list(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)) != drawn[split]:
             yield Fault(
-                kind="not reproducible", message=f"split {split}: the same seed gives other pairs; draw from `seeds.chooser(seed, ...)` alone."
+                kind="not reproducible",
+                message=f"split {split}: the same seed gives other pairs; draw from `seeds.chooser(seed, ...)` alone.",
             )
     if list(task.pairs(tokenizer, split="train", scenes=scenes, seed=seed + 1)) == drawn["train"]:
         yield Fault(kind="one sample for all seeds", message="another seed gives the same pairs; use the seed.")
 
 
-def _rows(pairs: Sequence[Pair], split: Split, tokenizer: Any, multi_token: bool, keeps_answer: bool) -> Iterator[Fault]:
+def _rows(
+    pairs: Sequence[Pair], split: Split, tokenizer: Any, multi_token: bool, keeps_answer: bool
+) -> Iterator[Fault]:
     """Faults of single pairs: the first of each kind, with how many there are."""
     found: dict[FaultKind, list[str]] = {}
     answers: dict[str, str] = {}
     for number, pair in enumerate(pairs):
-        for kind, message in itertools.chain(_of_row(pair, tokenizer, multi_token, keeps_answer), _against_before(pair, answers)):
+        for kind, message in itertools.chain(
+            _of_row(pair, tokenizer, multi_token, keeps_answer), _against_before(pair, answers)
+        ):
             found.setdefault(kind, []).append(f"split {split}, pair {number}: {message}")
         if pair.positions.keys() != pairs[0].positions.keys():
             names = sorted(pair.positions.keys() ^ pairs[0].positions.keys())
-            found.setdefault("positions", []).append(f"split {split}, pair {number}: positions {names} are in this pair or in the first, not in both")
+            found.setdefault("positions", []).append(
+                f"split {split}, pair {number}: positions {names} are in this pair or in the first, not in both"
+            )
     for kind, messages in found.items():
         yield Fault(kind=kind, message=messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
 
@@ -139,7 +173,8 @@ def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -
         if not multi_token and single_token(tokenizer, word) is None:
             yield (
                 "answer tokens",
-                f"{word!r} is {len(tokenizer(word, add_special_tokens=False)['input_ids'])} token(s) or unknown, not one known token",
+                f"{word!r} is {len(tokenizer(word, add_special_tokens=False)['input_ids'])} token(s) or unknown, not "
+                "one known token",
             )
     for name, where in pair.positions.items():
         try:
@@ -152,24 +187,33 @@ def _stage_positions(task: Task, pairs: Sequence[Pair]) -> Iterator[Fault]:
     known = {*pairs[0].positions, "last", "all"}
     for stage in task.stages:
         if stage.position not in known:
-            yield Fault(kind="stage position", message=f"stage {stage.name} acts at {stage.position!r}; the pairs name {sorted(known)}")
+            yield Fault(
+                kind="stage position",
+                message=f"stage {stage.name} acts at {stage.position!r}; the pairs name {sorted(known)}",
+            )
 
 
 def _leaks(drawn: Mapping[Split, list[Pair]]) -> Iterator[Fault]:
     for one, other in itertools.combinations(SPLITS, 2):
         shared = {pair.clean for pair in drawn[one]} & {pair.clean for pair in drawn[other]}
         if shared:
-            yield Fault(kind="leak", message=f"{len(shared)} clean prompt(s) of {other} are in {one} too, for example {min(shared)!r}")
+            yield Fault(
+                kind="leak",
+                message=f"{len(shared)} clean prompt(s) of {other} are in {one} too, for example {min(shared)!r}",
+            )
         mixed = {pair.clean for pair in drawn[one]} & {pair.corrupt for pair in drawn[other]}
         mixed |= {pair.corrupt for pair in drawn[one]} & {pair.clean for pair in drawn[other]}
         if mixed:
             yield Fault(
-                kind="leak", message=f"{len(mixed)} prompt(s) are clean in {one} or {other} and corrupt in the other, for example {min(mixed)!r}"
+                kind="leak",
+                message=f"{len(mixed)} prompt(s) are clean in {one} or {other} and corrupt in the other, for example "
+                f"{min(mixed)!r}",
             )
 
 
 def shortcuts(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Accuracy of rules that look at nothing but mentions: the first, last or most often mentioned candidate, each n-th, and any constant answer.
+    """Accuracy of rules that look at nothing but mentions: the first, last or most often mentioned candidate, each
+    n-th, and any constant answer.
 
     A candidate is a word that is the answer of some pair and stands in the prompt.
     """
@@ -181,11 +225,18 @@ def shortcuts(pairs: Sequence[Pair]) -> dict[str, float]:
     rules: dict[str, Callable[[list[str]], str | None]] = {
         "the first candidate mentioned": lambda words: words[0] if words else None,
         "the last candidate mentioned": lambda words: words[-1] if words else None,
-        "the candidate mentioned most often (the first of several)": lambda words: Counter(words).most_common(1)[0][0] if words else None,
-        "the candidate mentioned most often (the last of several)": lambda words: Counter(words[::-1]).most_common(1)[0][0] if words else None,
+        "the candidate mentioned most often (the first of several)": lambda words: (
+            Counter(words).most_common(1)[0][0] if words else None
+        ),
+        "the candidate mentioned most often (the last of several)": lambda words: (
+            Counter(words[::-1]).most_common(1)[0][0] if words else None
+        ),
         **{f"candidate {place + 1} in the order of first mention": _nth(place) for place in range(1, width)},
     }
-    found = {name: sum(rule(words) == answer for words, answer in zip(mentioned, answers, strict=True)) / len(pairs) for name, rule in rules.items()}
+    found = {
+        name: sum(rule(words) == answer for words, answer in zip(mentioned, answers, strict=True)) / len(pairs)
+        for name, rule in rules.items()
+    }
     return {**found, f"always {constant!r} (the most frequent answer)": share / len(pairs)}
 
 
@@ -202,4 +253,8 @@ def _beaten(rules: Mapping[str, float], chance: float, pairs: int) -> Iterator[F
     for rule, accuracy in rules.items():
         if accuracy > allowed:
             kind: FaultKind = "unbalanced answers" if rule.startswith("always") else "shortcut"
-            yield Fault(kind=kind, message=f"{rule} is right in {accuracy:.3f} of {pairs} prompts; chance is {chance:.3f} (allowed: {allowed:.3f})")
+            yield Fault(
+                kind=kind,
+                message=f"{rule} is right in {accuracy:.3f} of {pairs} prompts; chance is {chance:.3f} (allowed: "
+                f"{allowed:.3f})",
+            )

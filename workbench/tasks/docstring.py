@@ -8,10 +8,10 @@
         :param
     -> " mode"
 
-The documentation goes through the arguments in their order, but need not begin with the first: the answer is the argument after the last documented
-one, and stands at any of the last four places equally often (in the original it always stands at the same place, which a rule about places finds).
-The corrupt prompt has other names in the definition, in the documentation, or (default) in both, without a relation between the two.
-'''
+The documentation goes through the arguments in their order, but need not begin with the first: the answer is the
+argument after the last documented one, and stands at any of the last four places equally often (in the original it
+always stands at the same place, which a rule about places finds). The corrupt prompt has other names in the definition,
+in the documentation, or (default) in both, without a relation between the two.'''
 
 import random
 from collections.abc import Iterator
@@ -25,10 +25,14 @@ from workbench.tasks.wording import fill, split_by_hash, words_of
 
 ARGUMENTS, DOCUMENTED = 6, 2
 NAMES = tuple(
-    "size load name index value list data key path text image model state time order type count line color date level group page user role table field "
+    "size load name index value list data key path text image model state time order type count line color date level "
+    "group page user role table field "
     "node edge mode unit area rate cost price width height depth speed point score weight".split()
 )
-PROSE = tuple("oil column piece dark gold side rice wood river cloud stone bird winter music water silver field sand paper grain".split())
+PROSE = tuple(
+    "oil column piece dark gold side rice wood river cloud stone bird winter music water silver field sand paper "
+    "grain".split()
+)
 TEMPLATE = (
     "def {function}(self, {a0}, {a1}, {a2}, {a3}, {a4}, {a5}):\n"
     '    """The {w0} {w1} {w2}\n\n    :param {d0}: {w3} {w4}\n    :param {d1}: {w5} {w6}\n    :param'
@@ -50,7 +54,9 @@ class Docstring:
 
     def __post_init__(self) -> None:
         if self.corruption not in get_args(Corruption):
-            raise InputError(f"docstring has no corruption {self.corruption!r}; {nearest(self.corruption, get_args(Corruption))}")
+            raise InputError(
+                f"docstring has no corruption {self.corruption!r}; {nearest(self.corruption, get_args(Corruption))}"
+            )
 
     @property
     def chance(self) -> float:
@@ -62,7 +68,8 @@ class Docstring:
         names, prose = single_token_words(tokenizer, NAMES), single_token_words(tokenizer, PROSE)
         if len(names) < 4 * ARGUMENTS or len(prose) < 7:
             raise InputError(
-                f"docstring needs {4 * ARGUMENTS} one-token argument names and 7 other words; this tokenizer has {len(names)} and {len(prose)} of ours. "
+                f"docstring needs {4 * ARGUMENTS} one-token argument names and 7 other words; this tokenizer has "
+                f"{len(names)} and {len(prose)} of ours. "
                 "Use a tokenizer with more whole words."
             )
         draw, seen = seeds.chooser(seed, self.name, self.corruption, split), set()
@@ -72,7 +79,9 @@ class Docstring:
                 seen.add(pair.clean)
                 yield pair
 
-    def _pair(self, draw: random.Random, split: Split, names: tuple[str, ...], prose: tuple[str, ...], *, first: int) -> Pair:
+    def _pair(
+        self, draw: random.Random, split: Split, names: tuple[str, ...], prose: tuple[str, ...], *, first: int
+    ) -> Pair:
         """A pair whose documentation begins with the argument of number `first`."""
         while True:
             function, *arguments = draw.sample(names, 1 + ARGUMENTS)
@@ -93,7 +102,7 @@ class Docstring:
             clean=clean,
             corrupt=corrupt,
             answer=f" {arguments[next_one]}",
-            distractor=f" {draw.choice([name for number, name in enumerate(arguments) if number != next_one and number >= DOCUMENTED])}",
+            distractor=f" {draw.choice([a for i, a in enumerate(arguments) if i != next_one and i >= DOCUMENTED])}",
             positions={
                 "definition_answer": spans[f"a{next_one}"],
                 "definition_previous": spans[f"a{next_one - 1}"],

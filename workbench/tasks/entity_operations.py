@@ -1,14 +1,18 @@
-"""Entity tracking with state changes (after Kim & Schuster 2023, in our own words): what is in the queried box after all operations?
+"""Entity tracking with state changes (after Kim & Schuster 2023, in our own words): what is in the queried box after
+all operations?
 
-    "The apple is in Box F, Box Q is empty, the cup is in Box C. Move the apple from Box F to Box Q. Remove the cup from Box C. What is in Box Q?
+    "The apple is in Box F, Box Q is empty, the cup is in Box C. Move the apple from Box F to Box Q.
+     Remove the cup from Box C. What is in Box Q?
      Answer:" -> " apple"
 
-A box holds one thing or nothing, so that an answer is one token: things are moved and put into empty boxes only. One or two boxes are empty at any
-time, and empty boxes are asked about as often as any single full one, so that no word is right more often than `chance`. The corrupt prompt has the
-same sentences with other things and labels, and asks about a letter of neither scene. Prompts differ in length with the operations: use
-`per_position_means: false`, or `fewest` = `most` and as few kinds of operation as that leaves.
+A box holds one thing or nothing, so that an answer is one token: things are moved and put into empty boxes only. One or
+two boxes are empty at any time, and empty boxes are asked about as often as any single full one, so that no word is
+right more often than `chance`. The corrupt prompt has the same sentences with other things and labels, and asks about a
+letter of neither scene. Prompts differ in length with the operations: use `per_position_means: false`, or `fewest` =
+`most` and as few kinds of operation as that leaves.
 
-`facts` of each pair: `operations` (all of them) and `touching` (those that name the queried box); `workbench.tasks.breakdown` makes the table.
+`facts` of each pair: `operations` (all of them) and `touching` (those that name the queried box);
+`workbench.tasks.breakdown` makes the table.
 """
 
 import random
@@ -35,7 +39,11 @@ QUESTION, COMPLETION = "What is in Box {query}? Answer:", "Box {query} contains 
 WORDS = tuple(
     dict.fromkeys(
         word
-        for text in (*(sentence.format(thing=0, box=0, to=0) for sentence in (IN_BOX, EMPTY, MOVE, PUT, REMOVE)), QUESTION, COMPLETION)
+        for text in (
+            *(sentence.format(thing=0, box=0, to=0) for sentence in (IN_BOX, EMPTY, MOVE, PUT, REMOVE)),
+            QUESTION,
+            COMPLETION,
+        )
         for word in words_of(text)
     )
 )
@@ -62,7 +70,10 @@ def history(draw: random.Random, boxes: int, operations: int) -> History:
     contents: list[int | None] = [*range(boxes)]
     for box in draw.sample(range(boxes), draw.choice((1, 2))):
         contents[box] = None
-    clauses = [EMPTY.format(box=box) if thing is None else IN_BOX.format(thing=thing, box=box) for box, thing in enumerate(contents)]
+    clauses = [
+        EMPTY.format(box=box) if thing is None else IN_BOX.format(thing=thing, box=box)
+        for box, thing in enumerate(contents)
+    ]
     description = ", ".join(clauses)
     sentences, touching = [f"{description[0].upper()}{description[1:]}."], [0] * boxes
     for _ in range(operations):
@@ -70,7 +81,9 @@ def history(draw: random.Random, boxes: int, operations: int) -> History:
         sentences.append(sentence)
         for box in touched:
             touching[box] += 1
-    return History(template=" ".join(sentences), contents=tuple(contents), touching=tuple(touching), operations=operations)
+    return History(
+        template=" ".join(sentences), contents=tuple(contents), touching=tuple(touching), operations=operations
+    )
 
 
 def _operate(draw: random.Random, contents: list[int | None]) -> tuple[str, tuple[int, ...]]:
@@ -78,7 +91,10 @@ def _operate(draw: random.Random, contents: list[int | None]) -> tuple[str, tupl
     empty = [box for box, thing in enumerate(contents) if thing is None]
     kind = draw.choice(("move", "remove" if len(empty) == 1 else "put"))
     if kind == "put":
-        box, thing = draw.choice(empty), draw.choice([thing for thing in range(len(contents) + SPARE) if thing not in contents])
+        box, thing = (
+            draw.choice(empty),
+            draw.choice([thing for thing in range(len(contents) + SPARE) if thing not in contents]),
+        )
         contents[box] = thing
         return PUT.format(thing=thing, box=box), (box,)
     box = draw.choice([box for box in range(len(contents)) if box not in empty])
@@ -101,7 +117,8 @@ class EntityOperations:
     most: int = 12
     """Most operations of a scene; each number from `fewest` to `most` is drawn equally often."""
     empty: bool = True
-    """Ask about empty boxes too (answer "nothing", in the form of a question); False: full boxes only, in the words of `entity_tracking`."""
+    """Ask about empty boxes too (answer "nothing", in the form of a question); False: full boxes only, in the words of
+    `entity_tracking`."""
 
     name: ClassVar[str] = "entity_operations"
     stages: ClassVar[tuple[Stage, ...]] = (
@@ -110,15 +127,21 @@ class EntityOperations:
         Stage(name="C", title="position detector", position="query_label", into="B", composition="v"),
         Stage(name="D", title="structure reader", position="latest_label", into="C", composition="v"),
     )
-    """Those of plain entity tracking, the last at the latest mention of the queried label: a place to begin, not a published circuit."""
+    """Those of plain entity tracking, the last at the latest mention of the queried label: a place to begin, not a
+    published circuit."""
     words: ClassVar[tuple[str, ...]] = ("The", NOTHING, *WORDS, *LABELS, *OBJECTS)
     """Every word of the task, for a word-level vocabulary."""
 
     def __post_init__(self) -> None:
         if not 4 <= self.boxes <= 9:
-            raise InputError(f"entity tracking with operations has 4 to 9 boxes, not {self.boxes}; set `boxes` within that range.")
+            raise InputError(
+                f"entity tracking with operations has 4 to 9 boxes, not {self.boxes}; set `boxes` within that range."
+            )
         if not 0 <= self.fewest <= self.most <= 12:
-            raise InputError(f"operations go from 0 to 12, not {self.fewest} to {self.most}; set `fewest` and `most` within that range.")
+            raise InputError(
+                f"operations go from 0 to 12, not {self.fewest} to {self.most}; set `fewest` and `most` within that "
+                "range."
+            )
 
     @property
     def chance(self) -> float:
@@ -132,8 +155,10 @@ class EntityOperations:
         missing = [word for word in (*needed, "from", "to", "into") if not single_token_words(tokenizer, [word])]
         if missing or len(things) < 2 * (self.boxes + SPARE) or len(labels) < 2 * self.boxes + 1:
             raise InputError(
-                f"{self.boxes} boxes with operations need {2 * (self.boxes + SPARE)} one-token objects and {2 * self.boxes + 1} one-token labels; this "
-                f"tokenizer has {len(things)} and {len(labels)} of ours and lacks {missing or 'no other word'}. Use fewer boxes or another tokenizer."
+                f"{self.boxes} boxes with operations need {2 * (self.boxes + SPARE)} one-token objects and "
+                f"{2 * self.boxes + 1} one-token labels; this "
+                f"tokenizer has {len(things)} and {len(labels)} of ours and lacks {missing or 'no other word'}. Use "
+                "fewer boxes or another tokenizer."
             )
         draw, seen = seeds.chooser(seed, self.name, self.boxes, self.fewest, self.most, str(self.empty), split), set()
         while len(seen) < scenes:
@@ -146,8 +171,12 @@ class EntityOperations:
         scene = history(draw, self.boxes, draw.randint(self.fewest, self.most))
         asked = self.asked(draw, scene.contents)
         words = scene_words(draw, scene, split, things, labels)
-        others = scene_words(draw, scene, split, *([word for word in pool if word not in words.values()] for pool in (things, labels)))
-        stranger = draw.choice([label for label in labels if label not in words.values() and label not in others.values()])
+        others = scene_words(
+            draw, scene, split, *([word for word in pool if word not in words.values()] for pool in (things, labels))
+        )
+        stranger = draw.choice(
+            [label for label in labels if label not in words.values() and label not in others.values()]
+        )
         template = f"{scene.template} {QUESTION if self.empty else COMPLETION}"
         clean, spans = fill(template, **words, query=words[f"b{asked}"])
         answer = scene.contents[asked]
@@ -176,7 +205,9 @@ class EntityOperations:
         return draw.choice(full)
 
 
-def scene_words(draw: random.Random, scene: History, split: Split, things: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
+def scene_words(
+    draw: random.Random, scene: History, split: Split, things: Sequence[str], labels: Sequence[str]
+) -> dict[str, str]:
     """A word for each thing and box, such that the scene is of the split."""
     boxes = len(scene.contents)
     while True:

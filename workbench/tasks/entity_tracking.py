@@ -2,12 +2,12 @@
 
     "The apple is in Box F, the computer is in Box Q. Box F contains the" -> " apple"
 
-Objects are distinct one-token nouns, labels are distinct capital letters, and each scene is queried at each of its boxes (or at some).
-The corrupt prompt is another scene (no object or label in common) whose query names a letter of neither scene: it keeps the
-form and length of the clean prompt and carries none of its information.
+Objects are distinct one-token nouns, labels are distinct capital letters, and each scene is queried at each of its
+boxes (or at some). The corrupt prompt is another scene (no object or label in common) whose query names a letter of
+neither scene: it keeps the form and length of the clean prompt and carries none of its information.
 
-Splits are disjoint by construction: a scene (as a set of object-label pairs) belongs to train, calibration or test by its
-SHA-256, whatever the seed or the size of the sample.
+Splits are disjoint by construction: a scene (as a set of object-label pairs) belongs to train, calibration or test by
+its SHA-256, whatever the seed or the size of the sample.
 """
 
 import hashlib
@@ -21,8 +21,10 @@ from workbench.errors import InputError
 from workbench.tasks.base import Pair, Span, Split, Stage, single_token_words
 
 OBJECTS = tuple(
-    "apple ball bag bell boat bomb bone book boot bottle bread brick bus cake camera card chain chair clock coat coffee computer cross "
-    "cup dish disk dress drum egg engine fan file flag flower fork game gift glass guitar hat key knife lamp letter magazine map "
+    "apple ball bag bell boat bomb bone book boot bottle bread brick bus cake camera card chain chair clock coat "
+    "coffee computer cross "
+    "cup dish disk dress drum egg engine fan file flag flower fork game gift glass guitar hat key knife lamp letter "
+    "magazine map "
     "medicine milk mirror note paper pen phone picture pipe plane plant plate pot radio".split()
 )
 LABELS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -39,7 +41,13 @@ def split_of(scene: Scene) -> Split:
 
 
 def draw_scene(
-    draw: random.Random, boxes: int, split: Split, *, exclude: Scene = (), objects: tuple[str, ...] = OBJECTS, labels: tuple[str, ...] = LABELS
+    draw: random.Random,
+    boxes: int,
+    split: Split,
+    *,
+    exclude: Scene = (),
+    objects: tuple[str, ...] = OBJECTS,
+    labels: tuple[str, ...] = LABELS,
 ) -> Scene:
     """A scene of a split, sharing no object or label with `exclude`."""
     used = {word for pair in exclude for word in pair}
@@ -78,7 +86,8 @@ class EntityTracking:
         Stage(name="C", title="position detector", position="query_label", into="B", composition="v"),
         Stage(name="D", title="structure reader", position="earlier_label", into="C", composition="v"),
     )
-    """The backward search of Prakash et al. 2024: each stage's heads act at `position` and write into the stage `into`."""
+    """The backward search of Prakash et al. 2024: each stage's heads act at `position` and write into the stage
+    `into`."""
     words: ClassVar[tuple[str, ...]] = (".", ",", *LABELS, "The", "the", "is", "in", "Box", "contains", *OBJECTS)
     """Every word of the task, for a word-level vocabulary."""
 
@@ -87,7 +96,8 @@ class EntityTracking:
             raise InputError(f"entity tracking has 3 to 9 boxes, not {self.boxes}; set `boxes` within that range.")
         if self.queries is not None and not 1 <= self.queries <= self.boxes:
             raise InputError(
-                f"{self.queries} of {self.boxes} boxes can't be asked for; set `queries` within 1 and {self.boxes}, or leave it out for all."
+                f"{self.queries} of {self.boxes} boxes can't be asked for; set `queries` within 1 and {self.boxes}, or "
+                "leave it out for all."
             )
 
     @property
@@ -96,11 +106,13 @@ class EntityTracking:
         return 1 / self.boxes
 
     def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
-        """`scenes * queries` pairs: each scene of the split queried at each of its boxes (or at some), in words that are one token for the tokenizer."""
+        """`scenes * queries` pairs: each scene of the split queried at each of its boxes (or at some), in words that
+        are one token for the tokenizer."""
         words, labels = single_token_words(tokenizer, OBJECTS), single_token_words(tokenizer, LABELS)
         if len(words) < 2 * self.boxes or len(labels) < 2 * self.boxes + 1:
             raise InputError(
-                f"{self.boxes} boxes need {2 * self.boxes} one-token objects and {2 * self.boxes + 1} one-token labels; this tokenizer has "
+                f"{self.boxes} boxes need {2 * self.boxes} one-token objects and {2 * self.boxes + 1} one-token "
+                "labels; this tokenizer has "
                 f"{len(words)} and {len(labels)} of ours. Use fewer boxes or a tokenizer with more whole words."
             )
         seen: set[frozenset[tuple[str, str]]] = set()
@@ -112,7 +124,15 @@ class EntityTracking:
                 asked = range(self.boxes) if self.queries is None else draw.sample(range(self.boxes), self.queries)
                 yield from (self._pair(draw, scene, index, split, words, labels) for index in asked)
 
-    def _pair(self, draw: random.Random, scene: Scene, index: int, split: Split, words: tuple[str, ...], labels: tuple[str, ...]) -> Pair:
+    def _pair(
+        self,
+        draw: random.Random,
+        scene: Scene,
+        index: int,
+        split: Split,
+        words: tuple[str, ...],
+        labels: tuple[str, ...],
+    ) -> Pair:
         thing, label = scene[index]
         other = draw_scene(draw, self.boxes, split, exclude=scene, objects=words, labels=labels)
         used = {letter for _, letter in (*scene, *other)}
@@ -128,7 +148,8 @@ class EntityTracking:
 
 
 def _positions(text: str, scene: Scene, index: int) -> dict[str, tuple[Span, ...]]:
-    """Character spans of the words that the method names, in the clean prompt (the corrupt prompt has the same form)."""
+    """Character spans of the words that the method names, in the clean prompt (the corrupt prompt has the same
+    form)."""
     labels = tuple(_span(text, f" Box {label}", label) for _, label in scene)
     objects = tuple(_span(text.lower(), f"the {thing} is", thing) for thing, _ in scene)
     query = text.rindex(" Box ") + len(" Box ")

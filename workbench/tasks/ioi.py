@@ -2,11 +2,14 @@
 
     "When Mary and John went to the store, John gave a drink to" -> " Mary"
 
-Half of the prompts name the indirect object first (ABBA), half the subject (BABA). The corrupt prompt keeps template, place and object:
+Half of the prompts name the indirect object first (ABBA), half the subject (BABA). The corrupt prompt keeps template,
+place and object:
 - `abc`: three other names, so that nothing says who repeats (no right answer; the default);
-- `flipped`: the other name repeats ("..., Mary gave a drink to"), so that the right answer is the clean prompt's subject;
+- `flipped`: the other name repeats ("..., Mary gave a drink to"), so that the right answer is the clean prompt's
+  subject;
 - `random`: two other names in the same pattern, so that the right answer is another name;
-- `swapped`: the first two names change places (ABBA <-> BABA), and the right answer stays: what moves is where it stands.
+- `swapped`: the first two names change places (ABBA <-> BABA), and the right answer stays: what moves is where it
+  stands.
 Splits are disjoint by the names: a pair of names belongs to train, calibration or test by its SHA-256.
 """
 
@@ -22,8 +25,10 @@ from workbench.tasks.base import Pair, Split, Stage, single_token_words
 from workbench.tasks.wording import words_of
 
 NAMES = tuple(
-    "Mary John Peter Paul James David Mark Tom Jane Laura Kate Anna Robert Michael Sarah Emma Daniel Alice George Henry Charles William Thomas "
-    "Richard Joseph Helen Susan Linda Karen Lisa Nancy Betty Sandra Ashley Andrew Kevin Brian Edward Ronald Anthony Steven Adam Simon Martin".split()
+    "Mary John Peter Paul James David Mark Tom Jane Laura Kate Anna Robert Michael Sarah Emma Daniel Alice George "
+    "Henry Charles William Thomas "
+    "Richard Joseph Helen Susan Linda Karen Lisa Nancy Betty Sandra Ashley Andrew Kevin Brian Edward Ronald Anthony "
+    "Steven Adam Simon Martin".split()
 )
 PLACES = tuple("store garden office school park station market hospital library kitchen beach museum".split())
 THINGS = tuple("drink book ball letter ring flower bone computer basket gift camera map".split())
@@ -63,16 +68,24 @@ class IndirectObject:
         Stage(name="I", title="induction or duplicate token", position="subject_again", into="S", composition="v"),
         Stage(name="P", title="previous token", position="after_subject", into="I", composition="k"),
     )
-    """Wang et al. 2022, figure 2, from the logits down; negative name movers show in the first stage with the other sign."""
-    words: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys([*(word for text in TEMPLATES for word in words_of(text)), *NAMES, *PLACES, *THINGS]))
+    """Wang et al. 2022, figure 2, from the logits down; negative name movers show in the first stage with the other
+    sign."""
+    words: ClassVar[tuple[str, ...]] = tuple(
+        dict.fromkeys([*(word for text in TEMPLATES for word in words_of(text)), *NAMES, *PLACES, *THINGS])
+    )
     """Every word of the task, for a word-level vocabulary."""
 
     def __post_init__(self) -> None:
-        for field, value, known in (("corruption", self.corruption, get_args(Corruption)), ("order", self.order, get_args(Order))):
+        for field, value, known in (
+            ("corruption", self.corruption, get_args(Corruption)),
+            ("order", self.order, get_args(Order)),
+        ):
             if value not in known:
                 raise InputError(f"IOI has no {field} {value!r}; {nearest(value, known)}")
         if self.template is not None and not 0 <= self.template < len(TEMPLATES):
-            raise InputError(f"there is no template {self.template}; choose 0 to {len(TEMPLATES) - 1}, or None for all.")
+            raise InputError(
+                f"there is no template {self.template}; choose 0 to {len(TEMPLATES) - 1}, or None for all."
+            )
 
     @property
     def keeps_answer(self) -> bool:
@@ -85,21 +98,37 @@ class IndirectObject:
         return 0.5
 
     def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
-        """`scenes` pairs, the order of the names in turns ABBA and BABA. Errors: `InputError` for a tokenizer with too few whole names."""
+        """`scenes` pairs, the order of the names in turns ABBA and BABA. Errors: `InputError` for a tokenizer with too
+        few whole names."""
         names, places, things = (single_token_words(tokenizer, words) for words in (NAMES, PLACES, THINGS))
         if len(names) < 12 or not places or not things:
             raise InputError(
-                f"IOI needs a dozen one-token names, places and things; this tokenizer has {len(names)}, {len(places)} and {len(things)} of ours."
+                f"IOI needs a dozen one-token names, places and things; this tokenizer has {len(names)}, {len(places)} "
+                f"and {len(things)} of ours."
             )
         draw, seen = seeds.chooser(seed, self.name, split), set()
         while len(seen) < scenes:
-            pair = self._pair(draw, split, names, places, things, swapped=len(seen) % 2 == 1 if self.order == "both" else self.order == "baba")
+            pair = self._pair(
+                draw,
+                split,
+                names,
+                places,
+                things,
+                swapped=len(seen) % 2 == 1 if self.order == "both" else self.order == "baba",
+            )
             if pair.clean not in seen:
                 seen.add(pair.clean)
                 yield pair
 
     def _pair(
-        self, draw: random.Random, split: Split, names: tuple[str, ...], places: tuple[str, ...], things: tuple[str, ...], *, swapped: bool
+        self,
+        draw: random.Random,
+        split: Split,
+        names: tuple[str, ...],
+        places: tuple[str, ...],
+        things: tuple[str, ...],
+        *,
+        swapped: bool,
     ) -> Pair:
         while True:
             subject, recipient, *others = draw.sample(names, 5)

@@ -17,22 +17,26 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One clean prompt, its corrupt counterpart of equal length, the right answer, a wrong one, and named positions in both."""
+    """One clean prompt, its corrupt counterpart of equal length, the right answer, a wrong one, and named positions in
+    both."""
 
     clean: str
     corrupt: str
     answer: str
     distractor: str
     positions: Mapping[str, Any]
-    """Name -> token indices (an int or several; negative counts from the end), character spans, or a piece of the clean text."""
+    """Name -> token indices (an int or several; negative counts from the end), character spans, or a piece of the clean
+    text."""
     corrupt_answer: str | None = None
     """The right answer to the corrupt prompt, where it has one; None where it was made to have none."""
     facts: Mapping[str, int] | None = None
-    """Whole numbers that results may be broken down by (`workbench.tasks.breakdown`), such as how many operations touch the queried box."""
+    """Whole numbers that results may be broken down by (`workbench.tasks.breakdown`), such as how many operations touch
+    the queried box."""
 
 
 def numbered_pairs(source: str | Path | Dataset, *, split: str = "train") -> Iterator[tuple[int, Pair]]:
-    """The numbered pairs of a file, a dataset or a hub id, not yet checked against a tokenizer. Errors: `InputError` with the row's number."""
+    """The numbered pairs of a file, a dataset or a hub id, not yet checked against a tokenizer. Errors: `InputError`
+    with the row's number."""
     if isinstance(source, Dataset):
         records: Iterable[tuple[int, Any]] = enumerate(source)
     elif str(source).endswith((".jsonl", ".json")):
@@ -47,7 +51,10 @@ def numbered_pairs(source: str | Path | Dataset, *, split: str = "train") -> Ite
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
-        raise InputError(f"{path} is not a file; give a JSONL file with one pair a line (clean, corrupt, answer, distractor, positions).")
+        raise InputError(
+            f"{path} is not a file; give a JSONL file with one pair a line (clean, corrupt, answer, distractor, "
+            "positions)."
+        )
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
         if line.strip():
             try:
@@ -63,7 +70,12 @@ def _pair(number: int, record: Any) -> Pair:
         if not isinstance(record.get(column), str):
             raise InputError(f"row {number} has no text in column {column!r}; {nearest(column, record)}")
     text = {name: record[name] for name in ("clean", "corrupt", "answer", "distractor")}
-    return Pair(**text, positions=_mapping(record, "positions"), corrupt_answer=record.get("corrupt_answer"), facts=_mapping(record, "facts") or None)
+    return Pair(
+        **text,
+        positions=_mapping(record, "positions"),
+        corrupt_answer=record.get("corrupt_answer"),
+        facts=_mapping(record, "facts") or None,
+    )
 
 
 def _mapping(record: Mapping[str, Any], column: str) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-"""How a prompt is put to a model: chat template, BOS, padding, answers of several tokens. All explicit, all off by default.
+"""How a prompt is put to a model: chat template, BOS, padding, answers of several tokens. All explicit, all off by
+default.
 
-A chat template wraps both prompts of a pair in the same turns, so that they stay of equal length, and the named positions move along:
-- `user`: the prompt is the user's message and the answer begins the reply, without the space before it (many words are several byte-pair tokens
+A chat template wraps both prompts of a pair in the same turns, so that they stay of equal length, and the named
+positions move along:
+- `user`: the prompt is the user's message and the answer begins the reply, without the space before it (many words are
+  several byte-pair tokens
   then: set `multi_token`);
 - `assistant`: the user's message is `instruction`, the reply begins with the prompt, and the answer goes on from it.
 Templates that write a BOS themselves are refused together with `prepend_bos`.
@@ -35,7 +38,9 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         if (self.chat == "assistant") != (self.instruction is not None):
-            raise InputError("`chat: assistant` and `instruction` go together: the prompt goes on a reply to that instruction.")
+            raise InputError(
+                "`chat: assistant` and `instruction` go together: the prompt goes on a reply to that instruction."
+            )
         if self.system is not None and self.chat == "none":
             raise InputError("a system message needs a chat template; set `chat` to user or assistant.")
 
@@ -45,15 +50,24 @@ class PromptSettings:
 
     def encode(self, dataset: Dataset, tokenizer: Any) -> PromptPairs:
         """A dataset made with these settings -> tensors."""
-        return encode(dataset, tokenizer, padding_side=self.padding_side, prepend_bos=self.prepend_bos, multi_token=self.multi_token)
+        return encode(
+            dataset,
+            tokenizer,
+            padding_side=self.padding_side,
+            prepend_bos=self.prepend_bos,
+            multi_token=self.multi_token,
+        )
 
     def wrapped(self, pairs: Iterable[tuple[int, Pair]], tokenizer: Any) -> Iterator[tuple[int, Pair]]:
-        """The pairs in the chat template. Errors: `InputError` for a tokenizer without one, or a template that changes the prompt."""
+        """The pairs in the chat template. Errors: `InputError` for a tokenizer without one, or a template that changes
+        the prompt."""
         if self.chat == "none":
             yield from pairs
             return
         if not getattr(tokenizer, "chat_template", None):
-            raise InputError("this tokenizer has no chat template; set `chat` to none, or use an instruct model's tokenizer.")
+            raise InputError(
+                "this tokenizer has no chat template; set `chat` to none, or use an instruct model's tokenizer."
+            )
         for number, pair in pairs:
             yield number, self._wrap(number, pair, tokenizer)
 
@@ -76,7 +90,10 @@ class PromptSettings:
             text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
         start = text.rfind(prompt)
         if start < 0:
-            raise InputError(f"row {number}: the chat template changes the prompt {prompt!r} (does it begin or end with white space?); reword it.")
+            raise InputError(
+                f"row {number}: the chat template changes the prompt {prompt!r} (does it begin or end with white "
+                "space?); reword it."
+            )
         if self.prepend_bos and tokenizer.bos_token and text.startswith(tokenizer.bos_token):
             raise InputError("this chat template writes the BOS token itself; set `prepend_bos` to false.")
         return text, start
@@ -85,11 +102,18 @@ class PromptSettings:
 def _moved(number: int, pair: Pair, tokenizer: Any, start: int) -> dict[str, Any]:
     """The named positions of the bare prompt as characters of the wrapped one."""
     offsets = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    found = {name: [offsets[index] for index in token_indices(number, name, where, pair.clean, offsets)] for name, where in pair.positions.items()}
-    return {name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans) for name, spans in found.items()}
+    found = {
+        name: [offsets[index] for index in token_indices(number, name, where, pair.clean, offsets)]
+        for name, where in pair.positions.items()
+    }
+    return {
+        name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans)
+        for name, spans in found.items()
+    }
 
 
 def _visible(text: str, start: int, end: int) -> int:
-    """Where a token's text begins, without the space that some tokenizers count to it (the template may put that into another token)."""
+    """Where a token's text begins, without the space that some tokenizers count to it (the template may put that into
+    another token)."""
     piece = text[start:end]
     return start + len(piece) - len(piece.lstrip()) if piece.strip() else start

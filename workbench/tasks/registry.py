@@ -1,4 +1,5 @@
-"""Tasks by name, through Python entry points of the group `workbench.tasks`: a package that declares one adds a task, ours do the same."""
+"""Tasks by name, through Python entry points of the group `workbench.tasks`: a package that declares one adds a task,
+ours do the same."""
 
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -16,7 +17,8 @@ def task_names() -> list[str]:
 
 
 def task_named(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task of a name with its options. Errors: `InputError` for an unknown name or option, and for an entry point that is no task."""
+    """The task of a name with its options. Errors: `InputError` for an unknown name or option, and for an entry point
+    that is no task."""
     points = [point for point in entry_points(group=GROUP) if point.name == name]
     if not points:
         raise InputError(f"no task {name!r} is installed; {nearest(name, task_names())}")
@@ -26,5 +28,8 @@ def task_named(name: str, options: Mapping[str, Any] | None = None) -> Task:
     except TypeError as error:
         raise InputError(f"task {name!r} does not take these options ({error}).") from None
     if not isinstance(task, Task):
-        raise InputError(f"the entry point {points[0].value} is no task: it needs name, stages, chance and pairs (workbench.tasks.base.Task).")
+        raise InputError(
+            f"the entry point {points[0].value} is no task: it needs name, stages, chance and pairs "
+            "(workbench.tasks.base.Task)."
+        )
     return task

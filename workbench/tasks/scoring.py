@@ -1,9 +1,11 @@
-"""Scoring answers of several tokens: the sum of the log-probabilities of all their tokens, each given the prompt and those before it.
+"""Scoring answers of several tokens: the sum of the log-probabilities of all their tokens, each given the prompt and
+those before it.
 
     log p(answer | prompt) = sum_t log p(answer_t | prompt, answer_1 ... answer_t-1)
 
-The answer is appended to the prompt and the whole is read once. `continued` gives those sequences as `PromptPairs` in which the named positions stay
-where they were, so that whatever edits a run on the prompts (ablation, a patch at a named position) edits a scored run just so.
+The answer is appended to the prompt and the whole is read once. `continued` gives those sequences as `PromptPairs` in
+which the named positions stay where they were, so that whatever edits a run on the prompts (ablation, a patch at a
+named position) edits a scored run just so.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,26 +16,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench import hooks, metrics
 from workbench.errors import InputError
-from workbench.models import HookedModel
+from workbench.models import hooks
+from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
+from workbench.values import metrics
 
 Which = Literal["answer", "distractor"]
 BATCH = 64
 
 
 def continued(pairs: PromptPairs, which: Which = "answer") -> PromptPairs:
-    """The pairs with the answer (or the distractor) after both prompts; `last`, `all` and every other position stay on the prompt.
+    """The pairs with the answer (or the distractor) after both prompts; `last`, `all` and every other position stay on
+    the prompt.
 
-    The mask covers the answer too. Errors: `InputError` for pairs encoded without `multi_token`, and for prompts of unequal length padded on the right
-    (the answer could not follow its prompt).
+    The mask covers the answer too. Errors: `InputError` for pairs encoded without `multi_token`, and for prompts of
+    unequal length padded on the right (the answer could not follow its prompt).
     """
     ids = pairs.answer_tokens if which == "answer" else pairs.distractor_tokens
     if ids is None:
-        raise InputError("these pairs hold first tokens only; encode them with `multi_token=True` to score whole answers.")
+        raise InputError(
+            "these pairs hold first tokens only; encode them with `multi_token=True` to score whole answers."
+        )
     if not pairs.mask[:, -1].all():
-        raise InputError("prompts of unequal length must be padded on the left to be continued; set `padding_side` to left.")
+        raise InputError(
+            "prompts of unequal length must be padded on the left to be continued; set `padding_side` to left."
+        )
     real = ids >= 0
     ids = ids.clamp(min=0)
     nothing = torch.zeros_like(real)
@@ -55,7 +63,8 @@ def sequence_log_probability(
     batch: int = BATCH,
     edits: Callable[[PromptPairs], Mapping[str, hooks.Edit]] = lambda part: {},
 ) -> Float[Tensor, " batch"]:
-    """Log-probability (nats) of each whole answer after its clean prompt. `edits` makes the edits of a run from the continued pairs of a batch."""
+    """Log-probability (nats) of each whole answer after its clean prompt. `edits` makes the edits of a run from the
+    continued pairs of a batch."""
     model.require_eval()
     scores = []
     for rows in pairs.batches(batch):
@@ -63,7 +72,9 @@ def sequence_log_probability(
         with hooks.edit(model.model, dict(edits(part))):
             logits = model.model(part.clean, attention_mask=part.mask.long())
         width = rows.clean.shape[1]
-        scores.append(metrics.sequence_log_probability(logits[:, width - 1 : -1], part.clean[:, width:], part.mask[:, width:]))
+        scores.append(
+            metrics.sequence_log_probability(logits[:, width - 1 : -1], part.clean[:, width:], part.mask[:, width:])
+        )
     return torch.cat(scores)
 
 
@@ -74,9 +85,14 @@ def sequence_preference(
     batch: int = BATCH,
     edits: Callable[[PromptPairs], Mapping[str, hooks.Edit]] = lambda part: {},
 ) -> Float[Tensor, " batch"]:
-    """Log-probability of the whole answer minus that of the whole distractor, in nats; positive = the answer is preferred.
+    """Log-probability of the whole answer minus that of the whole distractor, in nats; positive = the answer is
+    preferred.
 
-    Longer sequences are less probable; nothing is divided by length. Choose answers and distractors of equal length, or look at both.
+    Longer sequences are less probable; nothing is divided by length. Choose answers and distractors of equal length, or
+    look at both.
     """
-    answer, distractor = (sequence_log_probability(model, pairs, which=which, batch=batch, edits=edits) for which in ("answer", "distractor"))
+    answer, distractor = (
+        sequence_log_probability(model, pairs, which=which, batch=batch, edits=edits)
+        for which in ("answer", "distractor")
+    )
     return answer - distractor

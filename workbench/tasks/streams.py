@@ -10,14 +10,19 @@ from workbench import storage
 from workbench.tasks.base import Split, Task, checked_row, features_of, load_pairs
 
 
-def task_stream(task: Task, tokenizer: Any, *, split: Split, scenes: int, seed: int, multi_token: bool = False) -> IterableDataset:
-    """The rows of `task_dataset`, drawn and checked one by one as they are asked for; it may be iterated again. Errors: `InputError` with the row's number."""
+def task_stream(
+    task: Task, tokenizer: Any, *, split: Split, scenes: int, seed: int, multi_token: bool = False
+) -> IterableDataset:
+    """The rows of `task_dataset`, drawn and checked one by one as they are asked for; it may be iterated again. Errors:
+    `InputError` with the row's number."""
     settings = {"task": task, "tokenizer": tokenizer, "split": split, "seed": seed, "multi_token": multi_token}
     first = next(_rows(**settings, scenes=1))
     return IterableDataset.from_generator(_rows, features=features_of(first), gen_kwargs={**settings, "scenes": scenes})
 
 
-def _rows(*, task: Task, tokenizer: Any, split: Split, scenes: int, seed: int, multi_token: bool) -> Iterator[dict[str, Any]]:
+def _rows(
+    *, task: Task, tokenizer: Any, split: Split, scenes: int, seed: int, multi_token: bool
+) -> Iterator[dict[str, Any]]:
     for number, pair in enumerate(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)):
         yield checked_row(number, pair, tokenizer, multi_token=multi_token)
 

@@ -1,17 +1,23 @@
-"""Theory of mind: what does a character believe, given what it could see? (CausalToM's structure, Prakash et al. 2025; Sally and Anne.)
+"""Theory of mind: what does a character believe, given what it could see? (CausalToM's structure, Prakash et al. 2025;
+Sally and Anne.)
 
-    "At the farm, Mary and John work side by side. Mary takes a closed jar and fills it with rice. Then John takes a closed cup and fills it with
-     milk. Mary cannot see what John does. John can see what Mary does. What does Mary think the cup holds? Answer:" -> " unknown"
+    "At the farm, Mary and John work side by side. Mary takes a closed jar and fills it with rice.
+     Then John takes a closed cup and fills it with
+     milk. Mary cannot see what John does. John can see what Mary does.
+     What does Mary think the cup holds? Answer:" -> " unknown"
 
-*Balance.* A third of the answers is the first content, a third the second, a third "unknown"; the characters, containers and visibilities are
-spread evenly over the questions (a cycle of cells in random order). So no rule that looks at mentions alone beats `chance`. Rules that use part of
-the meaning do better and are no fault of the data: answering with what is really in the container is right in two thirds of the default's prompts.
+*Balance.* A third of the answers is the first content, a third the second, a third "unknown"; the characters,
+containers and visibilities are spread evenly over the questions (a cycle of cells in random order). So no rule that
+looks at mentions alone beats `chance`. Rules that use part of the meaning do better and are no fault of the data:
+answering with what is really in the container is right in two thirds of the default's prompts.
 
 *Counterfactuals* (the corrupt prompt; the expected answer always differs, and is recorded as `corrupt_answer`):
 - `story`: another story of the same split, which answers otherwise;
-- `order`: order reversal. Names and containers change places, contents and visibility stay where they are (in a false-belief story the two
+- `order`: order reversal. Names and containers change places, contents and visibility stay where they are (in a
+  false-belief story the two
   containers change places);
-- `states`: fresh contents (containers) in the same story; asked only where the character knows, as "unknown" would stay "unknown";
+- `states`: fresh contents (containers) in the same story; asked only where the character knows, as "unknown" would stay
+  "unknown";
 - `visibility`: the sentence that decides the answer is flipped; asked only where it decides.
 """
 
@@ -61,11 +67,17 @@ class Lexicon:
         lists = {"names": NAMES, "containers": CONTAINERS, "contents": CONTENTS, "settings": SETTINGS, "things": THINGS}
         found = {name: single_token_words(tokenizer, words) for name, words in lists.items()}
         missing = [word for word in fixed if not single_token_words(tokenizer, [word])]
-        if missing or len(found["settings"]) < 1 or min(len(found[name]) for name in ("names", "containers", "contents", "things")) < 6:
+        if (
+            missing
+            or len(found["settings"]) < 1
+            or min(len(found[name]) for name in ("names", "containers", "contents", "things")) < 6
+        ):
             counts = ", ".join(f"{len(words)} {name}" for name, words in found.items())
             raise InputError(
-                f"theory of mind needs six one-token names, containers, contents and things, and these words whole: {', '.join(fixed)}. This "
-                f"tokenizer has {counts} of ours and lacks {missing or 'no such word'}. Use a tokenizer with more whole words "
+                "theory of mind needs six one-token names, containers, contents and things, and these words whole: "
+                f"{', '.join(fixed)}. This "
+                f"tokenizer has {counts} of ours and lacks {missing or 'no such word'}. Use a tokenizer with more "
+                "whole words "
                 "(`workbench.tasks.vocabulary.word_level_tokenizer` makes one from the tasks' own words)."
             )
         return cls(**found)
@@ -98,15 +110,19 @@ class TheoryOfMind:
             if value not in known:
                 raise InputError(f"theory of mind has no {field} {value!r}; {nearest(value, known)}")
         if self.wording is not None and not 0 <= self.wording < len(WORDINGS[self.scenario]):
-            raise InputError(f"there is no wording {self.wording}; choose 0 to {len(WORDINGS[self.scenario]) - 1}, or None for all.")
+            raise InputError(
+                f"there is no wording {self.wording}; choose 0 to {len(WORDINGS[self.scenario]) - 1}, or None for all."
+            )
 
     @property
     def chance(self) -> float:
-        """Accuracy of naming one of the story's possible answers at random: two contents and "unknown", or two places."""
+        """Accuracy of naming one of the story's possible answers at random: two contents and "unknown", or two
+        places."""
         return 1 / 2 if self.scenario == "false_belief" or self.counterfactual == "states" else 1 / 3
 
     def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
-        """`scenes` pairs, one question for each story. Errors: `InputError` for a tokenizer with too few whole words."""
+        """`scenes` pairs, one question for each story. Errors: `InputError` for a tokenizer with too few whole
+        words."""
         fixed = ("can", "cannot", UNKNOWN) if self.scenario == "visibility" else ("present", "absent")
         lexicon = Lexicon.of(tokenizer, fixed)
         draw = seeds.chooser(seed, self.name, self.scenario, self.counterfactual, str(self.instruction), split)
@@ -120,7 +136,8 @@ class TheoryOfMind:
             yield pair
 
     def cells(self) -> list[Cell]:
-        """One balanced cycle of questions: every answer of the scenario equally often, for each who, what and visibility."""
+        """One balanced cycle of questions: every answer of the scenario equally often, for each who, what and
+        visibility."""
         flags = (False, True)
         if self.scenario == "false_belief":
             unseen = [(mover, 1 - mover, False, False) for mover in (0, 1)]
@@ -162,13 +179,28 @@ class TheoryOfMind:
         while True:
             characters = _two(draw, lexicon.names)
             if self.scenario == "visibility":
-                objects, states, (who, asked, *sees) = _two(draw, lexicon.containers), _two(draw, lexicon.contents), cell
+                objects, states, (who, asked, *sees) = (
+                    _two(draw, lexicon.containers),
+                    _two(draw, lexicon.contents),
+                    cell,
+                )
                 story: Story = VisibilityStory(
-                    characters=characters, objects=objects, states=states, sees=(sees[0], sees[1]), who=characters[who], asked=objects[asked]
+                    characters=characters,
+                    objects=objects,
+                    states=states,
+                    sees=(sees[0], sees[1]),
+                    who=characters[who],
+                    asked=objects[asked],
                 )
             else:
-                thing, states, (mover, who, present, _) = draw.choice(lexicon.things), _two(draw, lexicon.containers), cell
-                story = BeliefStory(characters=characters, mover=mover, thing=thing, states=states, present=present, who=characters[who])
+                thing, states, (mover, who, present, _) = (
+                    draw.choice(lexicon.things),
+                    _two(draw, lexicon.containers),
+                    cell,
+                )
+                story = BeliefStory(
+                    characters=characters, mover=mover, thing=thing, states=states, present=present, who=characters[who]
+                )
             if story.split == split:
                 return story
 

@@ -1,7 +1,8 @@
 """Teacher and student with different tokenizers: both read the same texts, each in its own tokens.
 
-A token's number means another word to the other model, and a token's place in a prompt another place. What they share is text: words that are one
-token for both, and positions named as pieces of it. `PromptPairs.teacher` holds the teacher's reading beside the student's, row by row.
+A token's number means another word to the other model, and a token's place in a prompt another place. What they share
+is text: words that are one token for both, and positions named as pieces of it. `PromptPairs.teacher` holds the
+teacher's reading beside the student's, row by row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 
 from workbench.errors import InputError
-from workbench.refs import Position
 from workbench.tasks.base import PromptPairs, single_token
 from workbench.tasks.pairs import Pair
 from workbench.tasks.prompts import PromptSettings
+from workbench.values.refs import Position
 
 
 class SharedWords:
-    """Stands in for a tokenizer where a task chooses its words (`single_token_words`): a text is one token only if it is for each tokenizer."""
+    """Stands in for a tokenizer where a task chooses its words (`single_token_words`): a text is one token only if it
+    is for each tokenizer."""
 
     unk_token_id = None
 
@@ -33,12 +35,18 @@ class SharedWords:
 
 
 def same_vocabulary(first: Any, second: Any) -> bool:
-    """Whether two tokenizers give the same words the same numbers. A model without one is taken to read as the other does."""
+    """Whether two tokenizers give the same words the same numbers. A model without one is taken to read as the other
+    does."""
     return first is None or second is None or first.get_vocab() == second.get_vocab()
 
 
 def read_by_both(
-    pairs: Iterable[tuple[int, Pair]], student: Any, teacher: Any, *, source: str, settings: PromptSettings | None = None
+    pairs: Iterable[tuple[int, Pair]],
+    student: Any,
+    teacher: Any,
+    *,
+    source: str,
+    settings: PromptSettings | None = None,
 ) -> PromptPairs:
     """Numbered pairs in the tokens of the student's tokenizer, with the same in the teacher's beside them.
 
@@ -49,7 +57,10 @@ def read_by_both(
         refuse_token_indices(number, pair)
         for tokenizer in (student, teacher):
             refuse_unknown_words(pair, tokenizer)
-    ours, theirs = (settings.encode(settings.dataset(pairs, tokenizer, source=source), tokenizer) for tokenizer in (student, teacher))
+    ours, theirs = (
+        settings.encode(settings.dataset(pairs, tokenizer, source=source), tokenizer)
+        for tokenizer in (student, teacher)
+    )
     return replace(ours, teacher=theirs)
 
 
@@ -59,12 +70,14 @@ def refuse_token_indices(number: int, pair: Pair) -> None:
         entries = [where] if isinstance(where, int | str) else list(where)
         if any(isinstance(entry, int) for entry in entries):
             raise InputError(
-                f"row {number}: position {name!r} is given by token index, but the models have different tokenizers; give a piece of the clean prompt."
+                f"row {number}: position {name!r} is given by token index, but the models have different tokenizers; "
+                "give a piece of the clean prompt."
             )
 
 
 def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:
-    """A word-level tokenizer turns what it does not know into one token for all; refuse such prompts and name the words."""
+    """A word-level tokenizer turns what it does not know into one token for all; refuse such prompts and name the
+    words."""
     for name in ("clean", "corrupt"):
         text = getattr(pair, name)
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -78,23 +91,30 @@ def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:
         ]
         if words:
             raise InputError(
-                f"this model's tokenizer does not know {', '.join(map(repr, dict.fromkeys(words)))} in the {name} prompt; use other words."
+                f"this model's tokenizer does not know {', '.join(map(repr, dict.fromkeys(words)))} in the {name} "
+                "prompt; use other words."
             )
 
 
 def require_same_words(prompts: PromptPairs, student: Sequence[Position], teacher: Sequence[Position]) -> None:
-    """Refuse unknown positions, and those that are not the same words in two readings: all of a prompt, or words of more tokens in one."""
+    """Refuse unknown positions, and those that are not the same words in two readings: all of a prompt, or words of
+    more tokens in one."""
     ours, theirs = (
-        torch.stack([side.position(name) for name in names]).any(0).sum(1) for side, names in ((prompts, student), (prompts.for_teacher, teacher))
+        torch.stack([side.position(name) for name in names]).any(0).sum(1)
+        for side, names in ((prompts, student), (prompts.for_teacher, teacher))
     )
     if prompts.teacher is None:
         return
     remedy = "set alignment.positions to a position of one token in both, such as last"
     if "all" in (*student, *teacher):
-        raise InputError(f"the models have different tokenizers, so the tokens of a whole prompt do not belong together one by one; {remedy}.")
+        raise InputError(
+            "the models have different tokenizers, so the tokens of a whole prompt do not belong together one by one; "
+            f"{remedy}."
+        )
     if not torch.equal(ours, theirs):
         raise InputError(
-            f"position {' + '.join(student)} of the student and {' + '.join(teacher)} of the teacher are different numbers of tokens in their "
+            f"position {' + '.join(student)} of the student and {' + '.join(teacher)} of the teacher are different "
+            "numbers of tokens in their "
             f"tokenizers; {remedy}."
         )
 
@@ -103,5 +123,6 @@ def require_readings(prompts: PromptPairs, student: Any, teacher: Any) -> None:
     """Refuse prompts in the tokens of one tokenizer for models that have two (given here)."""
     if prompts.teacher is None and not same_vocabulary(student, teacher):
         raise InputError(
-            "the models have different tokenizers, and these prompts are in the tokens of one; encode them with `workbench.tasks.tokenizers.read_by_both`."
+            "the models have different tokenizers, and these prompts are in the tokens of one; encode them with "
+            "`workbench.tasks.tokenizers.read_by_both`."
         )

@@ -1,7 +1,8 @@
-"""Prompts with a common beginning as one sequence: the beginning once, then each prompt's own rest and answer as a branch.
+"""Prompts with a common beginning as one sequence: the beginning once, then each prompt's own rest and answer as a
+branch.
 
-A branch sees the beginning and itself, at the positions that it has in its own prompt, so that whatever the model computes in it is what it
-computes in the prompt alone.
+A branch sees the beginning and itself, at the positions that it has in its own prompt, so that whatever the model
+computes in it is what it computes in the prompt alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,9 +61,14 @@ class Trees:
             kept = (self.rows >= start) & (self.rows < start + size)
             part = slice(start, start + size)
             yield Trees(
-                tokens=self.tokens[part], positions=self.positions[part], branch=self.branch[part],
-                rows=self.rows[kept] - start, places=self.places[kept], targets=self.targets[kept], prompt=self.prompt[kept],
-            )  # fmt: skip
+                tokens=self.tokens[part],
+                positions=self.positions[part],
+                branch=self.branch[part],
+                rows=self.rows[kept] - start,
+                places=self.places[kept],
+                targets=self.targets[kept],
+                prompt=self.prompt[kept],
+            )
 
 
 def trees_of(pairs: Sequence[Pair], tokenizer: Any, *, each: int) -> Trees:
@@ -87,7 +93,8 @@ class Tree:
 
 
 def tree(prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tree:
-    """Prompts and their answers as a tree. The last token of a prompt, which predicts the first of its answer, is always its branch's own."""
+    """Prompts and their answers as a tree. The last token of a prompt, which predicts the first of its answer, is
+    always its branch's own."""
     common = _common(prompts)
     tokens, positions, branch = list(prompts[0][:common]), list(range(common)), [STEM] * common
     found: list[tuple[int, int, int]] = []

@@ -1,6 +1,7 @@
 """Templates that remember where their words went, and disjoint splits by hash: what most tasks need to write a prompt.
 
-fill("{who} opens the {thing}.", who="Ann", thing="box") -> "Ann opens the box.", {"who": ((0, 3),), "thing": ((14, 17),)}
+fill("{who} opens the {thing}.", who="Ann", thing="box") -> "Ann opens the box.", {"who": ((0, 3),), "thing": ((14,
+17),)}
 """
 
 import hashlib
@@ -39,7 +40,8 @@ def words_of(template: str) -> tuple[str, ...]:
 
 
 def split_by_hash(words: Iterable[str]) -> Split:
-    """The split that a set of words belongs to whatever their order: 80 % train, 10 % calibration, 10 % test, by SHA-256."""
+    """The split that a set of words belongs to whatever their order: 80 % train, 10 % calibration, 10 % test, by
+    SHA-256."""
     digest = hashlib.sha256("|".join(sorted(words)).encode()).digest()
     bucket = int.from_bytes(digest[:4], "big") % 10
     return "train" if bucket < 8 else "calibration" if bucket == 8 else "test"

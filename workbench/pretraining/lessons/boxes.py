@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from workbench.pretraining.lessons.exercise import Exercise, Look, Mark, cut
-from workbench.refs import Head
 from workbench.tasks.entity_tracking import context, draw_scene
+from workbench.values.refs import Head
 
 CLAUSE = 7
 """Tokens of one clause of a context: `the apple is in Box F ,`; the object is the second, the label the sixth."""
@@ -16,13 +16,16 @@ CLAUSE = 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxesLesson:
-    """Which object is in the queried box? Queries are drawn with replacement: without it, later answers are guessed by elimination."""
+    """Which object is in the queried box? Queries are drawn with replacement: without it, later answers are guessed by
+    elimination."""
 
     boxes: int = 7
     queries: int = 8
 
     name: ClassVar[str] = "entity_tracking"
-    probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"bound_object": 2, "own_label": 2, "queried_label": 2})
+    probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType(
+        {"bound_object": 2, "own_label": 2, "queried_label": 2}
+    )
     """Each label of the context is asked for its object and itself, the last token of a query for its label."""
     looking: ClassVar[Mapping[str, Head]] = MappingProxyType({"fetch": Head(2, 0)})
     """The last token of a query looks at the queried label in the context."""

@@ -1,8 +1,9 @@
 """One training sequence as words, with its answers and the targets of temporary probes; and batches of them as tensors.
 
-An answer is marked at the token that predicts it: the one before the answer stands in the text. A probe's mark is a word that the residual stream
-at a token is asked for by a linear map of its own, after a layer that the lesson names. A look is where one head, named by the lesson, is to attend
-to from a token. Probes and looks end with the lesson; neither is part of a model.
+An answer is marked at the token that predicts it: the one before the answer stands in the text. A probe's mark is a
+word that the residual stream at a token is asked for by a linear map of its own, after a layer that the lesson names. A
+look is where one head, named by the lesson, is to attend to from a token. Probes and looks end with the lesson; neither
+is part of a model.
 """
 
 import random
@@ -15,8 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.refs import Head
 from workbench.tasks.base import Span
+from workbench.values.refs import Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ class Exercise:
 
     words: tuple[str, ...]
     answers: tuple[Mark, ...]
-    """In the order of the text: the first one is asked as the task itself asks, the others stand after answered ones."""
+    """In the order of the text: the first one is asked as the task itself asks, the others stand after answered
+    ones."""
     probes: Mapping[str, tuple[Mark, ...]]
     looks: Mapping[str, tuple[Look, ...]]
 
@@ -65,7 +67,8 @@ class Lesson(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Marks:
-    """Marks of a batch: rows, tokens and what is asked for (a word's id; of a look the token looked at), side by side."""
+    """Marks of a batch: rows, tokens and what is asked for (a word's id; of a look the token looked at), side by
+    side."""
 
     rows: Int[Tensor, " marks"]
     at: Int[Tensor, " marks"]
@@ -110,7 +113,10 @@ def collate(exercises: Sequence[Exercise], vocabulary: Mapping[str, int], *, pad
         first=marks(exercise.answers[:1] for exercise in exercises),
         later=marks(exercise.answers[1:] for exercise in exercises),
         probes={name: marks(exercise.probes[name] for exercise in exercises) for name in exercises[0].probes},
-        looks={name: _marks([[(look.at, look.to) for look in exercise.looks[name]] for exercise in exercises]) for name in exercises[0].looks},
+        looks={
+            name: _marks([[(look.at, look.to) for look in exercise.looks[name]] for exercise in exercises])
+            for name in exercises[0].looks
+        },
     )
 
 

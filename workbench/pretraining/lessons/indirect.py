@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from workbench.pretraining.lessons.exercise import Exercise, Mark, cut
-from workbench.refs import Head
 from workbench.tasks.ioi import NAMES, PLACES, TEMPLATES, THINGS, split_of
+from workbench.values.refs import Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,15 @@ class IndirectLesson:
             if split_of((subject, recipient)) == "train":
                 break
         first, second = draw.choice(((subject, recipient), (recipient, subject)))
-        words = cut(draw.choice(TEMPLATES).format(first=first, second=second, subject=subject, place=draw.choice(PLACES), thing=draw.choice(THINGS)))
+        words = cut(
+            draw.choice(TEMPLATES).format(
+                first=first, second=second, subject=subject, place=draw.choice(PLACES), thing=draw.choice(THINGS)
+            )
+        )
         last = len(words) - 1
         return Exercise(
-            words=(*words, recipient, "."), answers=(Mark(at=last, word=recipient),), probes={"subject": (Mark(at=last, word=subject),)}, looks={}
+            words=(*words, recipient, "."),
+            answers=(Mark(at=last, word=recipient),),
+            probes={"subject": (Mark(at=last, word=subject),)},
+            looks={},
         )

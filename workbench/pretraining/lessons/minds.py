@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from workbench.pretraining.lessons.exercise import Exercise, Look, Mark, cut, token_at
-from workbench.refs import Head
 from workbench.tasks.ioi import NAMES
 from workbench.tasks.stories import CONTAINERS, CONTENTS, SETTINGS, UNKNOWN, VISIBILITY, VisibilityStory, can
 from workbench.tasks.theory_of_mind import TheoryOfMind
+from workbench.values.refs import Head
 
 QUESTION_STARTS = "What does"
 TURNS = ("A", "B")
@@ -19,22 +19,34 @@ TURNS = ("A", "B")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MindsLesson:
-    """What does a character think that a container holds? Questions are drawn with replacement, in the task's own balance."""
+    """What does a character think that a container holds? Questions are drawn with replacement, in the task's own
+    balance."""
 
     queries: int = 6
 
     name: ClassVar[str] = "theory_of_mind"
     probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType(
         {
-            "container": 1, "filler": 1, "turn": 1, "seer": 1, "asked_character": 1, "asked_container": 1,
-            "sight": 2, "turn_of_character": 2, "turn_of_container": 2, "knows": 3,
+            "container": 1,
+            "filler": 1,
+            "turn": 1,
+            "seer": 1,
+            "asked_character": 1,
+            "asked_container": 1,
+            "sight": 2,
+            "turn_of_character": 2,
+            "turn_of_container": 2,
+            "knows": 3,
         }
-    )  # fmt: skip
-    """Each content is asked for its container, who filled it and whose turn that was (A or B), `can` or `cannot` for whose sight it is; the last
-    token of a question for the two words that it asks about, later for the character's sight and both their turns, at last for whether the
-    character knows."""
-    looking: ClassVar[Mapping[str, Head]] = MappingProxyType({"sight": Head(1, 1), "filler": Head(1, 2), "container": Head(1, 3)})
-    """The last token of a question looks at whether the character sees, at what it filled in itself, and at what is in the container."""
+    )
+    """Each content is asked for its container, who filled it and whose turn that was (A or B), `can` or `cannot` for
+    whose sight it is; the last token of a question for the two words that it asks about, later for the character's
+    sight and both their turns, at last for whether the character knows."""
+    looking: ClassVar[Mapping[str, Head]] = MappingProxyType(
+        {"sight": Head(1, 1), "filler": Head(1, 2), "container": Head(1, 3)}
+    )
+    """The last token of a question looks at whether the character sees, at what it filled in itself, and at what is in
+    the container."""
 
     @property
     def levels(self) -> int:
@@ -59,7 +71,13 @@ class MindsLesson:
             "seer": [Mark(at=at[f"sees_{n + 1}"], word=story.characters[n]) for n in (0, 1)],
         }
         looks: dict[str, list[Look]] = {"sight": [], "filler": [], "container": []}
-        asking = [(who, asked), *((cell[0], cell[1]) for cell in draw.choices([c for c in cells if list(c[2:]) == sees], k=self.queries - 1))]
+        asking = [
+            (who, asked),
+            *(
+                (cell[0], cell[1])
+                for cell in draw.choices([c for c in cells if list(c[2:]) == sees], k=self.queries - 1)
+            ),
+        ]
         answers = []
         for who, asked in asking:
             again = replace(story, who=story.characters[who], asked=story.objects[asked])

@@ -1,7 +1,7 @@
 """Entity tracking with operations as a lesson: few boxes and no operation first, then more and more operations.
 
-The answer is decided by the latest sentence that names the queried box, so each mention of a box is asked by a probe for what is in the box once
-that sentence is done.
+The answer is decided by the latest sentence that names the queried box, so each mention of a box is asked by a probe
+for what is in the box once that sentence is done.
 """
 
 import random
@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from workbench.pretraining.lessons.exercise import Exercise, Look, Mark, cut
-from workbench.refs import Head
 from workbench.tasks.entity_operations import NOTHING, QUESTION, EntityOperations, history, scene_words
 from workbench.tasks.entity_tracking import LABELS, OBJECTS
 from workbench.tasks.wording import fill
+from workbench.values.refs import Head
 
 LEVELS = ((3, 0), (4, 1), (5, 2), (5, 4), (5, 8), (5, 12))
 """(boxes, most operations) of each level; the last is the task's own."""
@@ -28,7 +28,8 @@ class OperationsLesson:
 
     name: ClassVar[str] = "entity_operations"
     probe_layers: ClassVar[Mapping[str, int]] = MappingProxyType({"content": 2, "own_label": 2, "asked_label": 2})
-    """Each mention of a box is asked for the box's content after that sentence and for its label, the last token of a question for the label."""
+    """Each mention of a box is asked for the box's content after that sentence and for its label, the last token of a
+    question for the label."""
 
     looking: ClassVar[Mapping[str, Head]] = MappingProxyType({"fetch": Head(2, 0)})
     """The last token of a question looks at the latest mention of the queried box."""

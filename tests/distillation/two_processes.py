@@ -1,0 +1,72 @@
+"""What `test_distributed` runs, by itself and under `accelerate launch`: `python -m tests.distillation.two_processes TEACHER STUDENT
+OUT`."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS
+from workbench import storage
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.loop import Distillation
+from workbench.distillation.masks import TrainedSlices, slices_of_heads
+from workbench.distillation.processes import launched
+from workbench.distillation.teacher_shards import teacher_shards
+from workbench.matching.head_rows import hook_names
+from workbench.models.hooked_model import Student, Teacher
+
+VALIDATION = PROMPTS.rows(slice(0, 6))
+BASE = replace(CONFIG, batch=8, steps=4, weight=2.0)
+CASES: dict[str, TrainingConfig] = {
+    "plain": replace(BASE, weight=0.0),
+    "aligned": BASE,
+    "accumulated": replace(
+        BASE,
+        accumulate=2,
+        activation="result",
+        weight_schedule="linear_decay",
+        task_loss="jsd_teacher",
+        evaluate_every=1,
+        restore_best=True,
+    ),
+    "alignment only": replace(BASE, task_loss="none", batch=16, estimator="debiased"),
+    "micro": replace(BASE, alignment_batch="micro"),
+}
+"""All but the last have the same trajectory on any number of processes."""
+
+
+def main(teacher: str, student: str, out: Path) -> None:
+    """Train every case; the main process writes the logs, and the trained slices at the end."""
+    names = hook_names([pair.teacher for pair in PAIRS])
+    processes = launched()
+    with processes.main_first():
+        outputs = teacher_shards(Teacher.load(teacher, check=False), PROMPTS.rows(slice(6, None)), names, out / "cache")
+    for name, config in CASES.items():
+        if processes.shards and config.task_loss == "none":
+            continue  # refused
+        if processes.shards and config.activation == "result":
+            config = replace(config, activation="z")
+        model = Student.load(student, check=False)
+        slices = TrainedSlices(model, slices_of_heads(model, HEADS))
+        pairs = PAIRS if config.weight else ()
+        validation = VALIDATION if config.evaluate_every else None
+        Distillation(
+            model,
+            slices,
+            PROMPTS.rows(slice(6, None)),
+            outputs,
+            pairs,
+            config,
+            seed=3,
+            validation=validation,
+            processes=processes,
+        ).run(out / name)
+        storage.write_tensors(out / name / f"process-{processes.index}.safetensors", dict(slices.leaves))
+    if processes.count > 1:
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,229 @@
+"""The recipes of the paper's Llama runs from end to end on random miniatures of the same architecture, and what their
+plans say.
+
+Miniature: the bundled config of each model (rope scaling `llama3`, grouped-query attention, tied or untied embeddings
+as in the original) with two layers and little width, and a byte-pair tokenizer trained here on the tasks' own prompts,
+with BOS, special tokens and a chat template as Llama has them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from workbench import storage
+from workbench.cli import main
+from workbench.distillation.reports import read_log
+from workbench.experiment.recipe import RECIPES, read_recipe
+from workbench.models.hooked_model import Student, Teacher
+from workbench.models.sources import quiet
+from workbench.plan.road import plan_of
+from workbench.plan.shapes import CONFIGS
+from workbench.tasks.vocabulary import mixture_words
+
+NAMES = sorted(path.stem for path in RECIPES.glob("runs/llama3_*.yaml"))
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ "
+    "message['content'] }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+SMALL = {
+    "device": "cpu",
+    "data.reference_scenes": 2,
+    "data.discovery_scenes": 2,
+    "data.train_scenes": 4,
+    "data.validation_scenes": 1,
+    "data.test_scenes": 2,
+    "discovery.heads": 3,
+    "discovery.least_effect": 0.0,
+    "discovery.confidence": 0.01,
+    "matching.resamples": 0,
+    "training.steps": 2,
+    "training.batch": 4,
+    "training.evaluate_every": 1,
+    "training.checkpoint_every": 1,
+    "training.learning_rate": 1e-2,
+    "evaluation.random_circuits": 1,
+    "evaluation.curve": False,
+}
+THEORY_OF_MIND = {
+    "data.reference_scenes": 12,
+    "data.discovery_scenes": 8,
+    "data.train_scenes": 8,
+    "data.validation_scenes": 4,
+    "data.test_scenes": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level byte pairs as in Llama 3; every word of the tasks is one token after a space, as the tasks ask."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    plain.train_from_iterator([f"{word} {word}. {word}, {word}" for word in mixture_words() for _ in range(3)], trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[1], padding_side="left"
+    )
+    made.chat_template = CHAT
+    return made
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
+    """`miniature("meta-llama/Llama-3.2-1B")` -> a directory with random weights."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            value = json.loads((CONFIGS / f"{name.split('/')[-1].lower()}.json").read_text())
+            small = {
+                "hidden_size": 64,
+                "head_dim": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+            }
+            ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+            config = AutoConfig.for_model(
+                **{
+                    **value,
+                    **small,
+                    **ids,
+                    "intermediate_size": 96,
+                    "vocab_size": len(tokenizer),
+                    "initializer_range": 0.1,
+                }
+            )
+            made[name] = tmp_path_factory.mktemp("miniature")
+            with torch.random.fork_rng(), quiet():
+                torch.manual_seed(len(made))
+                AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+                tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_from_end_to_end(
+    name: str,
+    miniature: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    recipe, out = read_recipe(name), tmp_path / "run"
+    assert recipe.student is not None
+    settings: dict[str, Any] = {**SMALL, **(THEORY_OF_MIND if recipe.data.task == "theory_of_mind" else {})}
+    settings |= {"teacher": str(miniature(recipe.teacher)), "student": str(miniature(recipe.student))}
+    words = [
+        "evaluate",
+        "--recipe",
+        name,
+        "--out",
+        str(out),
+        *(f"--set={key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in settings.items()),
+    ]
+    assert main(words) == 0, capsys.readouterr().err
+    assert main(["report", "--out", str(out)]) == 0
+    rows = {row["condition"]: row for row in json.loads((out / "results.json").read_text())}
+    assert set(rows) == {*recipe.conditions, "teacher"}
+    reports = read_log(out / "conditions" / "circuit_ce_cka-0" / "log.jsonl")
+    assert len(reports) == 2
+    assert all(
+        report.alignment_loss is not None and report.task_loss is not None and report.accuracy is not None
+        for report in reports
+    )
+    assert reports[1].loss != reports[0].loss
+    assert 0 < rows["circuit_ce_cka"]["trained_parameters"] == rows["circuit_ce"]["trained_parameters"]
+    assert rows["circuit_ce_cka"]["trained_fraction"] < 1
+    shards = list((tmp_path / "cache").rglob("00000.safetensors"))
+    assert shards, "the teacher's outputs are on disk"
+    assert all(storage.read_tensors(file)[0]["logits"].dtype == torch.bfloat16 for file in shards)
+    assert (out / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"])
+def test_a_miniature_is_of_the_originals_kind(name: str, miniature: Callable[[str], Path]) -> None:
+    config = AutoConfig.from_pretrained(miniature(name))
+    assert config.model_type == "llama"
+    assert config.rope_parameters["rope_type"] == "llama3"
+    assert config.tie_word_embeddings == ("3.2" in name)
+    model = Student.load(miniature(name))
+    assert model.n_kv_heads < model.n_heads
+    text = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.startswith(SPECIAL[0])
+
+
+def test_a_teacher_in_half_precision_is_the_same_teacher(miniature: Callable[[str], Path]) -> None:
+    """To bfloat16's rounding, and more than rounding apart from another model."""
+    full, half = (Teacher.load(miniature("meta-llama/Llama-3.1-8B"), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    other = Teacher.load(miniature("meta-llama/Llama-3.2-1B"))
+    tokens, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    logits = [model.final_logits(tokens, mask).float() for model in (full, half, other)]
+    error, effect = (float((logits[0] - each).abs().max()) for each in logits[1:])
+    assert error < 0.05 * float(logits[0].abs().max()) < effect
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_fits_one_accelerator(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """80 GB, with the teacher resident; the circuit is within the paper's 11 to 15 % of the heads."""
+    assert main(["plan", name, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["total"]["memory"] < 80e9
+    student = plan["models"][1]
+    assert 0.11 <= student["trained_heads"] / student["heads"] <= 0.15
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    assert stages["train circuit_ce_cka"]["what"].startswith("1 x 3500 steps")
+    assert 0 < sum(stage["operations"] for stage in plan["stages"]) == plan["total"]["operations"]
+
+
+def test_a_live_teacher_costs_operations_and_no_disk() -> None:
+    overrides = {"data.train_scenes": 30, "data.test_scenes": 10}
+    shards = plan_of("llama3_1b_entity", overrides=dict(overrides))
+    live = plan_of(
+        "llama3_1b_entity",
+        overrides={**overrides, "teacher_outputs": "live"},
+        flops=2 * shards.flops,
+        utilisation=shards.utilisation / 2,
+    )
+    assert live.disk < shards.disk
+    assert live.operations > shards.operations
+    assert live.hours(live.operations) / live.operations == pytest.approx(
+        shards.hours(shards.operations) / shards.operations
+    )
+
+
+def test_plans_of_studies_and_what_a_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "study_entity", "--set", "train_scenes=[3, 6]", "--set", "seeds=[10, 11]"]) == 0
+    shown = capsys.readouterr().out
+    assert "sibling, 3 scenes: choose lambda" in shown
+    assert "6 x 80 steps" in shown, "three weights on two validation seeds"
+    assert "2 x 80 steps" in shown
+    assert main(["plan", "demo", "--set", "teacher=owner/unheard-of"]) == 2
+    assert "--config owner/unheard-of=DIRECTORY" in capsys.readouterr().err
+    assert (
+        main(
+            ["plan", "demo", "--set", "teacher=owner/unheard-of", "--config", "owner/unheard-of=assets/models/teacher"]
+        )
+        == 0
+    )
+    assert main(["plan", "demo", "--config", str(tmp_path)]) == 2
+    assert main(["plan", "demo", "--utilisation", "2"]) == 2

@@ -1,0 +1,243 @@
+"""Fine-tuning on trees of prompts: a tree is worth its prompts one by one, and training resumes to the bit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import ModelFolder
+from workbench.cli import main
+from workbench.errors import InputError
+from workbench.models.sources import quiet
+from workbench.pretraining.finetuning import Finetuning, FinetuningConfig, finetune
+from workbench.tasks.entity_tracking import EntityTracking, split_of
+from workbench.tasks.trees import joined, tree, trees_of
+
+TOLERANCE = 2e-5
+PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7, 10], [5, 6, 7, 8, 11, 12]]
+ANSWERS = [[20, 21, 22], [23], [24, 25]]
+
+
+def tuning(folder: Path, **settings: Any) -> FinetuningConfig:
+    defaults = {
+        "options": {"boxes": 3},
+        "scenes": 3,
+        "steps": 6,
+        "evaluate_every": 3,
+        "evaluation_scenes": 4,
+        "checkpoint_every": 2,
+        "warmup": 2,
+    }
+    return FinetuningConfig(model=str(folder), **(defaults | settings))
+
+
+def predictions(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """Logits at the tokens that predict the answer's, of the prompt alone: the slow reference."""
+    whole = torch.tensor([[*prompt, *answer]])
+    return model(whole).logits[0, len(prompt) - 1 : -1]
+
+
+def furthest(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max())
+
+
+def weights(training: Finetuning) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in training.model.named_parameters()}
+
+
+def test_a_tree_computes_what_its_prompts_compute(architecture: str, model_folder: ModelFolder) -> None:
+    """Branches of several lengths, answers of several tokens, and padding, against one forward a prompt."""
+    training = Finetuning(tuning(model_folder(architecture)))
+    trees = joined([tree(PROMPTS, ANSWERS), tree([[30, 31], [30, 32]], [[33], [34]])])
+    assert trees.tokens.shape == (2, 3 + 4 + 1 + 4)
+    expected = torch.cat(
+        [
+            predictions(training.model, *each)
+            for each in zip([*PROMPTS, [30, 31], [30, 32]], [*ANSWERS, [33], [34]], strict=True)
+        ]
+    )
+    found = training.logits(trees)
+    assert trees.targets.tolist() == [20, 21, 22, 23, 24, 25, 33, 34]
+    assert furthest(found, expected) <= TOLERANCE
+    leaky = replace(trees, branch=trees.branch.clamp(max=0))  # every branch sees those before it
+    assert furthest(training.logits(leaky), expected) >= 100 * TOLERANCE
+    moved = replace(trees, positions=torch.arange(trees.tokens.shape[1]).expand(2, -1))
+    assert furthest(training.logits(moved), expected) >= 100 * TOLERANCE
+
+
+def test_its_gradient_is_that_of_the_separate_prompts(model_folder: ModelFolder) -> None:
+    training = Finetuning(tuning(model_folder("llama")))
+    trees = joined([tree(PROMPTS, ANSWERS)])
+    leaves = list(training.leaves.values())
+    found = torch.autograd.grad(nn.functional.cross_entropy(training.logits(trees), trees.targets), leaves)
+    apart = torch.cat([predictions(training.model, *each) for each in zip(PROMPTS, ANSWERS, strict=True)])
+    expected = torch.autograd.grad(nn.functional.cross_entropy(apart, trees.targets), leaves)
+    largest = max(float(each.abs().max()) for each in expected)
+    assert all(furthest(ours, theirs) <= 1e-5 * largest for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_right_needs_every_token_of_an_answer() -> None:
+    trees = joined([tree(PROMPTS, ANSWERS), tree([[1, 2], [1, 3]], [[4], [5]])])
+    perfect = nn.functional.one_hot(trees.targets, 40).float()
+    assert trees.right(perfect).tolist() == [True] * 5
+    wrong = perfect.roll(1, dims=1)
+    for place, prompt in enumerate([0, 0, 0, 1, 2, 2, 3, 4]):
+        mixed = torch.where(torch.arange(len(perfect))[:, None] == place, wrong, perfect)
+        assert trees.right(mixed).tolist() == [other != prompt for other in range(5)]
+    parts = list(trees.batches(1))
+    assert [len(part) for part in parts] == [1, 1]
+    assert (
+        torch.cat([part.right(nn.functional.one_hot(part.targets, 40).float()) for part in parts]).tolist()
+        == [True] * 5
+    )
+
+
+def test_the_pairs_of_a_scene_share_its_text(model_folder: ModelFolder) -> None:
+    training = Finetuning(tuning(model_folder("llama")))
+    trees = training.scenes("train", 4, "some")
+    assert (trees.branch[:, :22] == 0).all(), "three clauses of seven tokens and the word Box are held once"
+    assert trees.tokens.shape == (4, 22 + 3 * 3)
+    drawn = list(EntityTracking(boxes=3).pairs(training.tokenizer, split="train", scenes=4, seed=5))
+    assert trees_of(drawn, training.tokenizer, each=1).tokens.shape == (12, 25), (
+        "one prompt a tree is the prompt itself"
+    )
+
+
+def test_training_scenes_are_never_held_out(model_folder: ModelFolder) -> None:
+    training = Finetuning(tuning(model_folder("llama"), scenes=20))
+    for split in ("train", "calibration", "test"):
+        for text in training.tokenizer.batch_decode(training.scenes(split, 20, "scenes", 0).tokens[:, :20]):  # pyright: ignore[reportArgumentType]
+            words = text.replace(",", " ").split()
+            scene = tuple((words[place + 1], words[place + 5]) for place in range(0, 18, 6))
+            assert split_of(scene) == split
+
+
+@pytest.mark.parametrize("precision", ["full", "bf16"])
+def test_resumed_equals_uninterrupted(precision: str, model_folder: ModelFolder, tmp_path: Path) -> None:
+    config = tuning(model_folder("gpt2"), precision=precision)  # with dropout
+    whole = Finetuning(config)
+    for _ in range(6):
+        whole.advance()
+    first = Finetuning(config)
+    for _ in range(4):
+        first.advance()
+    first.save(tmp_path)
+    second = Finetuning(config)
+    second.resume(tmp_path)
+    assert len(second.log) == 4
+    for _ in range(2):
+        second.advance()
+    assert second.log == whole.log
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(whole).items())
+    with pytest.raises(InputError, match="another configuration"):
+        Finetuning(replace(config, learning_rate=2e-4)).resume(tmp_path)
+    with pytest.raises(InputError, match="another configuration"):
+        Finetuning(replace(config, model=str(model_folder("gpt2", seed=1)))).resume(tmp_path)
+
+
+@pytest.mark.parametrize("trains", ["blocks", "all"])
+def test_what_trains(trains: str, model_folder: ModelFolder) -> None:
+    training = Finetuning(tuning(model_folder("llama"), trains=trains, learning_rate=1e-3))
+    before = weights(training)
+    training.advance()
+    changed = {name for name, value in weights(training).items() if not torch.equal(value, before[name])}
+    assert any("layers.2" in name for name in changed)
+    assert any("embed_tokens" in name for name in changed) == (trains == "all")
+    assert any("lm_head" in name for name in changed) == (trains == "all")
+
+
+def test_layers_that_are_kept_are_the_models_own(model_folder: ModelFolder) -> None:
+    folder = model_folder("llama", layers=4)
+    shallow = Finetuning(tuning(folder, keep_layers=[0, 2])).model
+    with quiet():
+        plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    whole = plain(torch.tensor(PROMPTS[:1])).logits
+    plain.model.layers = nn.ModuleList([plain.model.layers[0], plain.model.layers[2]])
+    expected, found = (model(torch.tensor(PROMPTS[:1]), use_cache=False).logits for model in (plain, shallow))
+    assert furthest(found, expected) <= TOLERANCE
+    assert furthest(whole, expected) >= 100 * TOLERANCE
+
+
+def test_layers_that_are_not_there_are_refused(model_folder: ModelFolder) -> None:
+    with pytest.raises(InputError, match="layers 0 to 2"):
+        Finetuning(tuning(model_folder("llama"), keep_layers=[0, 3]))
+    with pytest.raises(InputError, match="Llama"):
+        Finetuning(tuning(model_folder("gpt2"), keep_layers=[0, 1]))
+
+
+def test_it_learns(model_folder: ModelFolder) -> None:
+    """A random model soon knows that answers are objects: from the loss of guessing a word to that of guessing an
+    object."""
+    training = Finetuning(
+        tuning(model_folder("llama"), learning_rate=1e-2, trains="all", steps=30, scenes=8, evaluate_every=30)
+    )
+    for _ in range(30):
+        training.advance()
+    first, last = training.log[0]["loss"], sum(line["loss"] for line in training.log[-5:]) / 5
+    assert last < first - 0.4
+
+
+def test_it_stops_when_good_enough_and_is_not_trained_again(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([0.3, 0.6, 0.8])
+    monkeypatch.setattr(Finetuning, "accuracy", lambda self, split: next(found))
+    config = tuning(model_folder("llama"), evaluate_every=1, stop_at=0.5)
+    made = finetune(config, tmp_path / "model", tmp_path / "work")
+    log = [json.loads(line) for line in (tmp_path / "model" / "training_log.jsonl").read_text().splitlines()]
+    assert (made["steps"], made["test_accuracy"]) == (2, 0.8)
+    assert [line["held_out_accuracy"] for line in log] == [0.3, 0.6]
+    with pytest.raises(InputError, match="other settings"):
+        finetune(replace(config, seed=9), tmp_path / "model", tmp_path / "work")
+    assert finetune(config, tmp_path / "model", tmp_path / "elsewhere") == made
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_from_the_fine_tuned_models_to_the_table(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled recipes for SmolLM2 on boxes one after another by the command line, on a miniature: teacher, its
+    every other layer, all conditions."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    short = {
+        "options.boxes": 3,
+        "scenes": 3,
+        "steps": 2,
+        "evaluate_every": 2,
+        "evaluation_scenes": 2,
+        "checkpoint_every": 2,
+        "precision": "full",
+    }
+
+    def run(command: str, recipe: str, out: Path | str, **settings: Any) -> None:
+        words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        assert main([command, "--recipe", recipe, "--out", str(out), "--threads", "1", *words]) == 0
+
+    run("finetune", "smollm2_boxes_teacher", models["teacher"], model=str(model_folder("llama", layers=4)), **short)
+    run("finetune", "smollm2_boxes_student", models["student"], model=models["teacher"], keep_layers=[0, 2], **short)
+    small = {"reference_scenes": 3, "discovery_scenes": 2, "train_scenes": 3, "test_scenes": 3, "boxes": 3}
+    sizes = {"discovery.heads": 3, "training.steps": 2, "training.batch": 4, "training.precision": "full", "seeds": [0]}
+    run(
+        "evaluate",
+        "smollm2_boxes",
+        tmp_path / "run",
+        **models,
+        **{f"data.{key}": value for key, value in small.items()},
+        **sizes,
+    )
+    rows = json.loads((tmp_path / "run/results.json").read_text())
+    assert [row["condition"] for row in rows] == [
+        "base",
+        "full_ce",
+        "circuit_ce",
+        "circuit_ce_random_cka",
+        "circuit_ce_cka",
+        "teacher",
+    ]
+    assert {row["steps"] for row in rows if row["trained_parameters"]} == {2}

@@ -1,0 +1,71 @@
+"""The forecast of `workbench match`: what the nearest trainings of a study gained, by arithmetic that can be done by
+hand; and what it says of the bundled models."""
+
+from pathlib import Path
+
+import pytest
+
+from workbench import storage
+from workbench.errors import InputError
+from workbench.study.diagnostic import Start, forecast, forecast_of, read_starts
+
+STARTS = [Start(above_floor=place / 10, gain=(place - 4) / 100) for place in range(10)]
+"""Gains from -0.04 at 0 to +0.05 at 0.9, nothing at 0.4."""
+
+
+def at(cka: float, floor: float = 0.0) -> list[dict[str, float]]:
+    return [{"cka": cka + shift, "floor": floor} for shift in (-0.05, 0.05)]
+
+
+@pytest.mark.parametrize(("cka", "verdict"), [(0.05, "likely to hurt"), (0.4, "undecided"), (0.85, "likely to help")])
+def test_the_nearest_trainings_decide(cka: float, verdict: str) -> None:
+    found = forecast(at(cka), STARTS)
+    assert found is not None
+    assert found.verdict == verdict
+    assert not found.beyond
+    nearest = sorted(STARTS, key=lambda start: abs(start.above_floor - cka))[:5]
+    assert found.gain.mean == pytest.approx(sum(start.gain for start in nearest) / 5)
+    assert found.gained == sum(start.gain > 0 for start in nearest)
+    assert verdict in found.text()
+
+
+def test_the_floor_counts_and_extrapolation_is_said() -> None:
+    high, lifted = forecast(at(0.85), STARTS), forecast(at(0.85, floor=0.8), STARTS)
+    assert high is not None
+    assert lifted is not None
+    assert (high.verdict, lifted.verdict) == ("likely to help", "likely to hurt")
+    far = forecast(at(2.0), STARTS)
+    assert far is not None
+    assert far.beyond
+    assert "outside the study's" in far.text()
+
+
+def test_trainings_as_near_as_each_other_all_count() -> None:
+    """Ten seeds of one start: no order among them may choose the answer."""
+    seeds = [Start(above_floor=0.5, gain=gain / 100) for gain in range(-2, 8)]
+    for order in (seeds, seeds[::-1]):
+        found = forecast(at(0.5), [*order, Start(above_floor=0.9, gain=1.0)])
+        assert found is not None
+        assert found.gain.mean == pytest.approx(0.025)
+        assert len(found.nearest) == 10
+
+
+def test_the_bundled_study_tells_the_bundled_students_apart(tmp_path: Path) -> None:
+    starts, correlation = read_starts()
+    assert correlation is not None
+    assert len(starts) >= 45
+    root = Path(__file__).parents[2] / "assets" / "results" / "study_entity"
+    for student, verdict in (("sibling", "likely to help"), ("unrelated", "likely to hurt")):
+        storage.write_json(tmp_path / student / "ckas.json", storage.read_json(root / student / "ckas.json"))
+        found = forecast_of(tmp_path / student)
+        assert found is not None
+        assert found.verdict == verdict
+        assert storage.read_json(tmp_path / student / "forecast.json")["verdict"] == verdict
+
+
+def test_without_a_study_or_pairs(tmp_path: Path) -> None:
+    assert forecast([], STARTS) is None
+    assert forecast(at(0.5), []) is None
+    storage.write_json(tmp_path / "ckas.json", [])
+    with pytest.raises(InputError, match="finished `workbench study`"):
+        forecast_of(tmp_path, tmp_path / "nothing")

@@ -1,0 +1,237 @@
+"""A study on random miniatures: lambda from validation alone, cells that resume, a summary that agrees with the rows it
+is made of."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from workbench.circuits import discovery
+from workbench.cli import main
+from workbench.errors import InputError
+from workbench.experiment import Experiment
+from workbench.models.hooked_model import Student
+from workbench.report.study import study_report
+from workbench.study.grid import Study, lineage_overlap, read_study
+from workbench.study.summary import summarise
+from workbench.values.refs import Head
+from workbench.values.statistics import mean_interval
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def value(model_folder: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    """Plain values of a study; thresholds at 0 so that circuits are found in noise."""
+    recipe = {
+        "teacher": str(model_folder("llama", seed=1)),
+        "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "test_scenes": 5, "validation_scenes": 3},
+        "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
+        "training": {"steps": 4, "batch": 6, "checkpoint_every": 2, "evaluate_every": 2},
+        "evaluation": {"random_circuits": 1, "curve": False},
+    }
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return {
+        "recipe": str(path),
+        "students": {
+            "short": {"source": str(model_folder("llama", seed=2, layers=2)), "teacher_layers": [0, 2]},
+            "other": {"source": str(model_folder("llama", seed=3, layers=2))},
+        },
+        "train_scenes": [6],
+        "weights": [0.1, 1.0],
+        "validation_seeds": [7],
+        "seeds": [1, 2],
+        "conditions": ["base", "circuit_ce", "circuit_ce_random_cka", "circuit_ce_cka"],
+        "anew": ["base", "circuit_ce_cka"],
+    }
+
+
+@pytest.fixture
+def recipe(value: dict[str, Any], tmp_path: Path) -> Path:
+    """The study as a file."""
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(value, sort_keys=False))
+    return path
+
+
+def test_a_study_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "study"
+    assert main(["study", "--recipe", str(recipe), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "short, 6 scenes" in shown
+    assert "alignment" in shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(cell["student"], cell["train_scenes"]) for cell in summary["cells"]] == [("short", 6), ("other", 6)]
+    for cell in summary["cells"]:
+        rows = json.loads((out / cell["student"] / "scenes-6" / "results.json").read_text())
+        for name, found in cell["conditions"].items():
+            mine = [row for row in rows if row["condition"] == name]
+            assert found["full"] == mean_interval([row["full_accuracy"] for row in mine]).to_json()
+            assert len(mine) == (1 if name in ("base", "teacher") else 2)
+        gain = cell["comparisons"]["circuit_ce"]["circuit_ce_cka"]["full"]["over_seeds"]["mean"]
+        means = {name: cell["conditions"][name]["full"]["mean"] for name in ("circuit_ce", "circuit_ce_cka")}
+        assert gain == pytest.approx(means["circuit_ce_cka"] - means["circuit_ce"])
+        best = max(
+            cell["validation_accuracy"], key=lambda weight: (cell["validation_accuracy"][weight][0], -float(weight))
+        )
+        assert cell["weight"] == float(best)
+        assert set(cell["circuits_anew"]) == {"base", "circuit_ce_cka"}
+        assert cell["circuits_anew"]["base"]["against_untrained"]["jaccard"] == 1.0
+        assert (cell["circuits_anew"]["base"]["teacher_overlap"] is None) == (cell["student"] == "other")
+    points = summary["diagnostic"]["points"]
+    assert len(points) == 2 * 2 * 2
+    assert not list(out.glob("*/*/weight-*/**/result.json")), "the choice of lambda never sees a test prompt"
+    assert main(["report", "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert "short, 6 scenes" in page
+    assert "circuit_ce_cka" in page
+
+
+def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Study(read_study(recipe), tmp_path / "whole")
+    whole.begin(resume=False)
+    whole.run()
+    expected = summarise(whole)
+
+    stopped, trained, distill = Study(read_study(recipe), tmp_path / "stopped"), [], Experiment.distill
+
+    def counting(self: Experiment, condition: str, seed: int, *, resume: bool) -> Any:
+        trained.append((condition, seed))
+        if len(trained) == 9:
+            raise KeyboardInterrupt
+        return distill(self, condition, seed, resume=resume)
+
+    monkeypatch.setattr(Experiment, "distill", counting)
+    stopped.begin(resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    with pytest.raises(InputError, match="no cell of the study"):
+        summarise(Study(read_study(recipe), tmp_path / "stopped"))
+    resumed = Study(read_study(recipe), tmp_path / "stopped")
+    resumed.begin(resume=True)
+    resumed.run()
+    assert summarise(resumed) == expected
+    arms = 2 * (2 + 1 + 3 * 2)  # for each student: two lambdas, the base once, three conditions of two seeds
+    assert len(trained) == arms + 1, "only the one that was interrupted is begun again"
+
+
+def test_one_student_under_several_methods(
+    value: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = value["students"]["short"]
+    other = {
+        **plain,
+        "overrides": {"alignment.positions": "last", "matching": {"rule": "similarity", "one_to_one": True}},
+    }
+    path, searched, search = tmp_path / "methods.yaml", [], discovery.backward_search
+
+    def counting(model: Any, *rest: Any, **settings: Any) -> Any:
+        searched.append(model)
+        return search(model, *rest, **settings)
+
+    monkeypatch.setattr(discovery, "backward_search", counting)
+    path.write_text(
+        yaml.safe_dump(
+            {
+                **value,
+                "students": {"plain": plain, "other": other},
+                "weights": [0.5],
+                "validation_seeds": [],
+                "anew": [],
+            }
+        )
+    )
+    study = Study(read_study(path), tmp_path / "study")
+    study.begin(resume=False)
+    study.run()
+    assert len(searched) == 2, "teacher and student, once each"
+    assert not list((tmp_path / "study").glob("*/*/weight-*")), "a single lambda needs no choice"
+    first, second = (cell["conditions"] for cell in summarise(study)["cells"])
+    assert first["base"]["full"] == second["base"]["full"]
+    assert first["circuit_ce"]["full"] == second["circuit_ce"]["full"], (
+        "cross-entropy alone does not see how heads are aligned"
+    )
+    maps = [json.loads((tmp_path / "study" / name / "head_map.json").read_text()) for name in ("plain", "other")]
+    assert maps[0] != maps[1]
+    recipes = [
+        json.loads((tmp_path / "study" / name / "run.json").read_text())["recipe"]["alignment"]["positions"]
+        for name in ("plain", "other")
+    ]
+    assert recipes == ["own", "last"]
+
+
+def test_a_few_heads_train_and_every_pair_is_aligned(value: dict[str, Any], tmp_path: Path) -> None:
+    """Only the head whose ablation costs most changes, the loss is over all pairs, and the summary says how many
+    train."""
+    source = value["students"]["short"]["source"]
+    few = {"source": source, "overrides": {"training.most": 1, "save_students": True}}
+    path = tmp_path / "few.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                **value,
+                "students": {"few": few},
+                "weights": [0.5],
+                "seeds": [1],
+                "conditions": ["circuit_ce_cka"],
+                "anew": [],
+            }
+        )
+    )
+    study = Study(read_study(path), tmp_path / "few")
+    study.begin(resume=False)
+    study.run()
+    (cell,) = study.cells()
+    folder = cell.experiment.folder
+    (head,), matched = cell.experiment.trained_heads(), [ours for ours, _ in folder.head_map().pairs]
+    impacts = folder.scores("student")["ablation-accuracy"].mean()
+    assert float(impacts[head.layer, head.index]) == max(float(impacts[each.layer, each.index]) for each in matched)
+    before, after = Student.load(source), Student.load(folder.condition("circuit_ce_cka", 1) / "student")
+    changed = [
+        each
+        for each in before.heads
+        if not torch.equal(*(model.output_weights(each.layer)[each.index] for model in (before, after)))
+    ]
+    assert changed == [head]
+    log = (folder.condition("circuit_ce_cka", 1) / "log.jsonl").read_text().splitlines()
+    assert len(json.loads(log[-1])["ckas"]) == len(matched) > 1
+    assert summarise(study)["cells"][0]["heads_trained"] == {
+        "heads": 1,
+        "of": 8,
+        "matched": len(matched),
+        "teacher_heads_used": len(folder.head_map().teacher_heads),
+    }
+
+
+def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fresh ones for the results"):
+        read_study(recipe, overrides={"validation_seeds": [1]})
+    study = Study(read_study(recipe), tmp_path / "study")
+    study.begin(resume=False)
+    with pytest.raises(InputError, match="resume it with --resume"):
+        study.begin(resume=False)
+    other = Study(read_study(recipe, overrides={"seeds": [3]}), tmp_path / "study")
+    with pytest.raises(InputError, match="begun as another study"):
+        other.begin(resume=True)
+    with pytest.raises(InputError, match="evaluate_every"):
+        Study(read_study(recipe, overrides={"overrides": {"data.validation_scenes": 0}}), tmp_path / "none")
+    with pytest.raises(InputError, match="no study's summary"):
+        study_report(tmp_path / "nothing")
+
+
+def test_overlap_by_lineage_counts_the_kept_layers_alone() -> None:
+    """Student layers 0, 1 came from the teacher's 0 and 2; its head L1H3 is the teacher's L2H3, and the teacher's L1H0
+    was not kept."""
+    ours, theirs = (Head(0, 1), Head(1, 3)), (Head(0, 1), Head(1, 0), Head(2, 0), Head(2, 3))
+    assert lineage_overlap(ours, theirs, (0, 2)) == pytest.approx(2 / 3)
+    assert lineage_overlap((), (Head(1, 0),), (0, 2)) == 1.0

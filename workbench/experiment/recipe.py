@@ -1,0 +1,250 @@
+"""Recipes: one YAML per experiment, read into frozen, checked values. An unknown key is an error that names the nearest
+known one."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from workbench.circuits.discovery import DiscoveryConfig
+from workbench.distillation.assembly import TeacherSource
+from workbench.distillation.config import TrainingConfig
+from workbench.errors import InputError, nearest
+from workbench.matching import MatchingConfig
+from workbench.similarity.measures import Measure
+
+STRICT = ConfigDict(extra="forbid")
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""The bundled recipes, in folders by what reads them: `runs`, `studies`, `finetunings`."""
+Condition = Literal[
+    "base",
+    "full_ce",
+    "circuit_ce",
+    "circuit_cka",
+    "circuit_ce_random_cka",
+    "circuit_ce_cka",
+    "circuit_ce_paper_cka",
+    "circuit_ce_shuffled_cka",
+    "full_kl",
+    "full_ce_cka",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class StageConfig:
+    """A stage of a backward search, where the task's own stages are not wanted."""
+
+    name: str
+    title: str = ""
+    position: str
+    into: str | None = None
+    composition: Literal["q", "k", "v"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Which prompts: a task of the workbench, or a file of the user's own pairs."""
+
+    task: str = "entity_tracking"
+    """A task by name (an entry point of the group `workbench.tasks`)."""
+    boxes: Annotated[int, Field(ge=3, le=9)] = 7
+    """Of entity tracking."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the task."""
+    pairs: str | None = None
+    """A JSONL, CSV or Parquet file, or a hub id, with columns clean, corrupt, answer, distractor, positions; replaces
+    `task`."""
+    reference: Literal["calibration", "corrupt"] = "calibration"
+    """Prompts of the ablation's means: calibration prompts of their own, or the corrupt prompts of the pairs (for small
+    files of pairs)."""
+    reference_scenes: Annotated[int, Field(ge=1)] = 40
+    """Calibration scenes for the means of the ablation (rows, with `pairs`)."""
+    discovery_scenes: Annotated[int, Field(ge=1)] = 20
+    """Calibration scenes that circuits are found and heads matched on (rows, with `pairs`)."""
+    train_scenes: Annotated[int, Field(ge=1)] = 10
+    validation_scenes: Annotated[int, Field(ge=0)] = 0
+    """Scenes for the evaluations during training (`training.evaluate_every`), apart from training and test (rows, with
+    `pairs`)."""
+    test_scenes: Annotated[int, Field(ge=1)] = 80
+    seed: int = 0
+    """Of the drawn scenes; the training seeds are apart."""
+    prepend_bos: bool = False
+    padding_side: Literal["left", "right"] = "left"
+    chat: Literal["none", "user", "assistant"] = "none"
+    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to
+    `instruction`."""
+    system: str | None = None
+    """The system message of the chat; None leaves it to the template."""
+    instruction: str | None = None
+    """The user's message, with `chat: assistant`."""
+    multi_token: bool = False
+    """Let answers have several tokens; metrics then score the first token (whole answers:
+    `workbench.tasks.scoring`)."""
+    per_position_means: bool = True
+    """Means of the ablation position by position (prompts of one length), or over all positions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class AlignmentConfig:
+    """What of a matched pair is aligned, where, and how strongly."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """lambda of eq 7."""
+    estimator: Literal["biased", "debiased"] = "biased"
+    measure: Measure = "linear_cka"
+    """What alignment is measured by (see `workbench.similarity.measures`); the paper's is linear CKA."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the measure by name, e.g. `{fraction: 0.2}` of rbf_cka."""
+    pairs: Literal["sum", "mean"] = "sum"
+    """Whether the loss is the sum over pairs (the paper) or their mean."""
+    activation: Literal["z", "result", "pattern"] = "z"
+    """What of a head: its output before W_O, what it writes to the residual stream, or its attention probabilities (for
+    `attention_kl`)."""
+    positions: str = "own"
+    """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
+    broadened: dict[str, str] = Field(default_factory=dict)
+    """Own positions that are read elsewhere, e.g. `{earlier_label: labels}`: heads that act at the queried box's label
+    are aligned at every label."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class TransferConfig:
+    """Another task that trained models are evaluated on: what did training on the recipe's task do to it?"""
+
+    task: str
+    """A task by name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the task."""
+    scenes: Annotated[int, Field(ge=1)] = 200
+    """Test scenes (of entity tracking as many times `data.boxes` prompts)."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class EvaluationConfig:
+    """How circuits are evaluated."""
+
+    scope: Literal["positions", "everywhere"] = "positions"
+    ablation: Literal["mean", "counterfactual"] = "mean"
+    """What stands in for the heads outside a circuit: their mean over reference prompts (Prakash, the paper), or their
+    output on the prompt's own corrupt counterpart (MIB), which leaves in place whatever the two prompts have in
+    common."""
+    random_circuits: Annotated[int, Field(ge=1)] = 5
+    curve: bool = True
+    """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it."""
+    edges: Annotated[int, Field(ge=0)] = 0
+    """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its
+    graph; 0: not."""
+    transfer: tuple[TransferConfig, ...] = ()
+    """Other tasks that every trained model is evaluated on, full models only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Recipe:
+    """An experiment: models, prompts, discovery, matching, training, evaluation."""
+
+    title: str = "Circuit distillation"
+    teacher: str
+    student: str | None = None
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    teacher_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    """Of the teacher, which never trains; None: `dtype`."""
+    device: str = "cpu"
+    data: DataConfig = Field(default_factory=DataConfig)
+    stages: tuple[StageConfig, ...] | None = None
+    """Stages of the backward search in place of the task's own."""
+    discovery: DiscoveryConfig = Field(default_factory=DiscoveryConfig)
+    matching: MatchingConfig = Field(default_factory=MatchingConfig)
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    save_students: bool = True
+    """Keep each trained student as a Hugging Face directory in the run folder."""
+    teacher_outputs: TeacherSource = "memory"
+    """The teacher's activations and logits for training: a file that memory holds, memory-mapped shards, or the teacher
+    run on each batch."""
+    train_kv: bool = True
+    """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
+    conditions: tuple[Condition, ...] = (
+        "base",
+        "full_ce",
+        "circuit_ce",
+        "circuit_cka",
+        "circuit_ce_random_cka",
+        "circuit_ce_cka",
+        "full_kl",
+        "full_ce_cka",
+    )
+    seeds: tuple[int, ...] = (0,)
+
+
+def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file or the name of a bundled one, with top-level or dotted overrides (`{"training.steps":
+    20}`).
+
+    Errors: `InputError` naming the key and the nearest known one.
+    """
+    return parse_recipe(read_yaml(source), overrides=overrides)
+
+
+def read_yaml(source: str | Path) -> dict[str, Any]:
+    """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no
+    mapping."""
+    bundled = {file.stem: file for file in RECIPES.glob("*/*.yaml") if file.parent.name != "accelerate"}
+    path = Path(source) if Path(source).exists() else bundled.get(str(source))
+    if path is None:
+        raise InputError(
+            f"no recipe {str(source)!r}: neither a file nor a bundled recipe; {nearest(str(source), bundled)}"
+        )
+    try:
+        value = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a mapping of recipe keys.")
+    return value
+
+
+Parsed = TypeVar("Parsed")
+
+
+def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from plain values. Errors: `InputError` naming the key and the nearest known one."""
+    return parse_config(Recipe, value, overrides=overrides)
+
+
+def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Parsed:
+    """Any configuration class from plain values, with dotted overrides. Errors: `InputError` naming the key and the
+    nearest known one."""
+    for key, setting in (overrides or {}).items():
+        place, *rest = key.split(".")
+        target = value
+        while rest:
+            target[place] = dict(target.get(place) or {})
+            target, place, rest = target[place], rest[0], rest[1:]
+        target[place] = setting
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
+
+
+def _explain(kind: Any, problem: Any) -> str:
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "unexpected_keyword_argument":
+        return f"recipe key {place}: {problem['msg']}"
+    for part in problem["loc"][:-1]:
+        kind = (
+            next((field.type for field in fields(kind) if field.name == part), kind) if isinstance(part, str) else kind
+        )
+    known = [field.name for field in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []
+    return f"unknown recipe key {place!r}; {nearest(str(problem['loc'][-1]), known)}"
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A recipe, or any other configuration, as plain JSON values."""
+    return json.loads(json.dumps(asdict(config)))

@@ -1,0 +1,82 @@
+"""A hooked transformer back to the plain `transformers` model that it wraps, so that a trained student is an ordinary
+model directory.
+
+TransformerBridge keeps the original parameters under other names and splits a fused query-key-value matrix into three;
+here the names are restored and the three are fused again (GPT-2: side by side; GPT-NeoX: interleaved head by head).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from workbench.errors import InputError
+
+WRAPPER = "._original_component"
+
+
+def plain_model(hooked: Any) -> Any:
+    """A new `transformers` model with the hooked model's current weights.
+
+    Errors: `InputError` when the hooked transformer was not made from a `transformers` model or a parameter has no
+    counterpart.
+    """
+    original = getattr(hooked, "original_model", None)
+    if original is None or not hasattr(original, "config"):
+        raise InputError(
+            "only a student loaded through TransformerBridge (TransformerLens 4) can be saved as a transformers "
+            "directory."
+        )
+    named = {name.replace(WRAPPER, ""): parameter.detach() for name, parameter in hooked.named_parameters()}
+    with torch.random.fork_rng(devices=[]):  # its random initial weights are all replaced
+        plain = AutoModelForCausalLM.from_config(original.config, dtype=next(iter(named.values())).dtype)
+    _fuse(named, original.config)
+    known = plain.state_dict()
+    missing = sorted(set(known) - set(named) - _tied(plain))
+    if missing:
+        raise InputError(
+            f"this student can't be saved as a transformers model: no weights for {', '.join(missing[:3])}."
+        )
+    plain.load_state_dict({name: value for name, value in named.items() if name in known}, strict=False)
+    return plain.eval()
+
+
+def _tied(plain: Any) -> set[str]:
+    """Names whose tensor also has another name that parameters are listed under."""
+    listed = {name for name, _ in plain.named_parameters()}
+    return set(plain.state_dict()) - listed
+
+
+OUTPUTS = {".attn": "c_proj", ".attention": "dense"}
+"""What the architectures with a fused matrix (GPT-2, GPT-NeoX) call the output projection, by the end of the
+attention's name."""
+
+
+def _fuse(named: dict[str, Tensor], config: Any) -> None:
+    """Replace the split q, k, v parameters by the fused ones that the architecture stores."""
+    stems = sorted(
+        {name.rsplit(".q.", 1)[0] for name in named if ".q." in name and name.replace(".q.", ".qkv.") in named}
+    )
+    for stem in stems:
+        for kind in ("weight", "bias"):
+            named[f"{stem}.{OUTPUTS.get('.' + stem.rsplit('.', 1)[-1], 'o')}.{kind}"] = named.pop(f"{stem}.o.{kind}")
+            parts = [named.pop(f"{stem}.{matrix}.{kind}") for matrix in "qkv"]
+            stale = named.pop(f"{stem}.qkv.{kind}")
+            fused, name = _fused(parts, stem, kind, config.num_attention_heads)
+            if fused.shape != stale.shape:
+                raise InputError(
+                    f"the fused matrix of {stem} has shape {tuple(stale.shape)}, not {tuple(fused.shape)}; this "
+                    "architecture can't be saved."
+                )
+            named[name] = fused
+
+
+def _fused(parts: list[Tensor], stem: str, kind: str, heads: int) -> tuple[Float[Tensor, "..."], str]:
+    if stem.endswith(".attn"):  # GPT-2: Conv1D [in, q|k|v]
+        return torch.cat([part.T if kind == "weight" else part for part in parts], -1), f"{stem}.c_attn.{kind}"
+    if stem.endswith(".attention"):  # GPT-NeoX: Linear [(head q|k|v d_head), in]
+        stacked = torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1)
+        return stacked.flatten(0, 2), f"{stem}.query_key_value.{kind}"
+    raise InputError(f"don't know how {stem} stores its fused matrix; this architecture can't be saved.")

@@ -1,0 +1,395 @@
+"""The models as everything above sees them: load or wrap one, get activations by hook name and by head, address a
+head's own weights.
+
+Everything above is written against `HookedModel`. Loading runs `self_check`, which refuses a mis-wired model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from workbench import seeds
+from workbench.errors import InputError
+from workbench.models import hooks, sources
+from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
+from workbench.values.refs import Head
+
+Matrix = Literal["q", "k", "v", "o"]
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+Loaded = TypeVar("Loaded", bound="HookedModel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSlice:
+    """A part of a named parameter: `parameter[index]`."""
+
+    parameter: str
+    index: tuple[slice | int, ...]
+    inputs_first: bool = False
+    """Of a matrix: whether its first axis is the input's, and the output is `x @ W` rather than `x @ W.T`."""
+
+
+class HookedModel:
+    """A hooked decoder in eval mode, with activations by name and by head.
+
+    `model` is the hooked transformer itself, for whatever this wrapper does not offer.
+    """
+
+    def __init__(self, model: HookedTransformerLike, *, name: str = "model") -> None:
+        refuse_unfit(model)
+        if hasattr(model, "enable_compatibility_mode") and not getattr(model, "compatibility_mode", False):
+            cast(Any, model).enable_compatibility_mode(no_processing=True)
+        self.model = model
+        self.name = name
+        self.tokenizer: Any = model.tokenizer
+        self._parameter_names = {id(parameter): key for key, parameter in model.named_parameters()}
+        model.eval()
+
+    @classmethod
+    def load(
+        cls: type[Loaded], source: str | Path, *, device: str = "cpu", dtype: Dtype = "float32", check: bool = True
+    ) -> Loaded:
+        """Load from a hub id, a Hugging Face directory, a PEFT/LoRA adapter directory (merged) or a GGUF file.
+
+        `check=False` skips the self-check (it costs a forward of the plain model; skip it for a model loaded before).
+        Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one.
+        """
+        opened = sources.open_source(source, dtype=getattr(torch, dtype))
+        tokens, mask = _probe(opened.model.config.vocab_size)
+        with torch.no_grad():
+            expected = (
+                opened.model(tokens, attention_mask=mask.long(), position_ids=_position_ids(mask)).logits
+                if check
+                else None
+            )
+        if expected is not None and not bool(expected[mask].isfinite().all()):
+            raise InputError(
+                f"{source} has no finite logits on a padded batch in {dtype}, in `transformers` itself; load it in "
+                "float32."
+            )
+        hooked = hooked_model(opened, getattr(torch, dtype), device)
+        loaded = cls(hooked, name=str(source))
+        loaded.tokenizer = (
+            opened.tokenizer
+        )  # TransformerLens' own copy adds a BOS token and names missing special tokens
+        if expected is not None:
+            self_check(loaded, tokens, mask, expected)
+        return loaded
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.model.cfg.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads per layer."""
+        return self.model.cfg.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads per layer: fewer than `n_heads` with grouped-query attention."""
+        return self.model.cfg.n_key_value_heads or self.model.cfg.n_heads
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.model.cfg.d_head
+
+    @property
+    def has_parallel_blocks(self) -> bool:
+        """Whether attention and MLP of a block read the same residual stream (NeoX), rather than one after the
+        other."""
+        return bool(getattr(self.model.cfg, "parallel_attn_mlp", False))
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of logits."""
+        return self.model.cfg.d_vocab
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(parameter for _, parameter in self.model.named_parameters()).device
+
+    @property
+    def heads(self) -> list[Head]:
+        """Every head, layer by layer."""
+        return [Head(layer, index) for layer in range(self.n_layers) for index in range(self.n_heads)]
+
+    def checked(self, head: Head) -> Head:
+        """The head, or `InputError` when this model does not have it."""
+        if head.layer >= self.n_layers or head.index >= self.n_heads:
+            raise InputError(
+                f"{self.name} has no head {head}: its layers are 0 to {self.n_layers - 1}, its heads 0 to "
+                f"{self.n_heads - 1}."
+            )
+        return head
+
+    def kv_head(self, head: Head) -> int:
+        """The key-value head that a query head reads."""
+        return head.index // (self.n_heads // self.n_kv_heads)
+
+    def require_eval(self) -> None:
+        """Raise `InputError` in training mode, where dropout would blur an intervention."""
+        if self.model.training:
+            raise InputError(f"{self.name} is in training mode; call .eval() before patching, ablating or evaluating.")
+
+    def final_logits(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the last real token of each prompt, the only ones that are computed. `mask` is True on real tokens
+        (left or right padding)."""
+        with hooks.alone(self.model), _only_last(self.model.unembed, mask):
+            logits = self.model(
+                tokens, attention_mask=mask.long()
+            )  # also when all are real: 3.9 would guess the padding from the tokens
+        return logits[:, 0]
+
+    def activations(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"],
+        names: Sequence[str],
+        *,
+        gradients: bool = False,
+    ) -> tuple[Float[Tensor, "batch d_vocab"], dict[str, Tensor]]:
+        """Final logits and activations by hook name; with `gradients=True` both stay in the autograd graph."""
+        with torch.set_grad_enabled(gradients), hooks.capture(self.model, names, detach=not gradients) as found:
+            logits = self.final_logits(tokens, mask)
+        return logits, found
+
+    @torch.no_grad()
+    def early_activations(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Activations by hook name from a forward that ends where the last of them is computed."""
+        with hooks.capture_and_stop(self.model, names) as found:
+            self.model(tokens, attention_mask=mask.long())
+        return found
+
+    def of_head(self, head: Head, name: str, activation: Tensor) -> Tensor:
+        """A head's own part of an activation captured under `name`.
+
+        z, q -> [batch pos d_head]; k, v -> its key-value group's [batch pos d_head]; pattern -> [batch query_pos
+        key_pos].
+        """
+        self.checked(head)
+        if name in (hooks.z(head.layer), hooks.q(head.layer)):
+            return activation[:, :, head.index]
+        if name in (hooks.k(head.layer), hooks.v(head.layer)):
+            return activation[:, :, self.kv_head(head)]
+        if name == hooks.pattern(head.layer):
+            return activation[:, head.index]
+        raise InputError(
+            f"{name!r} is not an activation that belongs to {head}; capture z, q, k, v or the pattern of layer "
+            f"{head.layer}."
+        )
+
+    def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """W_O of every head of a layer, in the autograd graph."""
+        weight, inputs_first = self._weight(layer, "o")
+        if weight.ndim == 3:
+            return weight
+        return (weight if inputs_first else weight.T).unflatten(0, (self.n_heads, self.d_head))
+
+    def head_outputs(
+        self, layer: int, z: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_model"]:
+        """What each head of a layer writes to the residual stream (without the layer's output bias)."""
+        return einsum(
+            z, self.output_weights(layer), "batch pos head d_head, head d_head d_model -> batch pos head d_model"
+        )
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """b_O of a layer, or None."""
+        attention = self.model.blocks[layer].attn
+        return attention.o.original_component.bias if hasattr(attention, "o") else attention.b_O
+
+    def head_slices(self, head: Head, matrices: Sequence[Matrix] = ("q", "k", "v", "o")) -> list[WeightSlice]:
+        """The parts of the parameters that belong to a head: its rows of W_Q, W_K, W_V with their biases and its
+        columns of W_O.
+
+        With grouped-query attention `k` and `v` are the whole group's, shared with its other query heads. b_O belongs
+        to no head.
+        """
+        self.checked(head)
+        return [part for matrix in matrices for part in self._slices(head, matrix)]
+
+    def _slices(self, head: Head, matrix: Matrix) -> Iterator[WeightSlice]:
+        weight, inputs_first = self._weight(head.layer, matrix)
+        index = self.kv_head(head) if matrix in ("k", "v") else head.index
+        if weight.ndim == 3:
+            yield WeightSlice(parameter=self._parameter_names[id(weight)], index=(index,), inputs_first=True)
+            bias = self._legacy_parameter(head.layer, f"b_{matrix.upper()}") if matrix != "o" else None
+            if bias is not None:
+                yield WeightSlice(parameter=self._parameter_names[id(bias)], index=(index,))
+            return
+        rows = slice(index * self.d_head, (index + 1) * self.d_head)
+        first = inputs_first == (matrix == "o")
+        yield WeightSlice(
+            parameter=self._parameter_names[id(weight)],
+            index=(rows,) if first else (slice(None), rows),
+            inputs_first=inputs_first,
+        )
+        bias = getattr(self.model.blocks[head.layer].attn, matrix).original_component.bias
+        if matrix != "o" and bias is not None:
+            yield WeightSlice(parameter=self._parameter_names[id(bias)], index=(rows,))
+
+    def _weight(self, layer: int, matrix: Matrix) -> tuple[nn.Parameter, bool]:
+        """A projection's parameter and whether its first axis is the input's (Conv1D) rather than the output's
+        (Linear)."""
+        legacy = self._legacy_parameter(layer, f"W_{matrix.upper()}")
+        if legacy is not None:
+            return legacy, True
+        component = getattr(self.model.blocks[layer].attn, matrix).original_component
+        return component.weight, type(component).__name__ == "Conv1D"
+
+    def _legacy_parameter(self, layer: int, name: str) -> nn.Parameter | None:
+        """A parameter of a `HookedTransformer` block, where grouped keys and values are stored under `_W_K`, `_W_V`."""
+        parameters = getattr(self.model.blocks[layer].attn, "_parameters", {})
+        return parameters.get(f"_{name}", parameters.get(name))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that the forward uses, by name (a fused qkv matrix that the bridge has split is not among
+        them)."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if ".qkv." not in name}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and values of all parameters: the key of anything computed with this model."""
+        import hashlib
+
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.parameters().items()):
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Teacher(HookedModel):
+    """A frozen model in eval mode: no parameter takes a gradient."""
+
+    def __init__(self, model: HookedTransformerLike, *, name: str = "teacher") -> None:
+        super().__init__(model, name=name)
+        for _, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+
+
+class Student(HookedModel):
+    """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Training mode (dropout on) inside the context, eval mode after it."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def save(self, directory: Path) -> None:
+        """Write a Hugging Face directory (config, safetensors, tokenizer) that `transformers` loads to the same logits.
+
+        A model saved there before is replaced. Errors: `InputError` for a hooked transformer that was not made from a
+        `transformers` model, and for a directory that holds anything else.
+        """
+        from workbench.models.export import plain_model
+
+        if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
+            raise InputError(
+                f"{directory} is not a saved model; choose another directory to save to, so that its files are not "
+                "replaced."
+            )
+        plain = plain_model(self.model)
+
+        def fill(temporary: Path) -> None:
+            with sources.quiet():
+                plain.save_pretrained(temporary, safe_serialization=True)
+                self.tokenizer.save_pretrained(temporary)
+
+        sources.replace_directory(directory, fill)
+
+
+@contextmanager
+def _only_last(unembed: nn.Module, mask: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+    """Unembed the last real token of each prompt alone: of a small model with a large vocabulary that is a third of a
+    forward, and most of its memory."""
+    rows, last = torch.arange(len(mask), device=mask.device), last_position(mask)
+    handle = unembed.register_forward_pre_hook(lambda _, arguments: (arguments[0][rows, last][:, None], *arguments[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def last_position(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+    """Index of the last real token of each prompt."""
+    return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+
+
+def _position_ids(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _probe(vocabulary: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Two random prompts, the second left-padded, for the self-check."""
+    tokens = torch.randint(0, vocabulary, (2, 12), generator=seeds.generator(0, "self-check"))
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, :4] = False
+    return tokens, mask
+
+
+def self_check(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    expected: Float[Tensor, "batch pos d_vocab"],
+) -> None:
+    """Refuse a mis-wired model: logits equal `transformers`, head outputs plus bias equal the attention output,
+    attention rows sum to 1.
+
+    Errors: `InputError` naming the check and the largest difference. Tolerances: rounding of the model's dtype.
+    """
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    names = [
+        name(layer) for layer in range(model.n_layers) for name in (hooks.z, hooks.attention_output, hooks.pattern)
+    ]
+    with torch.no_grad(), hooks.capture(model.model, names) as found:
+        logits = model.model(tokens, attention_mask=mask.long())
+    _refuse_difference(model, "its logits differ from transformers'", logits[mask], expected.to(model.device)[mask])
+    normed = "ln1_post" in dict(model.model.blocks[0].named_children())
+    because = " (a norm stands between its attention and the residual stream)" if normed else ""
+    for layer in range(model.n_layers):
+        written = model.head_outputs(layer, found[hooks.z(layer)]).sum(2)
+        bias = model.output_bias(layer)
+        written = written if bias is None else written + bias
+        _refuse_difference(
+            model,
+            f"its heads' outputs do not sum to the attention output of layer {layer}{because}",
+            written[mask],
+            found[hooks.attention_output(layer)][mask],
+        )
+        rows = found[hooks.pattern(layer)].sum(-1).transpose(1, 2)[mask]
+        _refuse_difference(model, f"its attention rows of layer {layer} do not sum to 1", rows, torch.ones_like(rows))
+
+
+def _refuse_difference(model: HookedModel, what: str, found: Tensor, expected: Tensor) -> None:
+    precision = min(
+        1e3 * torch.finfo(found.dtype).eps, 0.1
+    )  # at most a tenth: 1,000 roundings of bfloat16 would excuse anything
+    found, expected = found.detach(), expected.detach()
+    difference = float((found - expected).abs().max())
+    allowed = precision * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed:
+        raise InputError(
+            f"{model.name} fails the self-check: {what} (largest difference {difference:.2e}, allowed {allowed:.2e}). "
+            "This architecture is not supported exactly by the installed TransformerLens; try another version, or "
+            "`transformers` eager attention."
+        )

@@ -1,0 +1,252 @@
+"""Fine-tuning a language model on a task: cross-entropy on the answers alone, on scenes of the training split, new ones
+in each step.
+
+The pairs of a scene ask about one text. They go through the model as one tree: their common beginning once, then what
+is each pair's own as a branch that sees the beginning and itself, at the positions it has in its own prompt. The loss
+is exactly that of the separate prompts, for a third of their tokens with three questions a scene, and the vocabulary is
+only multiplied where an answer is read.
+
+Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM
+
+from workbench import seeds, storage
+from workbench.errors import InputError
+from workbench.models import sources
+from workbench.pretraining.models import with_layers
+from workbench.storage import checkpoint
+from workbench.storage.provenance import provenance
+from workbench.tasks.base import Split, Task
+from workbench.tasks.registry import task_named
+from workbench.tasks.trees import Trees, trees_of
+
+Log = list[dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FinetuningConfig:
+    """How a model is fine-tuned on a task."""
+
+    model: str
+    """A directory, hub id or GGUF file."""
+    task: str = "entity_tracking"
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the task, e.g. `{boxes: 3}`."""
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Only these layers of the model, in this order: a shallower model of its lineage, which the training then heals.
+    Llama models."""
+    trains: Literal["blocks", "all"] = "blocks"
+    """Everything but the embeddings, or everything."""
+    seed: int = 0
+    scenes: Annotated[int, Field(ge=1)] = 8
+    """Training scenes of a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup: Annotated[int, Field(ge=0)] = 10
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["full", "bf16"] = "full"
+    """`bf16`: forwards under autocast to bfloat16; weights, losses and the optimizer stay in float32."""
+    steps: Annotated[int, Field(ge=1)] = 400
+    """At most."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 20
+    evaluation_scenes: Annotated[int, Field(ge=1)] = 40
+    """Scenes of the calibration split that accuracy is taken on during training; the last one is taken on as many of
+    the test split."""
+    stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Accuracy on the calibration scenes that ends the training; None: all steps."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+
+
+class Finetuning:
+    """A model in training on a task, resumable to the bit."""
+
+    def __init__(self, config: FinetuningConfig) -> None:
+        source = sources.open_source(config.model, dtype=torch.float32)
+        self.config, self.tokenizer = config, source.tokenizer
+        self.model = source.model if config.keep_layers is None else _shallower(source.model, config.keep_layers)
+        self.task: Task = task_named(config.task, config.options)
+        self.leaves = _trained(self.model, config.trains)
+        self.optimizer = torch.optim.AdamW(
+            self.leaves.values(), lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
+        )
+        self.log: Log = []
+        self.identity = _identity(config, self.model)
+
+    def scenes(self, split: Split, count: int, *labels: str | int) -> Trees:
+        """Scenes of a split as trees; which ones is a function of the seed and the labels."""
+        drawn = list(
+            self.task.pairs(self.tokenizer, split=split, scenes=count, seed=seeds.derive(self.config.seed, *labels))
+        )
+        return trees_of(drawn, self.tokenizer, each=len(drawn) // count)
+
+    def logits(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
+        """Logits at the tokens that predict the answers'."""
+        kept, place = trees.places.unique(return_inverse=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.model(
+                trees.tokens,
+                attention_mask=trees.mask(torch.float32),
+                position_ids=trees.positions,
+                logits_to_keep=kept,
+                use_cache=False,
+            )
+        return output.logits[trees.rows, place].float()
+
+    def advance(self) -> None:
+        """One optimizer step on the scenes of this step, and the accuracy where it is due."""
+        step, config = len(self.log), self.config
+        rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        trees = self.scenes("train", config.scenes, "scenes", step)
+        self.model.train()
+        with seeds.local(config.seed, "dropout", step):
+            logits = self.logits(trees)
+        self.model.eval()
+        loss = nn.functional.cross_entropy(logits, trees.targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.leaves.values(), config.clip)
+        if not bool(norm.isfinite()):
+            raise InputError(
+                f"the gradient is {norm.item()} at step {step}: lower `learning_rate`; the last checkpoint is kept."
+            )
+        self.optimizer.step()
+        right = trees.right(logits).float().mean().item()
+        self.log.append(
+            {"step": step, "loss": loss.item(), "accuracy": right, "gradient_norm": norm.item(), "learning_rate": rate}
+        )
+        if (step + 1) % config.evaluate_every == 0:
+            self.log[-1]["held_out_accuracy"] = self.accuracy("calibration")
+
+    @torch.no_grad()
+    def accuracy(self, split: Split) -> float:
+        """Share of the pairs of held-out scenes whose whole answer has the highest logits, token by token."""
+        trees = self.scenes(split, self.config.evaluation_scenes, "held out")
+        return float(torch.cat([part.right(self.logits(part)) for part in trees.batches(16)]).float().mean())
+
+    @property
+    def finished(self) -> bool:
+        """All steps, or good enough."""
+        reached = self.log[-1].get("held_out_accuracy", 0.0) if self.log else 0.0
+        return len(self.log) >= self.config.steps or (
+            self.config.stop_at is not None and reached >= self.config.stop_at
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write an exact checkpoint, after the log that goes with it."""
+        storage.write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+        checkpoint.save(
+            folder / "checkpoint.safetensors",
+            step=len(self.log),
+            leaves=self.leaves,
+            optimizer=self.optimizer,
+            identity=self.identity,
+        )
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the last checkpoint, if there is one. Errors: `InputError` for one of another configuration."""
+        file = folder / "checkpoint.safetensors"
+        if not file.exists():
+            return
+        step, values = checkpoint.load(file, leaves=self.leaves, optimizer=self.optimizer, identity=self.identity)
+        self.log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][:step]
+        with torch.no_grad():
+            for key, leaf in self.leaves.items():
+                leaf.copy_(values[key])
+
+    def export(self, target: Path) -> None:
+        """Write a Hugging Face directory with `training.json` (what made it, and its test accuracy) and
+        `training_log.jsonl`."""
+        made = {
+            "finetuning": asdict(self.config),
+            "steps": len(self.log),
+            "test_accuracy": self.accuracy("test"),
+            **provenance(),
+        }
+
+        def fill(temporary: Path) -> None:
+            with sources.quiet():
+                self.model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+            storage.write_json(temporary / "training.json", made)
+            storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+
+        sources.replace_directory(target, fill)
+
+
+def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint in `work` if there is one; returns what `training.json` in `target`
+    says.
+
+    A finished model in `target` is not trained again. Errors: `InputError` when it was made with another configuration.
+    """
+    if not (target / "training.json").exists():
+        training = Finetuning(config)
+        training.resume(work)
+        _run(training, work)
+        training.export(target)
+    made = storage.read_json(target / "training.json")
+    if made["finetuning"] != json.loads(json.dumps(asdict(config))):
+        raise InputError(
+            f"{target} holds a model that was trained with other settings (its training.json has them); choose another "
+            "--out."
+        )
+    return made
+
+
+def _run(training: Finetuning, work: Path) -> None:
+    with tqdm(
+        total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step", leave=False
+    ) as bar:
+        while not training.finished:
+            training.advance()
+            bar.update()
+            bar.set_postfix(loss=f"{training.log[-1]['loss']:.3f}")
+            if len(training.log) % training.config.checkpoint_every == 0 or training.finished:
+                training.save(work)
+
+
+def _shallower(model: Any, kept: Sequence[int]) -> Any:
+    """The model with these layers alone."""
+    if not isinstance(model, LlamaForCausalLM):
+        raise InputError(
+            f"`keep_layers` is for Llama models, and this is a {type(model).__name__}; leave it out, or give a model "
+            "without those layers."
+        )
+    if not kept or max(kept) >= model.config.num_hidden_layers:
+        raise InputError(
+            f"`keep_layers` is {list(kept)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}."
+        )
+    return with_layers(model, kept).eval()
+
+
+def _identity(config: FinetuningConfig, model: Any) -> str:
+    """The configuration and the weights that training begins with: a checkpoint of another start refuses to be
+    resumed."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for _, value in sorted(model.state_dict().items()):
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name; the others take no gradient."""
+    embeddings = () if trains == "all" else (model.get_input_embeddings(), model.get_output_embeddings())
+    frozen = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

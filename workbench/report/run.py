@@ -1,0 +1,83 @@
+"""The report of a run folder: whatever stages it holds, in the order of the road."""
+
+from collections.abc import Iterator
+
+from workbench import storage
+from workbench.distillation.reports import read_log
+from workbench.errors import InputError
+from workbench.experiment.results import ConditionResult, run_logs
+from workbench.experiment.runs import RunFolder
+from workbench.plots.seeds import loss_bands, seeds_chart
+from workbench.plots.table import results_chart, results_html
+from workbench.plots.training import loss_curves, run_of
+from workbench.report.page import Section, report_html
+from workbench.report.run_circuits import circuit_sections
+from workbench.report.run_matches import match_sections
+
+
+def run_report(folder: RunFolder) -> str:
+    """One self-contained HTML page. Errors: `InputError` when the folder is no run folder, is damaged, or holds nothing
+    to show yet."""
+    described = folder.described()
+    recipe = described["recipe"]
+    sections = [*_results(folder, recipe), *circuit_sections(folder), *match_sections(folder), *_training(folder)]
+    if not sections:
+        raise InputError(
+            f"{folder.path} holds nothing to report yet; run `workbench discover` or `workbench demo` into it."
+        )
+    return report_html(recipe["title"], [*sections, _provenance(described)])
+
+
+def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
+    file = folder.trial_path / "results.json"
+    if not file.exists():
+        return
+    results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
+    data = recipe["data"]
+    boxes = (
+        data["boxes"]
+        if isinstance(data, dict) and data["pairs"] is None and data["task"] == "entity_tracking"
+        else None
+    )
+    several = len({row.seed for row in results if row.condition != "teacher"}) > 1
+    over = (
+        "in the figure over seeds, in the table 95 % Wilson intervals over prompts"
+        if several
+        else "95 % Wilson intervals over prompts"
+    )
+    text = (
+        "Accuracy on held-out test prompts: the whole model, and its circuit alone (every other head ablated). "
+        f"Intervals are {over}; p values are "
+        "McNemar's exact test on the same prompts. CKA is debiased, over the matched pairs; its floor is the same with "
+        "the prompts shuffled."
+    )
+    chart = (seeds_chart if several else results_chart)(results, chance=1 / boxes if boxes else None)
+    yield Section(heading="Results", text=text, figure=chart, html=results_html(results))
+
+
+def _training(folder: RunFolder) -> Iterator[Section]:
+    logs = {name: log for name, log in ((name, read_log(file)) for name, file in run_logs(folder).items()) if log}
+    if logs:
+        text = (
+            "The two terms of the loss apart: the task loss, and the sum over pairs of 1 - CKA before it is "
+            "weighted by lambda."
+        )
+        several = len({run_of(name)[0] for name in logs}) < len(logs)
+        yield Section(heading="Training", text=text, figure=(loss_bands if several else loss_curves)(logs))
+
+
+def _provenance(described: dict[str, object]) -> Section:
+    recipe = described["recipe"]
+    assert isinstance(recipe, dict)
+    versions = described.get("versions")
+    words = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+    data = recipe["data"]
+    prompts = (
+        f"{data['pairs'] or data['task']}, BOS {'prepended' if data['prepend_bos'] else 'not prepended'}, chat "
+        f"template: {data.get('chat', 'none')}"
+    )
+    text = (
+        f"Teacher: {recipe['teacher']}\nStudent: {recipe['student']}\nPrompts: {prompts}\nCommit: "
+        f"{described.get('commit')}\nVersions: {words}\nThe whole recipe is in run.json."
+    )
+    return Section(heading="How this was made", text=text)

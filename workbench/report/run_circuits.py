@@ -1,0 +1,107 @@
+"""What a run folder holds of the circuits, as sections of its report: scores of every head, the graphs, and what the
+circuits do alone."""
+
+from collections.abc import Iterator, Mapping
+
+from workbench import storage
+from workbench.circuits.circuit import Circuit
+from workbench.circuits.curves import FaithfulnessCurve
+from workbench.circuits.discovery import stacked
+from workbench.circuits.evaluation import CircuitReport
+from workbench.experiment.runs import RunFolder
+from workbench.plots.curves import faithfulness_figure
+from workbench.plots.graph import circuit_graph
+from workbench.plots.heads import head_importance
+from workbench.plots.looks import looks_figure
+from workbench.report.page import Section
+from workbench.values.scores import Scores
+
+MODELS = ("teacher", "student")
+
+
+def circuit_sections(folder: RunFolder) -> Iterator[Section]:
+    """Heads by path patching and by ablation, each circuit as a graph, and its faithfulness."""
+    circuits = {name: folder.circuit(name) for name in MODELS if folder.circuit_file(name).exists()}
+    scores = {name: folder.scores(name) for name in circuits}
+    yield from _paths(circuits, scores)
+    yield from _graphs(circuits, scores)
+    yield from _looks(scores)
+    yield from _evaluation(folder)
+    yield from _impacts(circuits, scores)
+
+
+def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+    paths = {
+        name: stacked({key: part for key, part in found.items() if key.startswith("path-")})
+        for name, found in scores.items()
+    }
+    drawn = {name: part for name, part in paths.items() if part is not None}
+    if drawn:
+        text = (
+            "The strongest path effect of each head over the stages of the backward search. Hover for the value; "
+            "circuit heads are outlined with their roles."
+        )
+        figure = head_importance(
+            drawn, circuits={name: circuits[name] for name in drawn}, by="lowest", title="Path patching"
+        )
+        yield Section(heading="Heads by path patching", text=text, figure=figure)
+
+
+def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+    for name, circuit in circuits.items():
+        if circuit.members and "edges" in scores[name]:
+            edges = scores[name]["edges"]
+            text = (
+                "Each head at the token where it acts; lines are exact path effects between heads and to the "
+                f"logits, on {edges.values.shape[-1]} prompts."
+            )
+            yield Section(
+                heading=f"The circuit of the {name}",
+                text=text,
+                figure=circuit_graph(circuit, edges, title=f"Circuit of the {name}"),
+            )
+
+
+def _looks(scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+    for name, found in scores.items():
+        if "looks" in found:
+            text = (
+                "A role is a claim about what a head looks at from the token where it acts. This is what it looks "
+                "at on the discovery prompts."
+            )
+            title = f"Where the {name}'s heads look"
+            yield Section(heading=title, text=text, figure=looks_figure(found["looks"], title=title))
+
+
+def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+    for metric in ("log_probability", "logit_difference"):
+        impacts: dict[str, Scores] = {
+            name: found[f"ablation-{metric}"] for name, found in scores.items() if f"ablation-{metric}" in found
+        }
+        if impacts:
+            text = (
+                "What the model loses when one head is mean-ablated everywhere. Heads that back each other up show "
+                "little here."
+            )
+            figure = head_importance(
+                impacts, circuits={name: circuits[name] for name in impacts}, by="highest", title="Mean ablation"
+            )
+            yield Section(heading=f"Heads by mean ablation ({metric.replace('_', ' ')})", text=text, figure=figure)
+
+
+def _evaluation(folder: RunFolder) -> Iterator[Section]:
+    found = {
+        name: storage.read_json(folder.examined_file(name)) for name in MODELS if folder.examined_file(name).exists()
+    }
+    if not found:
+        return
+    reports = {name: CircuitReport.from_json(value["report"]) for name, value in found.items()}
+    text = "\n\n".join(
+        f"{name}: {report.heads} of {report.total_heads} heads alone (scope: {report.scope}) have accuracy "
+        f"{report.circuit_accuracy:.3f} of {report.full_accuracy:.3f} "
+        f"on {report.prompts} test prompts; {report.random_circuits} random circuits of equal size "
+        f"{report.random_circuit_accuracy:.3f}, no head at all {report.empty_accuracy:.3f}."
+        for name, report in reports.items()
+    )
+    figure = faithfulness_figure({name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items()})
+    yield Section(heading="Is the circuit enough, and is it needed?", text=text, figure=figure)

@@ -1,0 +1,26 @@
+"""What is written to disk and read back: atomic JSON and safetensors, checkpoints, provenance, bundled files. Never a
+pickle."""
+
+from workbench.storage.assets import located
+from workbench.storage.files import (
+    map_tensors,
+    read_json,
+    read_tensors,
+    sha256,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+__all__ = [
+    "located",
+    "map_tensors",
+    "read_json",
+    "read_tensors",
+    "sha256",
+    "write_atomically",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]

@@ -1,0 +1,41 @@
+"""What made a result: versions, commit, machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from workbench import __version__
+
+PACKAGES = ("torch", "transformers", "transformer-lens", "datasets", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine, for `run.json`."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "versions": {"workbench": __version__, "python": platform.python_version(), **versions},
+        "commit": commit(),
+        "cores": os.cpu_count(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with `+` when it has changes; None outside a checkout."""
+    try:
+        where = Path(__file__).parent
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")

@@ -1,0 +1,228 @@
+"""`Scores`: one labelled array for sweeps, profiles and similarity matrices, with their statistics.
+
+Values are one number per example wherever examples exist (`example` is then the last axis); means, errors and intervals
+happen here, once. NaN = not measured; it is never counted.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+
+from workbench import seeds, storage
+from workbench.errors import InputError, nearest
+from workbench.values.refs import Head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """A labelled array.
+
+    `axes` names the dimensions of `values`, `labels` gives each axis its entries (an axis without labels is numbered).
+    `unit` says what a value is, with its sign convention; `baseline` is the value without any intervention (mean over
+    examples).
+    """
+
+    values: Tensor
+    axes: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]]
+    unit: str
+    baseline: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != len(self.axes):
+            raise InputError(f"values have {self.values.ndim} dimensions, axes name {len(self.axes)}: {self.axes}.")
+        for axis, names in self.labels.items():
+            if axis not in self.axes or len(names) != self.values.shape[self.axes.index(axis)]:
+                raise InputError(
+                    f"axis {axis!r} has {len(names)} labels that do not fit values of shape {tuple(self.values.shape)} "
+                    f"over {self.axes}."
+                )
+
+    @classmethod
+    def of_heads(cls, values: Tensor, *, unit: str, baseline: float | None = None) -> "Scores":
+        """Values [layer head] or [layer head example]."""
+        axes = ("layer", "head", "example")[: values.ndim]
+        labels = {
+            "layer": tuple(f"L{i}" for i in range(values.shape[0])),
+            "head": tuple(f"H{i}" for i in range(values.shape[1])),
+        }
+        return cls(values=values, axes=axes, labels=labels, unit=unit, baseline=baseline)
+
+    @property
+    def per_example(self) -> bool:
+        """Whether the last axis is `example`."""
+        return self.axes[-1] == "example"
+
+    def mean(self) -> Tensor:
+        """Mean over examples (the values themselves when there is no example axis)."""
+        return self.values.nanmean(-1) if self.per_example else self.values
+
+    def standard_error(self) -> Tensor:
+        """Standard error of the mean over examples. Errors: `InputError` without an example axis."""
+        values = self._examples()
+        count = (~values.isnan()).sum(-1)
+        variance = (values - self.mean()[..., None]).square().nansum(-1) / (
+            count - 1
+        )  # no examples or one: 0 / -1 or 0 / 0
+        return torch.where(count > 1, (variance / count).sqrt(), torch.nan)
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Student's t interval of the mean over examples: (low, high)."""
+        values = self._examples()
+        count = (~values.isnan()).sum(-1).clamp(min=2)
+        width = (
+            torch.from_numpy(np.asarray(stats.t.ppf(0.5 + level / 2, count.numpy() - 1))).to(values.dtype)
+            * self.standard_error()
+        )
+        return self.mean() - width, self.mean() + width
+
+    def permutation_p_values(
+        self, *, permutations: int = 9999, seed: int = 0, side: Literal["two-sided", "greater", "less"] = "two-sided"
+    ) -> Tensor:
+        """p of each entry's mean being 0, by flipping the signs of examples at random (paired differences have none
+        under the null).
+
+        The smallest p is 1 / (permutations + 1). Entries without examples are NaN. Errors: `InputError` without an
+        example axis.
+        """
+        values = self._examples().double()
+        flat, found = values.nan_to_num(0.0).flatten(0, -2), values.nan_to_num(0.0).sum(-1).flatten()
+        sign = {"two-sided": 0.0, "greater": 1.0, "less": -1.0}[side]
+        beyond, draw = torch.ones(len(flat), dtype=torch.float64), seeds.generator(seed, "sign flips")
+        for start in range(0, permutations, 1000):
+            count = min(1000, permutations - start)
+            flips = torch.randint(0, 2, (count, flat.shape[1]), generator=draw).double() * 2 - 1
+            sums, slack = flips @ flat.T, 1e-12 * flat.abs().sum(-1)
+            beyond += ((sums.abs() >= found.abs() - slack) if sign == 0 else (sign * sums >= sign * found - slack)).sum(
+                0
+            )
+        p = beyond / (permutations + 1)
+        return torch.where(values.isnan().all(-1), torch.nan, p.view(values.shape[:-1]))
+
+    def _examples(self) -> Tensor:
+        if not self.per_example:
+            raise InputError(
+                "these scores have no example axis, so no interval can be given; keep the values per example."
+            )
+        return self.values
+
+    def select(self, **where: str) -> "Scores":
+        """The entries at some labels, e.g. `select(layer="L3")`; those axes are dropped."""
+        values, axes = self.values, list(self.axes)
+        for axis, label in where.items():
+            if axis not in axes or label not in self.labels.get(axis, ()):
+                raise InputError(f"no {label!r} on axis {axis!r}; {nearest(label, self.labels.get(axis, axes))}")
+            values = values.select(axes.index(axis), self.labels[axis].index(label))
+            axes.remove(axis)
+        return replace(
+            self,
+            values=values,
+            axes=tuple(axes),
+            labels={axis: names for axis, names in self.labels.items() if axis in axes},
+        )
+
+    def normalized(self) -> "Scores":
+        """Divided by the largest absolute mean, so that the largest effect is 1 or -1."""
+        largest = self.mean()[~self.mean().isnan()].abs().max()
+        return replace(self, values=self.values / largest, unit=f"{self.unit}, divided by the largest", baseline=None)
+
+    def ranked(self, *, by: Literal["lowest", "highest", "magnitude"] = "lowest") -> list[Head]:
+        """The measured heads of [layer head] scores, most important first (`lowest`: the most negative is the most
+        important)."""
+        means = self.mean()
+        if self.axes[:2] != ("layer", "head") or means.ndim != 2:
+            raise InputError(f"only scores over (layer, head) rank heads; these are over {self.axes}.")
+        keys = {"lowest": means, "highest": -means, "magnitude": -means.abs()}[by]
+        heads = [Head(layer, head) for layer, head in (~means.isnan()).nonzero().tolist()]
+        return sorted(heads, key=lambda head: (float(keys[head.layer, head.index]), head))
+
+    def top(self, count: int, *, by: Literal["lowest", "highest", "magnitude"] = "lowest") -> list[Head]:
+        """The `count` most important heads."""
+        return self.ranked(by=by)[:count]
+
+    def at(self, head: Head) -> Tensor:
+        """The value (or values per example) of a head."""
+        if not (head.layer < self.values.shape[0] and head.index < self.values.shape[1]):
+            raise InputError(
+                f"{head} is outside the {self.values.shape[0]} layers x {self.values.shape[1]} heads of these scores."
+            )
+        return self.values[head.layer, head.index]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per entry: labels, mean and, with examples, the 95 % interval and number of examples."""
+        axes = [axis for axis in self.axes if axis != "example"]
+        means = self.mean()
+        names = [self.labels.get(axis, tuple(map(str, range(means.shape[i])))) for i, axis in enumerate(axes)]
+        frame = pd.DataFrame(index=pd.MultiIndex.from_product(names, names=axes)).reset_index()
+        frame["mean"] = means.flatten().double().numpy()
+        if self.per_example:
+            low, high = self.confidence_interval()
+            frame["low"], frame["high"] = low.flatten().double().numpy(), high.flatten().double().numpy()
+            frame["examples"] = (~self.values.isnan()).sum(-1).flatten().numpy()
+        return frame
+
+    def save(self, path: Path, *, identity: str = "") -> None:
+        """Write safetensors with the axes, labels, unit and baseline in its metadata; `identity` says what they were
+        computed from."""
+        described = {"axes": self.axes, "labels": self.labels, "unit": self.unit, "baseline": self.baseline}
+        storage.write_tensors(
+            path, {"values": self.values}, metadata={"scores": json.dumps(described), "identity": identity}
+        )
+
+    @classmethod
+    def load(cls, path: Path, *, identity: str | None = None) -> "Scores":
+        """Read what `save` wrote. Errors: `InputError` when missing, damaged, or (where `identity` is given) computed
+        from something else."""
+        tensors, metadata = storage.read_tensors(path)
+        if "scores" not in metadata or "values" not in tensors:
+            raise InputError(f"{path} holds no scores; it was written by something else.")
+        if identity is not None and metadata.get("identity") != identity:
+            raise InputError(
+                f"{path} holds scores of another model, other prompts or settings; delete it, or keep these scores "
+                "elsewhere."
+            )
+        described: dict[str, Any] = json.loads(metadata["scores"])
+        labels = {axis: tuple(names) for axis, names in described["labels"].items()}
+        return cls(
+            values=tensors["values"],
+            axes=tuple(described["axes"]),
+            labels=labels,
+            unit=described["unit"],
+            baseline=described["baseline"],
+        )
+
+
+def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson interval of a proportion (scipy's `binomtest`)."""
+    interval = stats.binomtest(successes, trials).proportion_ci(confidence_level=level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
+    """McNemar's exact test on paired outcomes: (only first right, only second right, two-sided p)."""
+    if first.shape != second.shape:
+        raise InputError(f"McNemar's test pairs the same prompts; got {first.shape[0]} and {second.shape[0]}.")
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    discordant = only_first + only_second
+    p = stats.binomtest(only_first, discordant, 0.5).pvalue if discordant else 1.0
+    return only_first, only_second, float(p)
+
+
+def joined(scores: Sequence[Scores]) -> Scores:
+    """The same scores over more examples: concatenated along `example`."""
+    baselines = [part.baseline for part in scores]
+    weights = [part.values.shape[-1] for part in scores]
+    baseline = (
+        None
+        if None in baselines
+        else float(np.average([value for value in baselines if value is not None], weights=weights))
+    )
+    return replace(scores[0], values=torch.cat([part.values for part in scores], -1), baseline=baseline)
