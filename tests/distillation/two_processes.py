@@ -1,5 +1,5 @@
-"""What `test_distributed` runs, by itself and under `accelerate launch`: `python -m tests.distillation.two_processes TEACHER STUDENT
-OUT`."""
+"""What `test_distributed` runs, by itself and under `accelerate launch`:
+`python -m tests.distillation.two_processes TEACHER STUDENT OUT`."""
 
 import sys
 from dataclasses import replace

@@ -3,8 +3,8 @@ held on tiny models.
 
 How many tensors of each width live at a time was fitted to measured peaks of a dozen shapes (eager attention,
 TransformerLens 4); tests/plan/test_plan_measured.py holds the estimates to 0.8 to 1.8 times what is measured.
-What grows largest in a real run is counted rather than fitted: captured activations, clean runs that patching keeps, gradients and
-optimizer state.
+What grows largest in a real run is counted rather than fitted: captured activations, clean runs that patching keeps,
+gradients and optimizer state.
 """
 
 from workbench.patching.engine.chunks import MEMORY
