@@ -14,6 +14,8 @@ forgives what:
     projection_mse    yes       yes    yes          of X, nearly      no         0 or less
     projection_cosine yes       yes    yes          of X, nearly      no         0 or less
     attention_kl      no        no     no           no                no         1 - KL in nats; of attention patterns
+
+NaN or an infinity among a pair's rows gives NaN, in all of them (`rows.py`).
 """
 
 import inspect
