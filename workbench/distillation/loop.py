@@ -4,7 +4,6 @@ Each step's losses go to a JSONL log. A run that was killed resumes from its las
 dropout, learning rate and lambda are functions of (seed, step), and early stopping reads the log.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +90,7 @@ class Distillation:
         ]
         if isinstance(self.validation, PromptPairs):
             parts.append(self.validation.fingerprint())
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+        return storage.digest(*parts)
 
     def run(self, folder: Path, *, resume: bool = False, label: str = "distilling") -> list[StepReport]:
         """Train to the last step, or until patience ends; writes `log.jsonl` and `checkpoint.safetensors` (and

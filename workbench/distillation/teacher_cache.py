@@ -6,7 +6,6 @@ the hook names. Another teacher, other prompts or other hooks make another file,
 file is reported and built again. The teacher runs on its own reading of the prompts (`PromptPairs.for_teacher`).
 """
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +118,7 @@ def require_cached(names: Sequence[str], held: Collection[str]) -> None:
 
 def cache_key(teacher_fingerprint: str, pairs: PromptPairs, names: Sequence[str]) -> str:
     """SHA-256 of teacher, prompts and hook names."""
-    return hashlib.sha256(
-        "|".join([teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names)]).encode()
-    ).hexdigest()[:32]
+    return storage.digest(teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names))[:32]
 
 
 def teacher_cache(

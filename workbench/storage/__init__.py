@@ -2,6 +2,7 @@
 pickle."""
 
 from workbench.storage.assets import located
+from workbench.storage.digest import digest
 from workbench.storage.files import (
     map_tensors,
     read_json,
@@ -14,6 +15,7 @@ from workbench.storage.files import (
 )
 
 __all__ = [
+    "digest",
     "located",
     "map_tensors",
     "read_json",
