@@ -27,8 +27,10 @@ class Stage:
     receives.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     name: str
-    title: str
+    title: str = ""
     position: str
     into: str | None = None
     composition: Literal["q", "k", "v"] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from workbench.errors import InputError, nearest
-from workbench.seeds import Split as Split  # noqa: PLC0414  tasks name it here
+from workbench.seeds import Split as Split
 
 Span = tuple[int, int]
 """Characters [start, end) of a prompt."""
