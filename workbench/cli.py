@@ -349,8 +349,11 @@ def demo(options: argparse.Namespace) -> None:
 def discover(options: argparse.Namespace) -> None:
     """Circuits."""
     from workbench.experiment.discover import discover as discover_circuits
+    from workbench.experiment.preflight import preflight
 
-    discover_circuits(_begun(options))
+    run = _begun(options)
+    preflight(run)
+    discover_circuits(run)
     report(options)
 
 

@@ -23,6 +23,7 @@ from workbench.distillation import schedules
 from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.backward import backward
 from workbench.distillation.config import TrainingConfig
+from workbench.distillation.losses import DIVERGENCES
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.objective import Objective
 from workbench.distillation.processes import Processes, launched, shard
@@ -68,7 +69,7 @@ class Distillation:
         processes: Processes | None = None,
     ) -> None:
         self.processes = launched(student.device) if processes is None else processes
-        _require_sound(prompts, teacher, pairs, config, validation, self.processes)
+        _require_sound(student, prompts, teacher, pairs, config, validation, self.processes)
         require_wide(next((leaf.dtype for leaf in slices.leaves.values()), torch.float32))
         self.student, self.slices, self.prompts, self.config, self.seed = student, slices, prompts, config, seed
         self.pairs, self.validation = tuple(pairs), validation
@@ -257,6 +258,7 @@ def _not_finite(what: str, step: int) -> str:
 
 
 def _require_sound(
+    student: Student,
     prompts: PromptPairs,
     teacher: TeacherOutputs,
     pairs: Sequence[AlignedPair],
@@ -270,10 +272,20 @@ def _require_sound(
     require_settings(config, prompts, validation, processes=processes.count)
     for pair in pairs:
         require_same_words(prompts, pair.student_positions, pair.teacher_positions)
+    if config.task_loss in DIVERGENCES and prompts.teacher is None:
+        _require_width(teacher.logits_of(torch.zeros(1, dtype=torch.long)).shape[-1], student.d_vocab)
     if len(teacher) != len(prompts):
         raise InputError(
             f"the teacher cache holds {len(teacher)} prompts, the training set {len(prompts)}; build it for these "
             "prompts."
+        )
+
+
+def _require_width(teacher: int, student: int) -> None:
+    if teacher != student:
+        raise InputError(
+            f"the teacher has {teacher} logits and the student {student}, so a divergence can't compare them; use task "
+            "loss ce_teacher or ce_truth."
         )
 
 

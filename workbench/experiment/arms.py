@@ -9,10 +9,11 @@ from workbench.circuits.evaluation import CircuitReport
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import read_training
 from workbench.experiment.conditions import TEACHER, TITLES
-from workbench.experiment.distill import distill, require_trainable
+from workbench.experiment.distill import distill
 from workbench.experiment.evaluate import evaluate
 from workbench.experiment.match import aligned_ckas, all_ckas, match, mean_cka_and_floor
 from workbench.experiment.origins import to_metadata
+from workbench.experiment.preflight import preflight
 from workbench.experiment.results import OUTCOMES, ConditionResult, collect, read_row
 from workbench.experiment.run import Run
 from workbench.experiment.transfer import record_transfer
@@ -39,7 +40,7 @@ def run_conditions(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = 
     """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder
     then holds."""
     with launched(run.recipe.device).main_first():
-        require_trainable(run, (condition for condition, _ in arms))
+        preflight(run, dict.fromkeys(condition for condition, _ in arms))
         match(run)
     return run_arms(run, arms, resume=resume)
 

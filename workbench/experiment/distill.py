@@ -1,19 +1,15 @@
 """The third stage: a fresh student trained under a condition."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from workbench import storage
-from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.assembly import teacher_outputs, trained_slices
-from workbench.distillation.config import TrainingConfig
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import TRAINING, read_log, read_training
-from workbench.experiment.conditions import CONDITIONS, Condition
+from workbench.experiment.conditions import CONDITIONS
 from workbench.experiment.discover import profiles
 from workbench.experiment.match import aligned, head_map_of
 from workbench.experiment.origins import KEY, require_origin
@@ -27,29 +23,12 @@ from workbench.values.refs import Head
 log = logging.getLogger("workbench")
 
 
-def training_config(run: Run, condition: Condition) -> TrainingConfig:
-    """The recipe's training with a condition's losses."""
-    return replace(
-        run.recipe.training,
-        task_loss=condition.task_loss or run.recipe.training.task_loss,
-        alignment=run.recipe.alignment if condition.aligns else None,
-    )
-
-
-def require_trainable(run: Run, conditions: Iterable[str]) -> None:
-    """Refuse, before anything is searched, conditions whose task loss compares what different tokenizers don't
-    share."""
-    for spec in (CONDITIONS[name] for name in conditions):
-        if spec.trains is not None:
-            require_own_vocabulary(training_config(run, spec).task_loss, run.prompts.train)
-
-
 def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Student, TrainedSlices]:
     """Train a fresh student under a condition; writes its log, checkpoints and (if wanted) the student itself."""
     spec, student = CONDITIONS[condition], run.fresh_student()
     if spec.trains is None:
         return student, TrainedSlices(student, [])
-    config, pairs = training_config(run, spec), aligned(run, head_map_of(run, spec, seed)) if spec.aligns else ()
+    config, pairs = run.recipe.training_of(spec), aligned(run, head_map_of(run, spec, seed)) if spec.aligns else ()
     heads = None if spec.trains == "all" else trained_heads(run)
     slices = trained_slices(student, heads, config, train_kv=run.recipe.train_kv, seed=seed)
     log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)

@@ -11,15 +11,14 @@ from workbench.errors import InputError
 from workbench.experiment.conditions import Condition
 from workbench.experiment.discover import discover, profiles
 from workbench.experiment.origins import KEY
+from workbench.experiment.preflight import preflight
 from workbench.experiment.run import NO_STUDENT, Run
 from workbench.matching import HeadMap, MatchingConfig, match_heads, replace_rule
 from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
-from workbench.matching.head_rows import require_fitting
 from workbench.matching.head_similarity import circuit_ckas, head_similarities
 from workbench.matching.pair_cka import PairCka, aligned_influence, floor_warning, pair_ckas
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
-from workbench.tasks.tokenizers import require_same_words
 from workbench.values.scores import Scores
 
 log = logging.getLogger("workbench")
@@ -30,7 +29,7 @@ def match(run: Run) -> HeadMap:
     its floor."""
     if run.recipe.student is None:
         raise InputError(NO_STUDENT)
-    require_alignable(run)
+    preflight(run)
     discover(run)
     if not run.folder.head_map_file.exists():
         made = _matched(run, run.recipe.matching, 0)
@@ -47,19 +46,6 @@ def match(run: Run) -> HeadMap:
     if warning:
         log.warning("%s", warning)
     return head_map
-
-
-def require_alignable(run: Run) -> None:
-    """Where the models have different tokenizers: refuse, before anything is searched, what could not be aligned
-    afterwards."""
-    alignment, prompts = run.recipe.alignment, run.prompts.discovery
-    require_fitting(alignment.measure, alignment.activation, prompts)
-    acts = (
-        [stage.position for stage in run.prompts.stages] if run.recipe.discovery.method == "path_patching" else ["all"]
-    )
-    own = [*acts, *(alignment.broadened.get(name, name) for name in acts)]
-    for name in own if alignment.positions == "own" else [alignment.positions]:
-        require_same_words(prompts, [name], [name])
 
 
 def aligned(run: Run, head_map: HeadMap) -> tuple[AlignedPair, ...]:

@@ -3,7 +3,7 @@ known one."""
 
 import copy
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,7 +15,7 @@ from workbench.circuits.discovery import DiscoveryConfig
 from workbench.distillation.assembly import TeacherSource
 from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.errors import InputError, nearest
-from workbench.experiment.conditions import TABLE, ConditionName
+from workbench.experiment.conditions import TABLE, Condition, ConditionName
 from workbench.experiment.upgrades import upgraded_recipe
 from workbench.matching import MatchingConfig
 from workbench.tasks.base import Stage
@@ -126,6 +126,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.training.alignment is not None:
             raise InputError("a recipe has its alignment beside its training; set `alignment`, not training.alignment.")
+
+    def training_of(self, condition: Condition) -> TrainingConfig:
+        """The training with a condition's losses."""
+        return replace(
+            self.training,
+            task_loss=condition.task_loss or self.training.task_loss,
+            alignment=self.alignment if condition.aligns else None,
+        )
 
 
 def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:

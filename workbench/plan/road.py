@@ -8,6 +8,7 @@ from typing import Any
 from workbench.errors import InputError
 from workbench.experiment import Prompts, located
 from workbench.experiment.conditions import METHOD
+from workbench.experiment.preflight import require_recipe, require_same_logits, training_conditions
 from workbench.experiment.recipe import Recipe, parse_config, parse_recipe, read_yaml
 from workbench.models import sources
 from workbench.plan.costs import FLOPS, UTILISATION, Plan, StageCost
@@ -80,7 +81,23 @@ def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> 
         prompts, note = Prompts(words, word_level_tokenizer(mixture_words())), (WORDS,)
     else:
         prompts, note = Prompts(replace(recipe, device="cpu"), found), ()
-    return Road(recipe=recipe, teacher=teacher, student=student, prompts=prompts), note
+    road = Road(recipe=recipe, teacher=teacher, student=student, prompts=prompts)
+    _preflight(road)
+    return road, note
+
+
+def _preflight(road: Road) -> None:
+    """What a run of the recipe would refuse before it computes anything, as far as configs tell."""
+    trained = training_conditions(road.recipe.conditions if road.student is not None else ())
+    require_recipe(road.recipe, road.prompts, trained)
+    if road.student is None or not trained:
+        return
+    require_same_logits(road.recipe, road.prompts, trained, teacher=road.teacher.d_vocab, student=road.student.d_vocab)
+    if road.recipe.save_students and not road.student.savable:
+        raise InputError(
+            f"a trained {road.student.name} can't be saved: its architecture keeps queries, keys and values in one "
+            "matrix of its own kind; set `save_students: false`."
+        )
 
 
 def _tokenizer(recipe: Recipe, configs: Mapping[str, str], given: str | None) -> Any | None:

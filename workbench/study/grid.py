@@ -27,8 +27,9 @@ from workbench.distillation.reports import evaluations, read_training
 from workbench.errors import InputError
 from workbench.experiment.arms import run_arms, run_condition
 from workbench.experiment.conditions import CONDITIONS, METHOD, ConditionName
-from workbench.experiment.distill import distill, is_trained, require_trainable
+from workbench.experiment.distill import distill, is_trained
 from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
+from workbench.experiment.preflight import preflight, require_recipe, training_conditions
 from workbench.experiment.recipe import Recipe, parse_config, read_recipe, read_yaml, to_plain
 from workbench.experiment.run import Models, Run
 from workbench.experiment.runs import RunFolder, holds_nothing_but, leave_free
@@ -234,7 +235,11 @@ class Study:
         for other in self._searched.values():
             _share_results(other, run)
         log.info("student %s", name)
-        require_trainable(run, self.config.conditions)
+        conditions = (*self.config.conditions, *([METHOD] if len(self.config.weights) > 1 else []))
+        preflight(run, conditions)
+        for scenes in self.config.train_scenes:
+            cell = run.varied(self._at(run.recipe, scenes, self.config.weights[0]), f"scenes-{scenes}")
+            require_recipe(cell.recipe, cell.prompts, training_conditions(conditions))
         match(run)
         self._searched[name] = run
         return run
