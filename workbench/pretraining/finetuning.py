@@ -9,7 +9,6 @@ only multiplied where an answer is read.
 Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -125,6 +124,10 @@ class Finetuning:
                 f"the gradient is {norm.item()} at step {step}: lower `learning_rate`; the last checkpoint is kept."
             )
         self.optimizer.step()
+        if not all(bool(leaf.detach().isfinite().all()) for leaf in self.leaves.values()):
+            raise InputError(
+                f"the weights are not finite after step {step}: lower `learning_rate`; the last checkpoint is kept."
+            )
         right = trees.right(logits).float().mean().item()
         self.log.append(
             {"step": step, "loss": loss.item(), "accuracy": right, "gradient_norm": norm.item(), "learning_rate": rate}
@@ -147,7 +150,15 @@ class Finetuning:
         )
 
     def save(self, folder: Path) -> None:
-        """Write an exact checkpoint, after the log that goes with it."""
+        """Write an exact checkpoint, after the log that goes with it. Errors: `InputError` when the model's logits are
+        not finite any more."""
+        with torch.no_grad():
+            logits = self.logits(self.scenes("train", 1, "scenes", len(self.log) - 1))
+        if not bool(logits.isfinite().all()):
+            raise InputError(
+                f"the logits are not finite after step {len(self.log) - 1}: lower `learning_rate`; the last checkpoint "
+                "is kept."
+            )
         storage.write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
         checkpoint.save(
             folder / "checkpoint.safetensors",
@@ -163,7 +174,7 @@ class Finetuning:
         if not file.exists():
             return
         step, values = checkpoint.load(file, leaves=self.leaves, optimizer=self.optimizer, identity=self.identity)
-        self.log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][:step]
+        self.log = _read_log(folder / "log.jsonl", step)
         with torch.no_grad():
             for key, leaf in self.leaves.items():
                 leaf.copy_(values[key])
@@ -188,6 +199,22 @@ class Finetuning:
         sources.replace_directory(target, fill)
 
 
+def _read_log(file: Path, steps: int) -> Log:
+    """The log up to a checkpoint. Errors: `InputError` when it is missing, damaged or shorter than that."""
+    try:
+        log = [json.loads(line) for line in file.read_text().splitlines()[:steps]]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is missing or damaged ({error}); put it back, or delete {file.parent} to train this anew."
+        ) from None
+    if [line.get("step") for line in log] != list(range(steps)):
+        raise InputError(
+            f"{file} holds {len(log)} of the {steps} steps of its checkpoint: it was cut off. Put it back, or "
+            f"delete {file.parent} to train this anew."
+        )
+    return log
+
+
 def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in `work` if there is one; returns what `training.json` in `target`
     says.
@@ -195,6 +222,8 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
     A finished model in `target` is not trained again. Errors: `InputError` when it was made with another configuration.
     """
     if not (target / "training.json").exists():
+        _require_free(target)
+        storage.hold(work)
         training = Finetuning(config)
         training.resume(work)
         _run(training, work)
@@ -206,6 +235,17 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
             "--out."
         )
     return made
+
+
+def _require_free(target: Path) -> None:
+    """Refuse, before the training, a place where its model could not be put at the end."""
+    if target.is_symlink():
+        raise InputError(
+            f"{target} is a link, which the finished model would replace; give the directory itself, "
+            f"{target.resolve()}, as --out."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} holds something else than a model made here; choose another --out.")
 
 
 def _run(training: Finetuning, work: Path) -> None:
@@ -237,10 +277,8 @@ def _shallower(model: Any, kept: Sequence[int]) -> Any:
 def _identity(config: FinetuningConfig, model: Any) -> str:
     """The configuration and the weights that training begins with: a checkpoint of another start refuses to be
     resumed."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for _, value in sorted(model.state_dict().items()):
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = (value for _, value in sorted(model.state_dict().items()))
+    return storage.digest(json.dumps(asdict(config), sort_keys=True), *weights, separator="")
 
 
 def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:
