@@ -185,22 +185,30 @@ class Finetuning:
             storage.write_json(temporary / "training.json", made)
             storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
-        sources.replace_directory(target, fill)
+        storage.replace_directory(target, fill)
 
 
 def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in `work` if there is one; returns what `training.json` in `target`
     says.
 
-    A finished model in `target` is not trained again. Errors: `InputError` when it was made with another configuration.
+    A finished model in `target` is not trained again. Errors: `InputError`, before anything is trained, when it was made
+    with another configuration, or when `target` can't be written or holds what this program has not written.
     """
-    if not (target / "training.json").exists():
-        training = Finetuning(config)
-        training.resume(work)
-        _run(training, work)
-        training.export(target)
+    if (storage.recovered(target) / "training.json").exists():
+        return _finished(config, target)
+    storage.require_replaceable(target)
+    training = Finetuning(config)
+    training.resume(work)
+    _run(training, work)
+    training.export(target)
+    return _finished(config, target)
+
+
+def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
+    """What the `training.json` of a finished model says. Errors: `InputError` for a model that other settings made."""
     made = storage.read_json(target / "training.json")
-    if made["finetuning"] != json.loads(json.dumps(asdict(config))):
+    if not isinstance(made, dict) or made.get("finetuning") != json.loads(json.dumps(asdict(config))):
         raise InputError(
             f"{target} holds a model that was trained with other settings (its training.json has them); choose another "
             "--out."

@@ -2,6 +2,7 @@
 pickle."""
 
 from workbench.storage.assets import located
+from workbench.storage.directories import recovered, replace_directory, require_replaceable
 from workbench.storage.files import (
     map_tensors,
     read_json,
@@ -18,6 +19,9 @@ __all__ = [
     "map_tensors",
     "read_json",
     "read_tensors",
+    "recovered",
+    "replace_directory",
+    "require_replaceable",
     "sha256",
     "write_atomically",
     "write_json",
