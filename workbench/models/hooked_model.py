@@ -344,18 +344,13 @@ class Student(HookedModel):
         A model that this program saved there before is replaced. Errors: `InputError` for a hooked transformer that was
         not made from a `transformers` model, and for a directory that holds anything that this program has not written.
         """
-        from workbench.models.export import plain_model
+        from workbench.models.export import plain_model, save_plain
 
         directory = Path(directory)
         storage.require_replaceable(directory)
         plain = plain_model(self.model)
 
-        def fill(temporary: Path) -> None:
-            with sources.quiet():
-                plain.save_pretrained(temporary, safe_serialization=True)
-                self.tokenizer.save_pretrained(temporary)
-
-        storage.replace_directory(directory, fill)
+        storage.replace_directory(directory, lambda temporary: save_plain(plain, self.tokenizer, temporary))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
+from workbench.models.export import save_plain
 from workbench.pretraining.models import with_layers
 from workbench.storage import checkpoint
 from workbench.storage.provenance import provenance
@@ -179,9 +180,7 @@ class Finetuning:
         }
 
         def fill(temporary: Path) -> None:
-            with sources.quiet():
-                self.model.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
+            save_plain(self.model, self.tokenizer, temporary)
             storage.write_json(temporary / "training.json", made)
             storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 

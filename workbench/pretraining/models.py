@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import storage
 from workbench.models import sources
+from workbench.models.export import save_plain
 from workbench.pretraining.config import SizeConfig
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
@@ -93,9 +94,7 @@ def save_model(
     """Write a Hugging Face directory with `training.json` (what made it) and `training_log.jsonl`."""
 
     def fill(temporary: Path) -> None:
-        with sources.quiet():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        save_plain(model, tokenizer, temporary)
         storage.write_json(temporary / "training.json", {**made, "steps": len(log)})
         storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
