@@ -26,6 +26,7 @@ from transformers import LlamaForCausalLM
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
+from workbench.models.export import save_plain
 from workbench.pretraining.models import with_layers
 from workbench.storage import checkpoint
 from workbench.storage.provenance import provenance
@@ -190,13 +191,11 @@ class Finetuning:
         }
 
         def fill(temporary: Path) -> None:
-            with sources.quiet():
-                self.model.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
+            save_plain(self.model, self.tokenizer, temporary)
             storage.write_json(temporary / "training.json", made)
             storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
-        sources.replace_directory(target, fill)
+        storage.replace_directory(target, fill)
 
 
 def _read_log(file: Path, steps: int) -> Log:
@@ -219,33 +218,29 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
     """Train to the end, from the last checkpoint in `work` if there is one; returns what `training.json` in `target`
     says.
 
-    A finished model in `target` is not trained again. Errors: `InputError` when it was made with another configuration.
+    A finished model in `target` is not trained again. Errors: `InputError`, before anything is trained, when it was made
+    with another configuration, or when `target` can't be written or holds what this program has not written.
     """
-    if not (target / "training.json").exists():
-        _require_free(target)
-        storage.hold(work)
-        training = Finetuning(config)
-        training.resume(work)
-        _run(training, work)
-        training.export(target)
+    if (storage.recovered(target) / "training.json").exists():
+        return _finished(config, target)
+    storage.require_replaceable(target)
+    storage.hold(work)
+    training = Finetuning(config)
+    training.resume(work)
+    _run(training, work)
+    training.export(target)
+    return _finished(config, target)
+
+
+def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
+    """What the `training.json` of a finished model says. Errors: `InputError` for a model that other settings made."""
     made = storage.read_json(target / "training.json")
-    if made["finetuning"] != json.loads(json.dumps(asdict(config))):
+    if not isinstance(made, dict) or made.get("finetuning") != json.loads(json.dumps(asdict(config))):
         raise InputError(
             f"{target} holds a model that was trained with other settings (its training.json has them); choose another "
             "--out."
         )
     return made
-
-
-def _require_free(target: Path) -> None:
-    """Refuse, before the training, a place where its model could not be put at the end."""
-    if target.is_symlink():
-        raise InputError(
-            f"{target} is a link, which the finished model would replace; give the directory itself, "
-            f"{target.resolve()}, as --out."
-        )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} holds something else than a model made here; choose another --out.")
 
 
 def _run(training: Finetuning, work: Path) -> None:

@@ -3,6 +3,7 @@ pickle."""
 
 from workbench.storage.assets import located
 from workbench.storage.digest import digest
+from workbench.storage.directories import recovered, replace_directory, require_replaceable
 from workbench.storage.files import (
     map_tensors,
     read_json,
@@ -26,6 +27,9 @@ __all__ = [
     "read_metadata",
     "read_tensors",
     "release",
+    "recovered",
+    "replace_directory",
+    "require_replaceable",
     "sha256",
     "write_atomically",
     "write_json",
