@@ -10,12 +10,11 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from workbench.circuits.discovery import DiscoveryConfig
-from workbench.distillation.assembly import TeacherSource
-from workbench.distillation.config import TrainingConfig
+from workbench.circuits.config import DiscoveryConfig
+from workbench.distillation.config import TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
-from workbench.matching import MatchingConfig
-from workbench.similarity.measures import Measure
+from workbench.matching.config import MatchingConfig
+from workbench.similarity.names import Measure
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"

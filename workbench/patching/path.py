@@ -27,6 +27,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
+from workbench.patching.effects import Effect
 from workbench.patching.engine.chunks import MEMORY, in_chunks
 from workbench.patching.engine.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.engine.hooked import HookedPatcher
@@ -40,8 +41,6 @@ from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Po
 from workbench.values.scores import Scores
 
 Engine = Literal["replay", "hooks"]
-Effect = Literal["difference", "relative"]
-"""patched - clean, or (patched - clean) / clean (Prakash's score for probabilities)."""
 BATCH = 128
 """Default number of prompts in one forward."""
 

@@ -11,16 +11,12 @@ stated result is 0, with zero gradient; so it is for the debiased estimator wher
 it takes for no structure at all.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.similarity.names import Estimator
 from workbench.similarity.rows import Count, Features, Mask, Others, Value, quotient, rows_counted, standardised
-
-Estimator = Literal["biased", "debiased"]
-
 
 ROWS = 64
 """Rows of a Gram matrix that are computed at a time for all sets."""
