@@ -1,6 +1,7 @@
 """Recipes: one YAML per experiment, read into frozen, checked values. An unknown key is an error that names the nearest
 known one."""
 
+import copy
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,37 +12,17 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits.config import DiscoveryConfig
-from workbench.distillation.config import TeacherSource, TrainingConfig
+from workbench.distillation.config import AlignmentConfig, TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
+from workbench.experiment.conditions import TABLE, ConditionName
+from workbench.experiment.upgrades import upgraded_recipe
 from workbench.matching.config import MatchingConfig
-from workbench.similarity.names import Measure
+from workbench.tasks.settings import PromptConfig
+from workbench.tasks.stages import Stage
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The bundled recipes, in folders by what reads them: `runs`, `studies`, `finetunings`."""
-Condition = Literal[
-    "base",
-    "full_ce",
-    "circuit_ce",
-    "circuit_cka",
-    "circuit_ce_random_cka",
-    "circuit_ce_cka",
-    "circuit_ce_paper_cka",
-    "circuit_ce_shuffled_cka",
-    "full_kl",
-    "full_ce_cka",
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StageConfig:
-    """A stage of a backward search, where the task's own stages are not wanted."""
-
-    name: str
-    title: str = ""
-    position: str
-    into: str | None = None
-    composition: Literal["q", "k", "v"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -50,10 +31,8 @@ class DataConfig:
 
     task: str = "entity_tracking"
     """A task by name (an entry point of the group `workbench.tasks`)."""
-    boxes: Annotated[int, Field(ge=3, le=9)] = 7
-    """Of entity tracking."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the task."""
+    """Of the task, e.g. `{boxes: 5}`."""
     pairs: str | None = None
     """A JSONL, CSV or Parquet file, or a hub id, with columns clean, corrupt, answer, distractor, positions; replaces
     `task`."""
@@ -71,43 +50,10 @@ class DataConfig:
     test_scenes: Annotated[int, Field(ge=1)] = 80
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
-    prepend_bos: bool = False
-    padding_side: Literal["left", "right"] = "left"
-    chat: Literal["none", "user", "assistant"] = "none"
-    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to
-    `instruction`."""
-    system: str | None = None
-    """The system message of the chat; None leaves it to the template."""
-    instruction: str | None = None
-    """The user's message, with `chat: assistant`."""
-    multi_token: bool = False
-    """Let answers have several tokens; metrics then score the first token (whole answers:
-    `workbench.tasks.scoring`)."""
+    prompts: PromptConfig = Field(default_factory=PromptConfig)
+    """How they are put to the models: chat template, BOS, padding, answers of several tokens."""
     per_position_means: bool = True
     """Means of the ablation position by position (prompts of one length), or over all positions."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class AlignmentConfig:
-    """What of a matched pair is aligned, where, and how strongly."""
-
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """lambda of eq 7."""
-    estimator: Literal["biased", "debiased"] = "biased"
-    measure: Measure = "linear_cka"
-    """What alignment is measured by (see `workbench.similarity.measures`); the paper's is linear CKA."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the measure by name, e.g. `{fraction: 0.2}` of rbf_cka."""
-    pairs: Literal["sum", "mean"] = "sum"
-    """Whether the loss is the sum over pairs (the paper) or their mean."""
-    activation: Literal["z", "result", "pattern"] = "z"
-    """What of a head: its output before W_O, what it writes to the residual stream, or its attention probabilities (for
-    `attention_kl`)."""
-    positions: str = "own"
-    """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
-    broadened: dict[str, str] = Field(default_factory=dict)
-    """Own positions that are read elsewhere, e.g. `{earlier_label: labels}`: heads that act at the queried box's label
-    are aligned at every label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -119,7 +65,7 @@ class TransferConfig:
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task."""
     scenes: Annotated[int, Field(ge=1)] = 200
-    """Test scenes (of entity tracking as many times `data.boxes` prompts)."""
+    """Test scenes (of entity tracking as many times its boxes prompts)."""
     seed: int = 0
 
 
@@ -154,7 +100,7 @@ class Recipe:
     """Of the teacher, which never trains; None: `dtype`."""
     device: str = "cpu"
     data: DataConfig = Field(default_factory=DataConfig)
-    stages: tuple[StageConfig, ...] | None = None
+    stages: tuple[Stage, ...] | None = None
     """Stages of the backward search in place of the task's own."""
     discovery: DiscoveryConfig = Field(default_factory=DiscoveryConfig)
     matching: MatchingConfig = Field(default_factory=MatchingConfig)
@@ -168,17 +114,12 @@ class Recipe:
     run on each batch."""
     train_kv: bool = True
     """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
-    conditions: tuple[Condition, ...] = (
-        "base",
-        "full_ce",
-        "circuit_ce",
-        "circuit_cka",
-        "circuit_ce_random_cka",
-        "circuit_ce_cka",
-        "full_kl",
-        "full_ce_cka",
-    )
+    conditions: tuple[ConditionName, ...] = tuple(condition.name for condition in TABLE if condition.usual)
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if self.training.alignment is not None:
+            raise InputError("a recipe has its alignment beside its training; set `alignment`, not training.alignment.")
 
 
 def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -212,13 +153,32 @@ Parsed = TypeVar("Parsed")
 
 
 def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe from plain values. Errors: `InputError` naming the key and the nearest known one."""
-    return parse_config(Recipe, value, overrides=overrides)
+    """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
+    `InputError` naming the key and the nearest known one."""
+    recipe = parse_config(Recipe, upgraded_recipe(overridden(value, overrides)))
+    if recipe.data.pairs is None:
+        _require_task(recipe.data)
+    return recipe
 
 
-def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Parsed:
-    """Any configuration class from plain values, with dotted overrides. Errors: `InputError` naming the key and the
-    nearest known one."""
+def _require_task(data: DataConfig) -> None:
+    """Refuse a task that is not there, or that does not take these options: last, because a task loads torch."""
+    from workbench.tasks.registry import task_named
+
+    try:
+        task_named(data.task, data.options)
+    except InputError as error:
+        raise InputError(f"recipe key data: {error}") from None
+
+
+def written_recipe(value: dict[str, Any]) -> Recipe:
+    """The recipe that a run has written into its `run.json`, now or before."""
+    return parse_config(Recipe, upgraded_recipe(value, written=True))
+
+
+def overridden(value: dict[str, Any], overrides: dict[str, Any] | None) -> dict[str, Any]:
+    """Plain values with dotted keys set."""
+    value = copy.deepcopy(value)
     for key, setting in (overrides or {}).items():
         place, *rest = key.split(".")
         target = value
@@ -226,8 +186,14 @@ def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[s
             target[place] = dict(target.get(place) or {})
             target, place, rest = target[place], rest[0], rest[1:]
         target[place] = setting
+    return value
+
+
+def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Parsed:
+    """Any configuration class from plain values, with dotted overrides. Errors: `InputError` naming the key and the
+    nearest known one."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(kind).validate_python(overridden(value, overrides))
     except ValidationError as error:
         raise InputError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
 

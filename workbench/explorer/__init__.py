@@ -12,12 +12,8 @@ _HOMES = {
     "explore": "workbench.explorer.begin",
     "forget": "workbench.explorer.begin",
 }
-"""Name -> the file of this room that holds it; it is imported when the name is asked for."""
-__all__ = [
-    "Session",
-    "explore",
-    "forget",
-]
+"""Name -> the file that holds it; it is imported when the name is asked for."""
+__all__ = ["Session", "explore", "forget"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,11 @@
 pickle."""
 
 from workbench.storage.assets import located
+from workbench.storage.digest import digest
 from workbench.storage.files import (
     map_tensors,
     read_json,
+    read_metadata,
     read_tensors,
     sha256,
     write_atomically,
@@ -12,12 +14,18 @@ from workbench.storage.files import (
     write_tensors,
     write_text,
 )
+from workbench.storage.process import command, hold, release
 
 __all__ = [
+    "command",
+    "digest",
+    "hold",
     "located",
     "map_tensors",
     "read_json",
+    "read_metadata",
     "read_tensors",
+    "release",
     "sha256",
     "write_atomically",
     "write_json",

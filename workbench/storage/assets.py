@@ -10,7 +10,9 @@ from pathlib import Path
 
 log = logging.getLogger("workbench")
 PACKAGE = Path(__file__).parents[1]
-ASSETS = next((place for place in (PACKAGE / "assets", PACKAGE.parent / "assets") if place.is_dir()), PACKAGE / "assets")
+ASSETS = next(
+    (place for place in (PACKAGE / "assets", PACKAGE.parent / "assets") if place.is_dir()), PACKAGE / "assets"
+)
 """Inside an installed package, else beside it in the source tree."""
 MODELS = (
     "teacher",

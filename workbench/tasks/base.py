@@ -4,7 +4,6 @@ The road: `Task.pairs` (text) -> `to_dataset` (checked row by row against a toke
 tensors). A user's own pairs enter at `load_pairs` and travel the same road.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,29 +14,10 @@ from datasets import Dataset, Features, List, Value
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench import storage
 from workbench.errors import InputError, nearest
 from workbench.tasks.pairs import Pair, Span, Split, numbered_pairs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A group of heads in a backward search: where its heads act and whose input they write to.
-
-    `into=None` means the logits; otherwise `composition` says which input (q, k or v) of the heads of group `into`
-    receives.
-    """
-
-    name: str
-    title: str
-    position: str
-    into: str | None = None
-    composition: Literal["q", "k", "v"] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.into is None) != (self.composition is None):
-            raise InputError(
-                f"stage {self.name!r}: `into` and `composition` go together (both, or neither for the logits)."
-            )
+from workbench.tasks.stages import Stage
 
 
 @runtime_checkable
@@ -133,16 +113,15 @@ class PromptPairs:
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, answer and position: the key of anything cached for these pairs."""
-        digest = hashlib.sha256()
         named = [self.clean, self.corrupt, self.mask, self.answers, self.distractors]
         named += [self.positions[name] for name in sorted(self.positions)]
         named += [tensor for tensor in (self.answer_tokens, self.distractor_tokens) if tensor is not None]
-        digest.update("|".join(sorted(self.positions)).encode())
-        for tensor in named:
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        digest.update(b"" if self.teacher is None else self.teacher.fingerprint().encode())
-        return digest.hexdigest()
+        return storage.digest(
+            "|".join(sorted(self.positions)),
+            *(part for tensor in named for part in (str(tuple(tensor.shape)), tensor)),
+            "" if self.teacher is None else self.teacher.fingerprint(),
+            separator="",
+        )
 
     def prompts(self) -> set[bytes]:
         """The clean prompts without their padding, for checks of disjointness."""

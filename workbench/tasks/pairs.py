@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, load_dataset
 
 from workbench.errors import InputError, nearest
+from workbench.seeds import Split as Split
 
-Split = Literal["train", "calibration", "test"]
 Span = tuple[int, int]
 """Characters [start, end) of a prompt."""
 
