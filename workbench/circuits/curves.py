@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import Replacement, ablated_logits, described, kind_of
-from workbench.patching.progress import identity
+from workbench.patching.progress import identity, progress_bar
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric
 from workbench.values.refs import Head, Position
@@ -191,8 +190,8 @@ def faithfulness_curve(
         seeds.chooser(seed, "random ranking", draw).sample(order, len(order)) for draw in range(random_rankings)
     ]
     kept, removed = [], []
-    with tqdm(
-        total=2 * (1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False
+    with progress_bar(
+        total=2 * (1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit"
     ) as bar:
         for heads in (order, *shuffled):
             for measure, curves in ((faithfulness.of, kept), (faithfulness.without, removed)):

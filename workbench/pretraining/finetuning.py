@@ -20,12 +20,12 @@ from jaxtyping import Float
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
+from workbench.patching.progress import progress_bar
 from workbench.pretraining.models import with_layers
 from workbench.storage import checkpoint
 from workbench.storage.provenance import provenance
@@ -208,9 +208,7 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
 
 
 def _run(training: Finetuning, work: Path) -> None:
-    with tqdm(
-        total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step", leave=False
-    ) as bar:
+    with progress_bar(total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step") as bar:
         while not training.finished:
             training.advance()
             bar.update()
