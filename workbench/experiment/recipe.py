@@ -3,7 +3,9 @@ known one."""
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
+from dataclasses import dataclass as plain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -131,18 +133,47 @@ def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) 
     return parse_recipe(read_yaml(source), overrides=overrides)
 
 
+Kind = Literal["run", "study", "finetuning"]
+FOLDERS: Mapping[str, Kind] = {"runs": "run", "studies": "study", "finetunings": "finetuning"}
+"""Folder of the bundled recipes -> what they are."""
+
+
+@plain(frozen=True, slots=True, kw_only=True)
+class BundledRecipe:
+    """A recipe that comes with the workbench."""
+
+    name: str
+    kind: Kind
+    file: Path
+
+    @property
+    def title(self) -> str:
+        """What it says of itself, or what it makes of which model."""
+        value = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        return value.get("title") or f"{value['model']} on {value.get('task', 'entity_tracking')}"
+
+
+def bundled_recipes() -> list[BundledRecipe]:
+    """All bundled recipes: runs, studies and fine-tunings, each kind by name."""
+    return [
+        BundledRecipe(name=file.stem, kind=kind, file=file)
+        for folder, kind in FOLDERS.items()
+        for file in sorted((RECIPES / folder).glob("*.yaml"))
+    ]
+
+
 def read_yaml(source: str | Path) -> dict[str, Any]:
     """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no
     mapping."""
-    bundled = {file.stem: file for file in RECIPES.glob("*/*.yaml") if file.parent.name != "accelerate"}
+    bundled = {each.name: each.file for each in bundled_recipes()}
     path = Path(source) if Path(source).exists() else bundled.get(str(source))
     if path is None:
         raise InputError(
             f"no recipe {str(source)!r}: neither a file nor a bundled recipe; {nearest(str(source), bundled)}"
         )
     try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a mapping of recipe keys.")
