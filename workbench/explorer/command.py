@@ -53,15 +53,15 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     from workbench.explorer.server import ExplorerServer
     from workbench.models.hooked_model import Teacher
 
-    def loaded(source: str | None) -> Teacher | None:
-        return None if source is None else Teacher.load(source, device=options.device, dtype=options.dtype)
+    def loaded(source: str) -> Teacher:
+        return Teacher.load(source, device=options.device, dtype=options.dtype)
 
     teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
     circuits = {"teacher": Circuit.from_json(storage.read_json(Path(options.circuit)))} if options.circuit else None
     session = session_of(
         loaded(teacher),
-        loaded(student),
-        after=loaded(options.after),
+        loaded(student) if student else None,
+        after=loaded(options.after) if options.after else None,
         task=options.task,
         options=settings,
         pairs=options.pairs,
