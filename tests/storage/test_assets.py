@@ -1,15 +1,19 @@
 """Bundled models and results are found from every folder, by a name that means the same everywhere."""
 
+import json
 import logging
 import os
 from pathlib import Path
 
 import pytest
 
-from workbench.experiment.recipe import read_recipe, read_yaml
+from workbench.experiment.recipe import read_recipe, read_yaml, written_recipe
 from workbench.models.sources import local_directory
 from workbench.storage import assets
 from workbench.storage.assets import ASSETS, MODELS, located, short_name
+from workbench.study.config import written_study
+
+RESULTS = ASSETS / "results"
 
 
 @pytest.fixture
@@ -62,3 +66,22 @@ def test_recipes_name_the_bundled_models_and_their_files_are_there(elsewhere: Pa
     named = [lineage["overrides"]["teacher"], *(student["source"] for student in lineage["students"].values())]
     assert all((Path(located(name)) / "config.json").is_file() for name in named)
     assert Path(located(read_yaml("smollm2_ioi")["data"]["pairs"])).is_file()
+
+
+@pytest.mark.parametrize("run", sorted(RESULTS.glob("*/run.json")), ids=lambda file: file.parent.name)
+def test_runs_of_before_name_the_models_of_today(run: Path) -> None:
+    """Their `run.json` has the bundled models' paths; resumed, it is the same recipe as one with the names."""
+    value = json.loads(run.read_text())["recipe"]
+    recipe = written_recipe(value)
+    named = {role: value[role] for role in ("teacher", "student") if value[role] is not None}
+    assert all(getattr(recipe, role) == short_name(name) for role, name in named.items())
+    if str(named["teacher"]).startswith("assets/"):
+        assert recipe.teacher in MODELS
+        assert recipe == written_recipe({**value, "teacher": recipe.teacher, "student": recipe.student})
+
+
+def test_a_study_of_before_names_the_models_of_today() -> None:
+    study = read_yaml("study_entity")
+    before = {**study, "students": {"sibling": {"source": "assets/models/student"}, "own": {"source": "mine/student"}}}
+    assert [student.source for student in written_study(before).students.values()] == ["student", "mine/student"]
+    assert before["students"]["sibling"]["source"] == "assets/models/student", "what was read stays as it is"
