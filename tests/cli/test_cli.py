@@ -22,7 +22,7 @@ from workbench.experiment.results import ConditionResult, collect, table
 from workbench.experiment.runs import RunFolder
 from workbench.patching.ablation import plain_logits
 from workbench.pretraining.finetuning import FinetuningConfig
-from workbench.study.grid import read_study
+from workbench.study.config import read_study
 from workbench.values.metrics import METRICS
 from workbench.values.scores import Scores
 

@@ -8,9 +8,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' shared modules
 
-import torch  # noqa: E402
+import torch
 
-from . import DOORS, figures  # noqa: E402
+from . import DOORS, figures
 
 torch.set_num_threads(1)
 made = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)

@@ -18,7 +18,8 @@ from workbench.experiment.distill import distill, trained_heads
 from workbench.models.hooked_model import Student
 from workbench.report.study import study_report
 from workbench.study import grid
-from workbench.study.grid import Study, lineage_overlap, read_study
+from workbench.study.config import read_study
+from workbench.study.grid import Study, lineage_overlap
 from workbench.study.summary import summarise
 from workbench.values.refs import Head
 from workbench.values.statistics import mean_interval

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from workbench.distillation.losses import Pairs, TaskLoss
-from workbench.matching.head_rows import Activation
-from workbench.similarity.cka import Estimator
-from workbench.similarity.measures import Measure
+from workbench.matching.config import Activation
+from workbench.similarity.names import Estimator, Measure
 
+Pairs = Literal["sum", "mean"]
+TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "reverse_kl_teacher", "jsd_teacher", "none"]
+TeacherSource = Literal["memory", "shards", "live"]
 WeightSchedule = Literal["constant", "linear_warmup", "cosine_warmup", "linear_decay", "cosine_decay"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 

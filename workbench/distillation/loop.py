@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from workbench import seeds, storage
 from workbench.distillation import schedules
@@ -45,6 +44,7 @@ from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import require_fitting
 from workbench.models.hooked_model import Student
+from workbench.patching.progress import progress_bar
 from workbench.similarity.measures import checked_options
 from workbench.storage import checkpoint
 from workbench.tasks.base import PromptPairs
@@ -160,9 +160,7 @@ class Distillation:
             self.student.training(),
             (folder / LOG).open("a", buffering=1) if is_main else nullcontext() as file,
             tracking(self.config, folder, label, device=self.student.device) as trackers,
-            tqdm(
-                total=self.config.steps, initial=start, desc=label, unit="step", leave=False, disable=not is_main
-            ) as bar,
+            progress_bar(total=self.config.steps, initial=start, desc=label, unit="step", shown=is_main) as bar,
         ):
 
             def log(report: StepReport, durable: bool) -> None:

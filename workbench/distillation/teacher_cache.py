@@ -14,12 +14,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
+from workbench.patching.progress import progress_bar
 from workbench.tasks.base import PromptPairs
 
 LOGITS = "logits"
@@ -162,8 +162,8 @@ def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batc
     """Run the teacher on the clean prompts and keep what `teacher_cache` would keep."""
     logits: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for part in tqdm(
-        list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch", leave=False
+    for part in progress_bar(
+        list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch"
     ):
         final, activations = teacher.activations(part.clean, part.mask, names)
         logits.append(final)

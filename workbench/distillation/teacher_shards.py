@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.distillation.teacher_cache import (
@@ -31,6 +30,7 @@ from workbench.distillation.teacher_cache import (
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
+from workbench.patching.progress import progress_bar
 from workbench.tasks.base import PromptPairs
 
 LABELS = "labels"
@@ -122,7 +122,7 @@ def teacher_shards(
     index = {**_begun(place, pairs, names, shard), "fingerprint": outputs_fingerprint(weights, pairs)}
     _keep_weights(place, index, teacher, names)
     starts = range(0, len(pairs), index["shard"])
-    for number, start in enumerate(tqdm(starts, desc="caching the teacher's activations", unit="shard", leave=False)):
+    for number, start in enumerate(progress_bar(starts, desc="caching the teacher's activations", unit="shard")):
         if number < len(index["shards"]) and _is_sound(place, index["shards"][number]):
             continue
         part = pairs.rows(slice(start, start + index["shard"]))

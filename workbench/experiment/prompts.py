@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from workbench.errors import InputError
@@ -123,7 +124,7 @@ class Prompts:
     @property
     def settings(self) -> PromptSettings:
         """How the recipe puts prompts to the models."""
-        return self.data.prompts
+        return PromptSettings(**asdict(self.data.prompts))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -3,7 +3,9 @@ known one."""
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from dataclasses import dataclass as plain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,16 +13,14 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from workbench.circuits.discovery import DiscoveryConfig
-from workbench.distillation.assembly import TeacherSource
-from workbench.distillation.config import AlignmentConfig, TrainingConfig
+from workbench.circuits.config import DiscoveryConfig
+from workbench.distillation.config import AlignmentConfig, TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import TABLE, Condition, ConditionName
 from workbench.experiment.upgrades import upgraded_recipe
-from workbench.matching import MatchingConfig
-from workbench.tasks.base import Stage
-from workbench.tasks.prompts import PromptSettings
-from workbench.tasks.registry import task_named
+from workbench.matching.config import MatchingConfig
+from workbench.tasks.settings import PromptConfig
+from workbench.tasks.stages import Stage
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -52,14 +52,10 @@ class DataConfig:
     test_scenes: Annotated[int, Field(ge=1)] = 80
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
-    prompts: PromptSettings = Field(default_factory=PromptSettings)
+    prompts: PromptConfig = Field(default_factory=PromptConfig)
     """How they are put to the models: chat template, BOS, padding, answers of several tokens."""
     per_position_means: bool = True
     """Means of the ablation position by position (prompts of one length), or over all positions."""
-
-    def __post_init__(self) -> None:
-        if self.pairs is None:
-            task_named(self.task, self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -145,18 +141,47 @@ def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) 
     return parse_recipe(read_yaml(source), overrides=overrides)
 
 
+Kind = Literal["run", "study", "finetuning"]
+FOLDERS: Mapping[str, Kind] = {"runs": "run", "studies": "study", "finetunings": "finetuning"}
+"""Folder of the bundled recipes -> what they are."""
+
+
+@plain(frozen=True, slots=True, kw_only=True)
+class BundledRecipe:
+    """A recipe that comes with the workbench."""
+
+    name: str
+    kind: Kind
+    file: Path
+
+    @property
+    def title(self) -> str:
+        """What it says of itself, or what it makes of which model."""
+        value = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        return value.get("title") or f"{value['model']} on {value.get('task', 'entity_tracking')}"
+
+
+def bundled_recipes() -> list[BundledRecipe]:
+    """All bundled recipes: runs, studies and fine-tunings, each kind by name."""
+    return [
+        BundledRecipe(name=file.stem, kind=kind, file=file)
+        for folder, kind in FOLDERS.items()
+        for file in sorted((RECIPES / folder).glob("*.yaml"))
+    ]
+
+
 def read_yaml(source: str | Path) -> dict[str, Any]:
     """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no
     mapping."""
-    bundled = {file.stem: file for file in RECIPES.glob("*/*.yaml") if file.parent.name != "accelerate"}
+    bundled = {each.name: each.file for each in bundled_recipes()}
     path = Path(source) if Path(source).exists() else bundled.get(str(source))
     if path is None:
         raise InputError(
             f"no recipe {str(source)!r}: neither a file nor a bundled recipe; {nearest(str(source), bundled)}"
         )
     try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a mapping of recipe keys.")
@@ -169,7 +194,20 @@ Parsed = TypeVar("Parsed")
 def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
     `InputError` naming the key and the nearest known one."""
-    return parse_config(Recipe, upgraded_recipe(overridden(value, overrides)))
+    recipe = parse_config(Recipe, upgraded_recipe(overridden(value, overrides)))
+    if recipe.data.pairs is None:
+        _require_task(recipe.data)
+    return recipe
+
+
+def _require_task(data: DataConfig) -> None:
+    """Refuse a task that is not there, or that does not take these options: last, because a task loads torch."""
+    from workbench.tasks.registry import task_named
+
+    try:
+        task_named(data.task, data.options)
+    except InputError as error:
+        raise InputError(f"recipe key data: {error}") from None
 
 
 def written_recipe(value: dict[str, Any]) -> Recipe:

@@ -4,6 +4,7 @@
     data.boxes                               -> data.options.boxes, of the task that has boxes
     data.chat, data.prepend_bos, ...         -> data.prompts.chat, ...
     training.weight, training.measure, ...   -> gone: a recipe's `alignment` always stood in their place
+    teacher: assets/models/teacher, ...      -> teacher: teacher (where a run has written it; a path works too)
 """
 
 import copy
@@ -12,7 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from workbench.errors import InputError
-from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.settings import PromptConfig
 
 BOXED = "entity_tracking"
 """The task whose number of boxes stood beside it."""
@@ -48,6 +49,12 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False) -> dict[
         recipe["data"] = _upgraded_data(recipe["data"])
         if boxes is not None:
             _give_boxes(recipe.get("evaluation"), boxes)
+    if written:
+        from workbench.storage.assets import short_name  # here: storage loads torch, which reading a recipe need not
+
+        recipe |= {
+            role: short_name(recipe[role]) for role in ("teacher", "student") if isinstance(recipe.get(role), str)
+        }
     if isinstance(recipe.get("training"), dict):
         for name, other in ALIGNED.items():
             if name in recipe["training"]:
@@ -58,7 +65,7 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False) -> dict[
 
 
 def _upgraded_data(data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(PromptSettings)}
+    names = {field.name for field in fields(PromptConfig)}
     flat = {name: value for name, value in data.items() if name in names}
     found = {name: value for name, value in data.items() if name not in names}
     if flat:

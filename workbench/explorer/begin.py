@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
+from workbench.explorer.command import PROMPTS
 from workbench.explorer.material import Given, Material, key_of, material_of_pairs, material_of_task
 from workbench.explorer.session import Session
 from workbench.explorer.state import Side
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 TASKS = ("entity_tracking", "ioi")
 """Tried in this order where neither a task nor pairs are given."""
-PROMPTS = 24
-"""How many pairs are drawn of a task."""
 _SESSIONS: dict[str, tuple[str, Session]] = {}
 """Name -> identity of what the session is about, and the session."""
 
@@ -55,8 +54,8 @@ def explore(
         from workbench.explorer.widget import Explorer
     except ImportError:
         raise InputError(
-            'the explorer in Jupyter needs anywidget: pip install ".[explorer]"; without Jupyter use `workbench '
-            "explore`."
+            'the explorer in Jupyter needs anywidget: pip install "circuit-distillation-workbench[explorer]"; without '
+            "Jupyter use `workbench explore`."
         ) from None
     session = session_of(
         teacher,

@@ -1,21 +1,19 @@
 """`workbench explore`: the models and prompts of the command line -> a session on a loopback page."""
 
 import argparse
-import logging
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench import storage
-from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
-from workbench.experiment import located
-from workbench.explorer.begin import PROMPTS, session_of
-from workbench.explorer.server import ExplorerServer
 
-log = logging.getLogger("workbench")
-BUNDLED = ("assets/models/teacher", "assets/models/student")
+if TYPE_CHECKING:
+    from workbench.explorer.server import ExplorerServer
+
+BUNDLED = ("teacher", "student")
+PROMPTS = 24
+"""How many pairs are drawn of a task."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -45,16 +43,25 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
-def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> ExplorerServer:
+def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "ExplorerServer":
     """The server, not yet serving. Errors: `InputError` for what can't be explored."""
     if options.teacher is None and (options.student or options.after):
         raise InputError("a student needs its teacher: workbench explore TEACHER --student STUDENT.")
-    teacher, student = (options.teacher, options.student) if options.teacher else map(located, BUNDLED)
+    from workbench import storage
+    from workbench.circuits.circuit import Circuit
+    from workbench.explorer.begin import session_of
+    from workbench.explorer.server import ExplorerServer
+    from workbench.models.hooked_model import Teacher
+
+    def loaded(source: str) -> Teacher:
+        return Teacher.load(source, device=options.device, dtype=options.dtype)
+
+    teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
     circuits = {"teacher": Circuit.from_json(storage.read_json(Path(options.circuit)))} if options.circuit else None
     session = session_of(
-        teacher,
-        student,
-        after=options.after,
+        loaded(teacher),
+        loaded(student) if student else None,
+        after=loaded(options.after) if options.after else None,
         task=options.task,
         options=settings,
         pairs=options.pairs,
@@ -67,16 +74,16 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> Explo
     return ExplorerServer(session, port=options.port)
 
 
-def explore(options: argparse.Namespace, settings: Mapping[str, Any]) -> None:
-    """Serve the page until interrupted."""
+def explore(options: argparse.Namespace, settings: Mapping[str, Any], *, tell: Callable[[str], object]) -> None:
+    """Serve the page until interrupted; `tell` is told where it is."""
     server = server_of(options, settings)
-    log.info("the explorer is at %s\n(this machine only; end with ctrl-c)", server.url)
+    tell(f"the explorer is at {server.url}\n(this machine only; end with ctrl-c)")
     if options.open:
         webbrowser.open(server.url)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        log.info("ended")
+        tell("ended")
     finally:
         server.server_close()
         server.session.close()

@@ -6,7 +6,6 @@ once.
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -28,7 +27,6 @@ from workbench.models.folders import (
     config_of,
     plain_model,
     quiet,
-    read_mapping,
     refusing,
     require_complete,
     require_fitting,
@@ -69,8 +67,9 @@ def _is_adapter(directory: Path) -> bool:
 
 
 def local_directory(name: str | Path) -> Path:
-    """The local directory behind a name: itself, a converted GGUF file, or a hub snapshot (downloaded when online)."""
-    path = storage.recovered(Path(name).expanduser())
+    """The local directory behind a name: a bundled model's, itself, a converted GGUF file, or a hub snapshot
+    (downloaded when online)."""
+    path = storage.recovered(Path(storage.located(name)).expanduser())
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{path} is not a file; give the path of a GGUF file.")

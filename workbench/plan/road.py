@@ -14,7 +14,8 @@ from workbench.models import sources
 from workbench.plan.costs import FLOPS, UTILISATION, Plan, StageCost
 from workbench.plan.shapes import ModelShape, shape_of
 from workbench.plan.stages import Road
-from workbench.study.grid import Study, StudyConfig
+from workbench.study.config import StudyConfig
+from workbench.study.grid import Study
 from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
 
 WORDS = (

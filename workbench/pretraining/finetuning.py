@@ -13,20 +13,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
 from workbench.models.export import save_plain
+from workbench.patching.progress import progress_bar
+from workbench.pretraining.config import FinetuningConfig
 from workbench.pretraining.models import with_layers
 from workbench.storage import checkpoint
 from workbench.storage.provenance import provenance
@@ -35,39 +34,6 @@ from workbench.tasks.registry import task_named
 from workbench.tasks.trees import Trees, trees_of
 
 Log = list[dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FinetuningConfig:
-    """How a model is fine-tuned on a task."""
-
-    model: str
-    """A directory, hub id or GGUF file."""
-    task: str = "entity_tracking"
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Of the task, e.g. `{boxes: 3}`."""
-    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Only these layers of the model, in this order: a shallower model of its lineage, which the training then heals.
-    Llama models."""
-    trains: Literal["blocks", "all"] = "blocks"
-    """Everything but the embeddings, or everything."""
-    seed: int = 0
-    scenes: Annotated[int, Field(ge=1)] = 8
-    """Training scenes of a step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    warmup: Annotated[int, Field(ge=0)] = 10
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["full", "bf16"] = "full"
-    """`bf16`: forwards under autocast to bfloat16; weights, losses and the optimizer stay in float32."""
-    steps: Annotated[int, Field(ge=1)] = 400
-    """At most."""
-    evaluate_every: Annotated[int, Field(ge=1)] = 20
-    evaluation_scenes: Annotated[int, Field(ge=1)] = 40
-    """Scenes of the calibration split that accuracy is taken on during training; the last one is taken on as many of
-    the test split."""
-    stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Accuracy on the calibration scenes that ends the training; None: all steps."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 50
 
 
 class Finetuning:
@@ -244,9 +210,7 @@ def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
 
 
 def _run(training: Finetuning, work: Path) -> None:
-    with tqdm(
-        total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step", leave=False
-    ) as bar:
+    with progress_bar(total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step") as bar:
         while not training.finished:
             training.advance()
             bar.update()

@@ -4,6 +4,7 @@ half a file."""
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +16,29 @@ from torch import Tensor
 
 from workbench.errors import InputError
 
+OS_ERROR = re.compile(r"os error (\d+)")
+"""In what safetensors says of a file that it could not write."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file in the same folder, flush it to disk, then rename it to `path`."""
+    """Let `write` fill a temporary file in the same folder, flush it to disk, then rename it to `path`.
+
+    Errors: `OSError` that names `path`, not the temporary file, whatever could not be written.
+    """
+    try:
+        _write_atomically(path, write)
+    except OSError as error:
+        if error.filename is None or Path(os.fsdecode(error.filename)).name.startswith(f".{path.name}."):
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        found = OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

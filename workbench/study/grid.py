@@ -15,10 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as validated
+from typing import Any
 
 from workbench import storage
 from workbench.circuits import discovery
@@ -26,79 +23,24 @@ from workbench.circuits.comparison import compare
 from workbench.distillation.reports import evaluations, read_training
 from workbench.errors import InputError
 from workbench.experiment.arms import run_arms, run_condition
-from workbench.experiment.conditions import CONDITIONS, METHOD, ConditionName
+from workbench.experiment.conditions import CONDITIONS, METHOD
 from workbench.experiment.distill import distill, is_trained
 from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
 from workbench.experiment.preflight import preflight, require_recipe, training_conditions
-from workbench.experiment.recipe import Recipe, parse_config, read_recipe, read_yaml, to_plain
+from workbench.experiment.recipe import Recipe, read_recipe, to_plain
 from workbench.experiment.run import Models, Run
 from workbench.experiment.runs import RunFolder, holds_nothing_but, leave_free
 from workbench.models.hooked_model import Student
 from workbench.storage.provenance import provenance
+from workbench.study.config import StudyConfig, written_study
 from workbench.values.refs import Head
 
 log = logging.getLogger("workbench")
-STRICT = ConfigDict(extra="forbid")
-
-
-@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StudentConfig:
-    """A student of the study."""
-
-    source: str
-    """Directory or hub id."""
-    teacher_layers: tuple[int, ...] | None = None
-    """Which of the teacher's layers the student's came from, where it is of its lineage: circuits can then be compared
-    head by head."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe for this student alone, e.g. `alignment.positions: last`: the same model under several
-    methods."""
-
-
-@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StudyConfig:
-    """What is run. The recipe's own student, data size, lambda, conditions and seeds are replaced."""
-
-    title: str = "Study"
-    recipe: str
-    """The recipe of every cell: a file or the name of a bundled one."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe for all cells, e.g. `data.seed: 1`."""
-    students: dict[str, StudentConfig]
-    train_scenes: tuple[Annotated[int, Field(ge=1)], ...]
-    """Data sizes, scarce to ample."""
-    weights: tuple[Annotated[float, Field(gt=0)], ...]
-    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts; a single one is
-    taken as it is."""
-    validation_seeds: tuple[int, ...] = ()
-    """Training seeds of the choice of lambda; none of them is among `seeds`."""
-    seeds: tuple[int, ...]
-    conditions: tuple[ConditionName, ...]
-    anew: tuple[ConditionName, ...] = ()
-    """Conditions in whose students circuits are found anew, with the first seed at the first data size."""
-
-    def __post_init__(self) -> None:
-        shared = set(self.seeds) & set(self.validation_seeds)
-        if shared:
-            raise InputError(
-                f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the "
-                "results."
-            )
-        if len(self.weights) > 1 and not self.validation_seeds:
-            raise InputError(
-                "lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single "
-                "weight."
-            )
-
-
-def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -> StudyConfig:
-    """A study from a YAML file or the name of a bundled one. Errors: as `read_recipe`."""
-    return parse_config(StudyConfig, read_yaml(source), overrides=overrides)
 
 
 def opened_study(path: Path) -> "Study":
     """The study that a folder holds. Errors: `InputError` when it holds none."""
-    return Study(parse_config(StudyConfig, storage.read_json(path / "study.json")["study"]), path)
+    return Study(written_study(storage.read_json(path / "study.json")["study"]), path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +82,7 @@ class Study:
             return
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
-        if parse_config(StudyConfig, storage.read_json(file)["study"]) != self.config:
+        if written_study(storage.read_json(file)["study"]) != written_study(described):
             raise InputError(
                 f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another "
                 "--out."

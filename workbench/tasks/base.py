@@ -17,29 +17,7 @@ from torch import Tensor
 from workbench import storage
 from workbench.errors import InputError, nearest
 from workbench.tasks.pairs import Pair, Span, Split, numbered_pairs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A group of heads in a backward search: where its heads act and whose input they write to.
-
-    `into=None` means the logits; otherwise `composition` says which input (q, k or v) of the heads of group `into`
-    receives.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    name: str
-    title: str = ""
-    position: str
-    into: str | None = None
-    composition: Literal["q", "k", "v"] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.into is None) != (self.composition is None):
-            raise InputError(
-                f"stage {self.name!r}: `into` and `composition` go together (both, or neither for the logits)."
-            )
+from workbench.tasks.stages import Stage
 
 
 @runtime_checkable

@@ -12,41 +12,18 @@ Templates that write a BOS themselves are refused together with `prepend_bos`.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from datasets import Dataset
 
 from workbench.errors import InputError
 from workbench.tasks.base import Pair, PromptPairs, encode, to_dataset, token_indices
-
-Chat = Literal["none", "user", "assistant"]
+from workbench.tasks.settings import PromptConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSettings:
-    """How prompts are put to a model."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    prepend_bos: bool = False
-    padding_side: Literal["left", "right"] = "left"
-    chat: Chat = "none"
-    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to
-    `instruction`."""
-    system: str | None = None
-    """The system message; None leaves it to the template, which may have one of its own."""
-    instruction: str | None = None
-    """With `chat: assistant`, the user's message."""
-    multi_token: bool = False
-    """Let answers have several tokens: metrics score the first, `workbench.tasks.scoring` the whole."""
-
-    def __post_init__(self) -> None:
-        if (self.chat == "assistant") != (self.instruction is not None):
-            raise InputError(
-                "`chat: assistant` and `instruction` go together: the prompt goes on a reply to that instruction."
-            )
-        if self.system is not None and self.chat == "none":
-            raise InputError("a system message needs a chat template; set `chat` to user or assistant.")
+class PromptSettings(PromptConfig):
+    """Settings at work: pairs -> a checked dataset -> tensors."""
 
     def dataset(self, pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str) -> Dataset:
         """Numbered pairs -> a checked dataset, wrapped in the chat template where one is set."""
