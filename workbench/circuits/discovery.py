@@ -20,7 +20,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.passage import Route
 from workbench.patching.path import Effect, Engine, activation_baselines, prepared, sweep_heads
 from workbench.tasks.base import PromptPairs, Stage
-from workbench.values.metrics import METRICS
+from workbench.values.metrics import METRICS, Metric
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
 
@@ -63,16 +63,17 @@ def backward_search(
     stages: Sequence[Stage],
     config: DiscoveryConfig,
     *,
+    metric: Metric | None = None,
     engine: Engine | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> Discovery:
     """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
 
     A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's
-    scores are kept, and read if they are there; an interrupted search resumes inside the stage. Errors: `InputError`
-    for a position that the prompts don't name.
+    scores are kept, and read if they are there; an interrupted search resumes inside the stage. `metric` takes the
+    place of the configuration's. Errors: `InputError` for a position that the prompts don't name.
     """
-    metric = METRICS[config.metric]
+    metric = metric or METRICS[config.metric]
     start, seconds = time.perf_counter(), {}
     patchers = prepared(model, pairs, engine=engine)
     clean, corrupt = activation_baselines(patchers, metric)
@@ -94,7 +95,7 @@ def backward_search(
         route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
         file = None if files is None else files.get(stage.name)
         scores[stage.name] = sweep_heads(
-            patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect, file=file
+            patchers, route, metric=metric, unit=metric.unit, effect=config.effect, file=file
         )
         seconds[stage.name] = time.perf_counter() - start
         groups[stage.name] = chosen(scores[stage.name], config, least=least)
@@ -102,7 +103,7 @@ def backward_search(
     circuit = Circuit.of(
         members,
         shape=(model.n_layers, model.n_heads),
-        method=f"path patching, {config.metric}, stages {' '.join(position_of)}",
+        method=f"path patching, {metric.name}, stages {' '.join(position_of)}",
     )
     return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 
