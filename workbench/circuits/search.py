@@ -1,10 +1,12 @@
 """From a model and pairs to a circuit in one call, and how good that circuit is in another."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
+
+from typing_extensions import TypedDict, Unpack
 
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.discovery import DiscoveryConfig, backward_search, stacked, top_by_ablation
@@ -12,11 +14,13 @@ from workbench.circuits.evaluation import CircuitReport, EvaluationScope, evalua
 from workbench.errors import InputError, nearest
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.execution import Execution
+from workbench.patching.path import Effect
 from workbench.patching.reference import Reference, reading, replacement_of, require_model, require_pairs
 from workbench.patching.sweeps import ablate
 from workbench.tasks.base import PromptPairs, Stage
 from workbench.values.metrics import Metric, metric_named
 from workbench.values.scores import Scores
+from workbench.values.settings import configured
 from workbench.values.tables import html_table, number, text_table
 
 Method = Literal["path_patching", "mean_ablation"]
@@ -24,6 +28,17 @@ METHODS = ("path_patching", "mean_ablation")
 DIRECT = (Stage(name="A", title="direct", position="last"),)
 """The search where no stages are known: heads that write the answer to the logits themselves."""
 PLAIN = Execution()
+
+
+class SearchSettings(TypedDict, total=False):
+    """What of a search can be set besides its method, size and metric; see `DiscoveryConfig`."""
+
+    stages: Sequence[Stage]
+    """Of path patching, in place of those that the pairs' task declares."""
+    effect: Effect
+    least_effect: float
+    selection: Literal["interval", "top", "threshold", "elbow", "significance"]
+    confidence: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,40 +82,41 @@ def find_circuit(
     heads: int = 6,
     metric: str | Metric = "log_probability",
     reference: Reference = None,
-    least_effect: float = 0.02,
     execution: Execution = PLAIN,
+    **settings: Unpack[SearchSettings],
 ) -> CircuitSearch:
     """The few attention heads that do a task in a model.
 
     `method=None` takes `path_patching` where the pairs come from a task that declares the stages of its circuit (at
     most `heads` in each stage, searched backward from the logits), else `mean_ablation` (the `heads` whose ablation
-    costs most). A head counts from an effect of `least_effect`: a share of the gap between clean and corrupt metric
-    (path patching), or of the whole model's metric (ablation). Ablated heads take their mean over the pairs' corrupt
-    prompts, never over the evaluated clean ones, unless `reference` says otherwise; the result tells which.
-    `execution.file`: where the scores are kept (path patching: beside it, with the stage's name). Errors: `InputError`
-    for an unknown method or metric, and for pairs on which clean and corrupt don't differ.
+    costs most). A head counts if its effect is at least `least_effect` (0.02) of the gap between clean and corrupt
+    metric (path patching) or of the whole model's metric (ablation), and its 95 % interval lies above 0: see
+    `SearchSettings`. Ablated heads take their mean over the pairs' corrupt prompts, never over the evaluated clean
+    ones, unless `reference` says otherwise; the result tells which. `execution.file`: where the scores are kept (path
+    patching: beside it, with the stage's name). Errors: `InputError` for an unknown method, metric or setting, and for
+    pairs on which clean and corrupt don't differ.
     """
     measured = metric_named(metric)
     require_model(model)
     require_pairs(pairs)
     if method is not None and method not in METHODS:
         raise InputError(f"no method {method!r} of finding a circuit; {nearest(str(method), METHODS)}")
-    if heads < 1 or not 0 <= least_effect <= 1:
-        raise InputError(f"a circuit has at least one head and a least effect from 0 to 1: {heads=}, {least_effect=}.")
-    stages = () if pairs.origin is None else pairs.origin.stages
+    own = settings.pop("stages", None)
+    stages = tuple(own) if own is not None else () if pairs.origin is None else pairs.origin.stages
     chosen = method or ("path_patching" if stages else "mean_ablation")
+    given = {"method": chosen, "heads": heads, **settings}
+    config = configured(DiscoveryConfig, given, call="find_circuit")
     if chosen == "path_patching":
         if reference is not None:
             raise InputError(
                 "path patching takes a head's output from the pair's corrupt prompt, so it has no `reference`; leave "
                 "it out, or set method='mean_ablation'."
             )
-        config = DiscoveryConfig(method=chosen, heads=heads, least_effect=least_effect)
         return _by_paths(model, reading(model, pairs), stages or DIRECT, measured, config, execution)
     mine = reading(model, pairs)
     replacement, words = replacement_of(model, mine, reference)
     profile = ablate(model, mine, metric=measured, reference=replacement, execution=execution)
-    circuit = top_by_ablation(profile, DiscoveryConfig(method=chosen, heads=heads, least_effect=least_effect))
+    circuit = top_by_ablation(profile, config)
     return CircuitSearch(circuit=circuit, scores=profile, method=chosen, reference=f"ablated: {words}")
 
 
