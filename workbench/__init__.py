@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench import plots
     from workbench.circuits.circuit import Circuit
-    from workbench.circuits.search import evaluate_circuit, find_circuit
+    from workbench.circuits.evaluation import evaluate_circuit
+    from workbench.circuits.search import find_circuit
     from workbench.distillation.distill import distill
     from workbench.errors import InputError
     from workbench.experiment.comparison import compare
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from workbench.matching.head_map import HeadMap
     from workbench.matching.match import match
     from workbench.models.hooked_model import Student, Teacher
+    from workbench.patching.ablation import ablate
     from workbench.patching.activation import activation_patch
+    from workbench.patching.attribution import attribute_edges as attribute
     from workbench.patching.execution import Execution
     from workbench.patching.path import path_patch
-    from workbench.patching.sweeps import ablate, attribute
     from workbench.tasks.source import read_pairs, task
     from workbench.values.metrics import Metric
     from workbench.values.refs import Head
@@ -70,12 +72,12 @@ _HOMES = {
     "Scores": "values.scores",
     "Student": "models.hooked_model",
     "Teacher": "models.hooked_model",
-    "ablate": "patching.sweeps",
+    "ablate": "patching.ablation",
     "activation_patch": "patching.activation",
-    "attribute": "patching.sweeps",
+    "attribute": "patching.attribution:attribute_edges",
     "compare": "experiment.comparison",
     "distill": "distillation.distill",
-    "evaluate_circuit": "circuits.search",
+    "evaluate_circuit": "circuits.evaluation",
     "explore": "explorer",
     "find_circuit": "circuits.search",
     "match": "matching.match",
@@ -85,7 +87,7 @@ _HOMES = {
     "run_recipe": "experiment.road",
     "task": "tasks.source",
 }
-"""Public name -> the module that holds it (`plots` is one itself)."""
+"""Public name -> the module that holds it, and its name there where that is another (`plots` is a module itself)."""
 
 
 def __getattr__(name: str) -> Any:
@@ -94,8 +96,9 @@ def __getattr__(name: str) -> Any:
         from workbench.errors import nearest
 
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {nearest(name, _HOMES)}")
-    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    value = module if name == "plots" else getattr(module, name)
+    home, _, attribute = _HOMES[name].partition(":")
+    module = importlib.import_module(f"{__name__}.{home}")
+    value = module if name == "plots" else getattr(module, attribute or name)
     globals()[name] = value
     return value
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import correct, evaluate_with_outcomes
-from workbench.circuits.search import CircuitSearch, circuit_of, require_shape
+from workbench.circuits.search_result import CircuitSearch, circuit_of
 from workbench.errors import InputError, nearest
 from workbench.matching.match import Matching
 from workbench.matching.pair_cka import pair_ckas
@@ -187,8 +187,7 @@ def _circuits(models: Mapping[str, HookedModel], circuits: Mapping[str, Circuit 
         kind = "teacher" if isinstance(model, Teacher) else "student"
         given = circuits.get(name, circuits.get(kind))
         if given is not None:
-            found[name] = circuit_of(given)
-            require_shape(model, found[name])
+            found[name] = circuit_of(given, model)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from typing_extensions import TypedDict, Unpack
 
 from workbench.circuits.circuit import Circuit
-from workbench.circuits.search import CircuitSearch, circuit_of, require_shape
+from workbench.circuits.search_result import CircuitSearch, circuit_of
 from workbench.errors import InputError, nearest
 from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
 from workbench.matching.config import Distance, MatchingConfig, Rule
@@ -17,8 +17,8 @@ from workbench.matching.head_similarity import head_similarities
 from workbench.matching.pair_cka import PairCka, floor_warning, pair_ckas
 from workbench.matching.rules import match_heads
 from workbench.models.hooked_model import HookedModel, Student, Teacher
+from workbench.patching.ablation import ablate
 from workbench.patching.reference import require_model, require_pairs
-from workbench.patching.sweeps import ablate
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import METRICS, Metric, metric_named
@@ -121,9 +121,7 @@ def match(
     require_model(student, Student, role="student")
     require_model(teacher, Teacher, role="teacher")
     require_pairs(pairs, student, teacher)
-    circuits = circuit_of(ours), circuit_of(theirs)
-    require_shape(student, circuits[0])
-    require_shape(teacher, circuits[1])
+    circuits = circuit_of(ours, student), circuit_of(theirs, teacher)
     config, metric, seed = _config(rule, dict(settings))
     if positions != "own":
         pairs.position(positions)
@@ -131,8 +129,8 @@ def match(
     if empty is not None:
         raise InputError(f"the {empty}'s circuit is empty: lower `least_effect` of find_circuit, or use more pairs.")
     impacts: dict[Literal["student", "teacher"], Scores] = {
-        "student": ablate(student, pairs, circuits[0].heads, metric=metric),
-        "teacher": ablate(teacher, pairs, circuits[1].heads, metric=metric),
+        "student": ablate(student, pairs, heads=circuits[0].heads, metric=metric),
+        "teacher": ablate(teacher, pairs, heads=circuits[1].heads, metric=metric),
     }
     similarities = None
     if "similarity" in config.distances:

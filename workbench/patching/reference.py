@@ -11,10 +11,9 @@ import torch
 
 from workbench.errors import InputError, nearest
 from workbench.models.hooked_model import HookedModel, Teacher
-from workbench.patching.ablation import Replacement, counterfactual_outputs, kind_of, reference_means
+from workbench.patching.replacement import Replacement, Zero, counterfactual_outputs, reference_means
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.tokenizers import require_readings
-from workbench.values.refs import Head
 
 Reference = PromptPairs | Literal["counterfactual", "zero"] | Replacement | None
 """Prompts whose clean side gives the means; a kind of ablation by name; a replacement made beforehand; or None: the
@@ -59,7 +58,7 @@ def replacement_of(model: HookedModel, pairs: PromptPairs, reference: Reference)
     if reference == "counterfactual":
         return counterfactual_outputs(model, pairs), "each prompt's own corrupt counterpart"
     if reference == "zero":
-        return "zero", "zero"
+        return Zero(), "zero"
     if reference is None or isinstance(reference, PromptPairs):
         prompts = corrupt_prompts(pairs) if reference is None else reading(model, reference)
         one_length = prompts.clean.shape[1] == pairs.clean.shape[1] and bool(prompts.mask.all() and pairs.mask.all())
@@ -69,7 +68,12 @@ def replacement_of(model: HookedModel, pairs: PromptPairs, reference: Reference)
             reference_means(model, prompts, per_position=one_length),
             f"mean over {len(prompts)} prompts ({which}), {per}",
         )
-    return reference, f"{kind_of(reference)} ablation, made beforehand"
+    if not all(hasattr(reference, name) for name in ("kind", "identity", "at")):
+        raise InputError(
+            f"the reference is {_described(reference)}; give pairs whose clean prompts are averaged, 'counterfactual', "
+            "'zero', or leave it out."
+        )
+    return reference, f"{reference.kind} ablation, made beforehand"
 
 
 def require_model(model: Any, kind: type[HookedModel] = HookedModel, *, role: str = "model") -> None:
@@ -93,12 +97,3 @@ def require_pairs(pairs: Any, *models: HookedModel) -> None:
 
 def _described(value: Any) -> str:
     return repr(value) if isinstance(value, str | int | float | None) else f"of type {type(value).__name__}"
-
-
-def head_of(head: Head | str) -> Head:
-    """A head, also by its name. Errors: `InputError` for anything else."""
-    if isinstance(head, Head):
-        return head
-    if isinstance(head, str):
-        return Head.parse(head)
-    raise InputError(f"{head!r} is not a head; write Head(5, 3) or 'L5H3' (layer 5, head 3).")

@@ -7,7 +7,7 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.circuits.circuit import Circuit
-from workbench.circuits.search import CircuitSearch
+from workbench.circuits.search_result import CircuitSearch
 from workbench.errors import InputError, nearest
 from workbench.plots.export import with_table
 from workbench.plots.panels import GAP, Panel, cell_size, hover_texts, initials, panels_of
@@ -63,7 +63,7 @@ def heads(
     scores: Scores | CircuitSearch | Mapping[str, Scores | CircuitSearch],
     *,
     circuit: Circuit | None = None,
-    by: Order | None = None,
+    by: Order = "highest",
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
@@ -87,7 +87,7 @@ def heads(
             raise InputError(
                 f"{name!r} holds {type(each).__name__}, no scores; give what find_circuit or ablate returns."
             )
-    return head_importance(maps, circuits=circuits, by=by or "lowest", theme=theme, title=title)
+    return head_importance(maps, circuits=circuits, by=by, theme=theme, title=title)
 
 
 def _frame(panel: Panel) -> pd.DataFrame:
