@@ -56,7 +56,7 @@ def run_recipe(
     """Discover, match, train and evaluate all that a recipe names, in the run folder `out`.
 
     `recipe`: a YAML file, the name of a bundled one (`demo`), or a `Recipe`. `overrides`: keys of the recipe, nested
-    ones with two underscores, e.g. `training__steps=20` or `device="cuda"`. `resume`: go on in a folder that holds a
+    ones with two underscores, e.g. `training__steps=20`. `resume`: go on in a folder that holds a
     run. Errors: `InputError` naming an unknown key's nearest.
     """
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
