@@ -18,13 +18,12 @@ from workbench.explorer.material import encoded
 from workbench.explorer.session import Session
 from workbench.explorer.subject import Subject
 from workbench.models.hooked_model import Teacher
-from workbench.patching.ablation import ablation_profiles, counterfactual_outputs
+from workbench.patching.ablation import ablate, counterfactual_outputs
 from workbench.patching.path import path_patch
 from workbench.readouts.logit_attribution import direct_logit_attribution
 from workbench.readouts.patterns import attention_patterns
 from workbench.tasks.entity_tracking import EntityTracking
-from workbench.values.metrics import METRICS
-from workbench.values.refs import Head, Receiver
+from workbench.values.refs import Head
 
 HEAD = Head(1, 2)
 SHAPE = (3, 4)
@@ -87,8 +86,8 @@ def test_what_is_done_while_the_view_is_made_is_asked_for_again(
 def test_every_number_in_view_is_the_workbenchs_own(session: Session) -> None:
     view = settled(session, do="select", side="teacher", head=str(HEAD))
     model, pairs = session.subjects["teacher"].model, encoded([session.state.pair], session.subjects["teacher"].model)
-    metric, unit = METRICS["logit_difference"], "logit difference"
-    scores = path_patch(model, pairs, metric=metric, unit=unit, position="last")
+    metric = "logit_difference"
+    scores = path_patch(model, pairs, metric=metric, position="last")
     shown = torch.tensor(view["maps"]["panels"]["teacher"]["values"])
     torch.testing.assert_close(shown, scores.mean(), rtol=1e-5, atol=1e-6)
     assert view["maps"]["panels"]["teacher"]["ranks"][HEAD.layer][HEAD.index] == scores.ranked().index(HEAD) + 1
@@ -98,9 +97,9 @@ def test_every_number_in_view_is_the_workbenchs_own(session: Session) -> None:
         float(direct_logit_attribution(model, pairs).heads.at(HEAD)), rel=1e-4
     )
     means = counterfactual_outputs(model, pairs)
-    impact = ablation_profiles(model, pairs, means, metrics={unit: metric}, heads=[HEAD])[unit].at(HEAD)
+    impact = ablate(model, pairs, means, metric=metric, heads=[HEAD]).at(HEAD)
     assert view["head"]["impacts"]["counterfactual"] == pytest.approx(float(impact), rel=1e-4)
-    through_q = path_patch(model, pairs, metric=metric, unit=unit, position="all", receivers=[Receiver(HEAD, "q")])
+    through_q = path_patch(model, pairs, metric=metric, position="all", receivers=[f"{HEAD}.q"])
     for row in view["head"]["reads"]:
         assert row["q"] == pytest.approx(float(through_q.at(Head.parse(row["head"]))), rel=1e-3, abs=1e-5)
     assert max(abs(row["q"]) for row in view["head"]["reads"]) > 100 * 1e-5

@@ -18,7 +18,7 @@ from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import logit_difference
 from workbench.values.refs import Embedding, Head, Mlp, Receiver
 
-METRIC: dict[str, Any] = {"metric": logit_difference, "unit": "logit difference"}
+METRIC: dict[str, Any] = {"metric": "logit_difference"}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_exact_edges_are_exact_paths(model, pairs):
     for sender in (Head(0, 1), Mlp(0), Embedding()):
         for receiver in (Receiver(Head(1, 2), "q"), Receiver(Head(2, 0), "v")):
             logits = slow.logits([sender], receivers=[receiver], freeze_mlps=True)
-            expected = logit_difference(logits, pairs.answers, pairs.distractors) - clean
+            expected = clean - logit_difference(logits, pairs.answers, pairs.distractors)
             place = exact.labels["sender"].index(str(sender)), exact.labels["receiver"].index(str(receiver))
             assert torch.allclose(exact.values[place], expected, atol=1e-5)
 

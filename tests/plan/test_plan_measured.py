@@ -102,7 +102,7 @@ def test_forwards_and_ablation(model: Teacher, shape: ModelShape, pairs: PromptP
     assert operations(lambda: PathPatcher(model, pairs)) == arithmetic.clean_run(shape, count, tokens)
     for position in ("all", "last"):
         found = operations(
-            lambda p=position: ablation_profiles(model, pairs, "zero", metrics={"m": logit_difference}, position=p)
+            lambda p=position: ablation_profiles(model, pairs, "zero", metrics="logit_difference", position=p)
         )
         assert sweeps.ablation(shape, pairs, batch=256, position=position) == pytest.approx(found, rel=CLOSE)
 

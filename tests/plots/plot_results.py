@@ -37,7 +37,7 @@ from workbench.report.study import cell_chart, convergence_chart
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
-UNIT = "change of log probability, path from last to the logits"
+UNIT = "fall of log probability, path from last to the logits"
 
 
 def scores_of(layers: int, heads: int, *, examples: int = 6, seed: int = 0) -> Scores:
@@ -184,7 +184,7 @@ def edges_of(values: dict[tuple[str, str], float]) -> Scores:
         values=table,
         axes=("sender", "receiver", "example"),
         labels={"sender": senders, "receiver": receivers},
-        unit="change of logit difference",
+        unit="fall of logit difference",
     )
 
 

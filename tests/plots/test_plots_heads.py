@@ -54,7 +54,7 @@ class TestHeads:
             at = (head.layer, head.index)
             assert text.startswith(f"<b>{head}</b> teacher<br>mean {float(scores.mean()[at]):+.4g}<br>")
             assert f"95 % interval {float(low[at]):+.4g} to {float(high[at]):+.4g}" in text
-            assert f"rank {rank} of 12 (lowest first)" in text
+            assert f"rank {rank} of 12 (highest first)" in text
             assert ("in the circuit" in text) == (head in TEACHER.heads)
         assert texts[2][1].endswith("in the circuit: A+B")
         assert texts[3] == [f"<b>L3H{index}</b> teacher<br>not measured" for index in range(4)]

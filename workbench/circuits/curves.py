@@ -144,7 +144,7 @@ class Faithfulness:
             self.model,
             [self.pairs],
             metrics=[self.metric],
-            replacement=self.replacement.identity,
+            replacement=self.replacement.identity(),
             settings={"position": self.position},
         )
 

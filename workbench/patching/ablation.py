@@ -194,7 +194,9 @@ def ablation_profiles(
     settings = {"heads": asked, "position": position}
 
     def identify() -> str:
-        return identity("ablation", model, [pairs], metrics=measured, replacement=stand_in.identity, settings=settings)
+        return identity(
+            "ablation", model, [pairs], metrics=measured, replacement=stand_in.identity(), settings=settings
+        )
 
     return load_or_sweep_all(paths, identify, lambda partial: sweep.profiles(pairs, partial))
 

@@ -1,5 +1,6 @@
-"""What stands in for an ablated head's output (`hook_z`): zero, its mean over reference prompts (position by position, or
-over all tokens), its output on a reference prompt that is drawn (resampled), or on the prompt's own corrupt counterpart.
+"""What stands in for an ablated head's output (`hook_z`): zero, its mean over reference prompts (position by position,
+or over all tokens), its output on a reference prompt that is drawn (resampled), or on the prompt's own corrupt
+counterpart.
 
 A position is counted over a prompt's real tokens, from its first, so padding changes nothing. Nothing is ever averaged
 over no token: where no reference prompt is as long as an evaluated one, there is no mean, and it is refused (or pooled
@@ -9,7 +10,7 @@ over all tokens where that is asked for).
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,10 +27,11 @@ BATCH = 256
 """Default number of prompts in one forward."""
 Kind = Literal["mean", "resampled", "counterfactual", "zero"]
 Missing = Literal["refuse", "pool"]
-StandIn = Float[Tensor, "batch pos head d_head"] | Float[Tensor, "pos head d_head"]
-"""By prompt, or the same for all prompts."""
+StandIn = Float[Tensor, "... _ _ _"]
+"""[batch pos head d_head], or [pos head d_head] for all prompts alike; 1 in place of an axis along which all is equal."""
 
 
+@runtime_checkable
 class Replacement(Protocol):
     """What an ablated head's output becomes."""
 
@@ -38,7 +40,6 @@ class Replacement(Protocol):
         """In a word."""
         ...
 
-    @property
     def identity(self) -> str:
         """What it is made of, for the identity of what is computed with it (a counterfactual one is made of the
         evaluated prompts themselves)."""
@@ -58,7 +59,10 @@ class Zero:
     """Nothing: an ablated head writes zero."""
 
     kind: Kind = "zero"
-    identity: str = "zero"
+
+    def identity(self) -> str:
+        """The kind alone."""
+        return "zero"
 
     def require_fitting(self, evaluated: PromptPairs) -> None:
         """Zero fits everywhere."""
@@ -111,7 +115,6 @@ class ReferenceMeans:
         """`mean`."""
         return "mean"
 
-    @property
     def identity(self) -> str:
         """The prompts, and how they were averaged."""
         return f"mean {self.prompts.fingerprint()} {self.per_position} {self.missing if self.per_position else ''}"
@@ -123,10 +126,18 @@ class ReferenceMeans:
         beyond = self._beyond(evaluated)
         if beyond and self.missing == "refuse":
             raise InputError(
-                f"{beyond} of the {len(evaluated)} evaluated prompts have tokens at positions where no reference prompt "
-                f"has one (the longest reference prompt has {len(self.counts)} tokens, the longest evaluated one "
-                f"{int(evaluated.mask.sum(1).max())}), so there is no mean; use longer reference prompts, means over all "
-                "tokens (`per_position=False`), or `missing='pool'` for these positions."
+                f"{beyond} of the {len(evaluated)} evaluated prompts have tokens where no reference prompt has any (the "
+                f"longest reference prompt has {len(self.counts)} tokens, the longest evaluated "
+                f"one {int(evaluated.mask.sum(1).max())}), so there is no mean; use longer reference prompts, means over "
+                "all tokens (`per_position=False`), or `missing='pool'` for these positions."
+            )
+        if beyond:
+            log.warning(
+                "%d of %d evaluated prompts are longer than every reference prompt: behind its end an ablated head "
+                "takes its mean over all tokens of the %d reference prompts",
+                beyond,
+                len(evaluated),
+                len(self.prompts),
             )
 
     def _beyond(self, evaluated: PromptPairs) -> int:
@@ -225,7 +236,6 @@ class ResampledOutputs:
         """`resampled`."""
         return "resampled"
 
-    @property
     def identity(self) -> str:
         """The prompts and the seed."""
         return f"resampled {self.prompts.fingerprint()} {self.seed}"
@@ -291,7 +301,6 @@ class CounterfactualOutputs:
         """`counterfactual`."""
         return "counterfactual"
 
-    @property
     def identity(self) -> str:
         """The kind alone: it is made of the evaluated prompts."""
         return "counterfactual"

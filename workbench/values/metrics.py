@@ -107,7 +107,7 @@ METRICS: dict[str, Metric] = {
 """The metrics that a recipe can name."""
 
 
-def metric_named(metric: str | Metric) -> Metric:
+def metric_named(metric: str | Metric | MetricFunction) -> Metric:
     """The metric of a name, or the metric itself.
 
     Errors: `InputError` for an unknown name (with the nearest), and for a function that has no name and unit yet.
