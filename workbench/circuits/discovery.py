@@ -23,7 +23,7 @@ from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
 from workbench.patching.path import activation_baselines, prepared, sweep_heads
 from workbench.tasks.base import PromptPairs, Stage
-from workbench.values.metrics import METRICS
+from workbench.values.metrics import METRICS, Metric
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
 
@@ -44,6 +44,7 @@ def backward_search(
     stages: Sequence[Stage],
     config: DiscoveryConfig,
     *,
+    metric: Metric | None = None,
     execution: Execution = Execution(),
     files: Mapping[str, str | Path] | None = None,
 ) -> Discovery:
@@ -51,11 +52,12 @@ def backward_search(
 
     A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's
     scores are kept, in place of `execution.file`, and read if they are there; an interrupted search resumes inside the
-    stage. Errors: `InputError` for a position that the prompts don't name, and another search's files.
+    stage. `metric` takes the place of the configuration's. Errors: `InputError` for a position that the prompts don't
+    name, and another search's files.
     """
     if execution.file is not None:
         raise InputError("a search has a file a stage: give `files` (stage -> file) in place of one file.")
-    metric = METRICS[config.metric]
+    metric = metric or METRICS[config.metric]
     start, seconds = time.perf_counter(), {}
     patchers = prepared(model, pairs, execution=execution)
     clean, corrupt = activation_baselines(patchers, metric)
@@ -85,7 +87,7 @@ def backward_search(
     circuit = Circuit.of(
         members,
         shape=(model.n_layers, model.n_heads),
-        method=f"path patching, {config.metric}, stages {' '.join(position_of)}",
+        method=f"path patching, {metric.name}, stages {' '.join(position_of)}",
     )
     return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 

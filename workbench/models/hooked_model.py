@@ -4,6 +4,7 @@ head's own weights.
 Everything above is written against `HookedModel`. Loading runs `self_check`, which refuses a mis-wired model.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from workbench import seeds, storage
 from workbench.errors import InputError, nearest
 from workbench.models import folders, hooks, sources
+from workbench.models.devices import require_device
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
 from workbench.values.refs import Head
 
@@ -65,13 +67,14 @@ class HookedModel:
         dtype: Dtype | str = "float32",
         check: bool = True,
     ) -> Loaded:
-        """Load from a hub id, a Hugging Face directory, a PEFT/LoRA adapter directory (merged) or a GGUF file.
+        """Load a bundled model by its name (`teacher`, `student`, ...), or from a hub id, a Hugging Face directory, a
+        PEFT/LoRA adapter directory (merged) or a GGUF file.
 
         `check=False` skips the self-check (it costs a forward of the plain model; skip it for a model loaded before).
         Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one, and for a
         device or a dtype that there is not.
         """
-        _require_device(device)
+        require_device(device)
         precision = _dtype_named(dtype)
         opened = sources.open_source(source, dtype=precision)
         tokens, mask = _probe(opened.model.get_input_embeddings().weight.shape[0], _context(opened.model.config))
@@ -327,6 +330,15 @@ class Teacher(HookedModel):
 class Student(HookedModel):
     """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
 
+    def copy(self) -> "Student":
+        """Another student of the same weights; training one leaves the other as it is."""
+        held = (value for module in cast(nn.Module, self.model).modules() for value in vars(module).values())
+        # TransformerBridge keeps some of the last forward, with its graph; every forward sets it anew
+        transient = {id(value): None for value in held if isinstance(value, Tensor) and not value.is_leaf}
+        other = type(self)(copy.deepcopy(self.model, transient), name=self.name)
+        other.tokenizer = self.tokenizer
+        return other
+
     @contextmanager
     def training(self) -> Iterator[None]:
         """Training mode (dropout on) inside the context, eval mode after it."""
@@ -394,17 +406,6 @@ def _dtype_named(dtype: str) -> torch.dtype:
     if dtype not in known:
         raise InputError(f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}")
     return getattr(torch, dtype)
-
-
-def _require_device(device: str) -> None:
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"{device!r} is no device ({str(error).splitlines()[0]}); give cpu or cuda.") from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"{device!r} was asked for, and torch finds no such device on this machine; give device='cpu'.")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"{device!r} was asked for, and this machine has {torch.cuda.device_count()} of them.")
 
 
 def self_check(

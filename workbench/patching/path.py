@@ -41,6 +41,7 @@ from workbench.patching.engine.passage import (
 from workbench.patching.engine.window import Spots
 from workbench.patching.execution import Engine, Execution
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, MetricFunction, metric_named, relative_fall
 from workbench.values.refs import (
@@ -356,7 +357,7 @@ def path_patch(
     model: HookedModel,
     pairs: PromptPairs,
     *,
-    metric: str | Metric,
+    metric: str | Metric = "log_probability",
     position: Position = "last",
     receivers: Sequence[PathEnd | str] = (),
     receiver_position: Position = "all",
@@ -371,7 +372,9 @@ def path_patch(
     head or position, and when the file is another sweep's. Source: Wang et al. 2022, section 3.1; Prakash et al. 2024,
     appendix D.
     """
-    ends = _several(receivers)
+    require_model(model)
+    require_pairs(pairs)
+    pairs, ends = reading(model, pairs), _several(receivers)
     _refuse_unknown(model, ends)
     route = Route(position=position, receivers=ends, receiver_position=receiver_position)
     measured = metric_named(metric)

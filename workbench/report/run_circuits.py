@@ -11,7 +11,7 @@ from workbench.circuits.evaluation import CircuitReport
 from workbench.experiment.runs import RunFolder
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
-from workbench.plots.heads import head_importance
+from workbench.plots.importance import head_importance
 from workbench.plots.looks import looks_figure
 from workbench.report.page import Section
 from workbench.values.scores import Scores
