@@ -1,12 +1,15 @@
-"""The README's tables, from the committed results: `make tables` writes them anew, a test compares.
+"""The tables of README and site, from the committed results: `make tables` writes them anew, a test compares.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says how each is made.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or a page of docs/; `TABLES` says how each
+is made.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from workbench import storage
 from workbench.experiment.results import TITLES
@@ -39,6 +42,22 @@ LINEAGE = {
     "checkpoint-3-boxes": "the early checkpoint itself",
     "checkpoint-4-boxes": "its checkpoint at 4 boxes",
     "unrelated": "an unrelated student",
+}
+GAINS = {
+    "[one query a scene][scenes]": ("study_scenes", ("sibling", 70)),
+    "[six heads of 32 trained][few]": ("study_few_heads", ("sibling", 70)),
+    "[an unrelated student][lineage]": ("study_lineage", ("unrelated", 70)),
+    "[theory of mind][mind]": ("study_mind", ("sibling", 1000)),
+}
+"""Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
+FORECASTS = {
+    "every scene asked at all its boxes": ("study_entity", "shared and unrelated lineage"),
+    "lineage": ("study_lineage", "five"),
+    "lineage, more data": ("study_lineage_data", "shared and unrelated lineage"),
+    "one query a scene": ("study_scenes", "one"),
+    "six heads trained": ("study_few_heads", "one"),
+    "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
+    "theory of mind": ("study_mind", "shared and unrelated lineage"),
 }
 VARIANTS = {
     "as-it-is": "the method as it is",
@@ -196,6 +215,54 @@ def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
     return markdown(head, [row(which) for which in words])
 
 
+def gains_and_losses() -> str:
+    """What alignment gained or lost over training the same heads on cross-entropy, a row a study."""
+    head = ("study", "prompts", "circuit / CE", "CE + CKA", "difference", "circuit alone")
+
+    def row(words: str, name: str, which: tuple[str, int]) -> list[str]:
+        cell = summary(name)[which]
+        accuracies = [number(cell["conditions"][arm]["full"]["mean"]) for arm in ("circuit_ce", METHOD)]
+        gained = cell["comparisons"]["circuit_ce"][METHOD]
+        parts = [difference(gained[part]["over_seeds"]) for part in ("full", "circuit")]
+        return [words, f"{cell['train_prompts']:,}", *accuracies, *parts]
+
+    return markdown(head, [*(row(words, *where) for words, where in GAINS.items()), boxes_row()])
+
+
+def boxes_row() -> list[str]:
+    """The row of SmolLM2-135M, a run of three seeds without a summary: differences seed by seed."""
+    folder = RESULTS / "smollm2_boxes"
+    rows = storage.read_json(folder / "results.json")
+    arms = {
+        arm: {each["seed"]: each for each in rows if each["condition"] == arm} for arm in ("circuit_ce", METHOD)
+    }
+    plain, aligned = arms.values()
+    accuracies = [number(mean([each["full_accuracy"] for each in arm.values()])) for arm in (plain, aligned)]
+    parts = [
+        difference(statistics.mean_interval([aligned[seed][key] - plain[seed][key] for seed in plain]).to_json())
+        for key in ("full_accuracy", "circuit_accuracy")
+    ]
+    data = storage.read_json(folder / "run.json")["recipe"]["data"]
+    return ["[SmolLM2-135M, boxes][boxes]", f"{data['train_scenes'] * data['boxes']}", *accuracies, *parts]
+
+
+def forecast() -> str:
+    """How the pairs' CKA before training ranks the gains of every study: over all its trainings, as stored, and over
+    those of the matched arm alone."""
+    head = ("study", "students", "trainings", "rank correlation", "trainings with matched partners", "rank correlation")
+
+    def row(words: str, name: str, students: str) -> list[str]:
+        found = storage.read_json(RESULTS / name / "summary.json")["diagnostic"]
+        matched = [point for point in found["points"] if point["condition"] == METHOD]
+        starts, gained = [point["cka"] - point["floor"] for point in matched], [point["gain"] for point in matched]
+        alone = float(spearmanr(starts, gained).statistic) if len(set(starts)) > 1 else None
+        counts = [str(len(points)) for points in (found["points"], matched)]
+        whole, part = (number(value, 2).replace("-", MINUS) for value in (found["rank_correlation"], alone))
+        return [words, students, counts[0], whole, counts[1], part]
+
+    return markdown(head, [row(words, *of) for words, of in FORECASTS.items()])
+
+
 def transfer(name: str, cell: tuple[str, int]) -> str:
     """Accuracy on the other tasks after training on a study's own, and its change from the untrained student's."""
     found: Mapping[str, Any] = summary(name)[cell]["transfer"]
@@ -274,6 +341,8 @@ def plans() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "gains-and-losses": gains_and_losses,
+    "forecast": forecast,
     "demo": demo,
     "study-scenes": lambda: study(
         "study_scenes",
@@ -316,5 +385,12 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block['name']]()}\n{block[3]}", text)
 
 
+def pages() -> list[Path]:
+    """README and every page of docs/ that holds a table."""
+    there = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in there if BLOCK.search(path.read_text())]
+
+
 if __name__ == "__main__":
-    storage.write_text(ROOT / "README.md", filled((ROOT / "README.md").read_text()))
+    for page in pages():
+        storage.write_text(page, filled(page.read_text()))
