@@ -6,6 +6,7 @@ is made.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, MODELS = ROOT / "assets/results", ROOT / "assets/models"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 METHOD, RANDOM = "circuit_ce_cka", "circuit_ce_random_cka"
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+DASH, MINUS, HARD = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 BENCHMARKS = {
     "patch-to-logits": "a loop over 144 heads, two hooked forwards each",
     "patch-to-heads": "TransformerLens 4.3 `get_act_patch_direct_path`",
@@ -86,7 +87,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def with_interval(found: Mapping[str, Any], digits: int = 3) -> str:
     """`0.123 [0.10, 0.14]` of a mean over seeds; without an interval where there was nothing to repeat."""
-    reach = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    reach = "" if found["low"] is None else f" [{found['low']:.2f},{HARD}{found['high']:.2f}]"
     return number(found["mean"], digits) + reach
 
 
@@ -103,7 +104,7 @@ def over_floor(cka: float | None, floor: float | None) -> str:
 
 def difference(found: Mapping[str, Any]) -> str:
     """`+0.012 [0.003, 0.021]`, with real minus signs."""
-    return f"{found['mean']:+.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("-", MINUS)
+    return f"{found['mean']:+.3f} [{found['low']:.3f},{HARD}{found['high']:.3f}]".replace("-", MINUS)
 
 
 def titled(condition: str) -> str:
@@ -135,7 +136,7 @@ def demo() -> str:
 
     def row(found: Mapping[str, Any]) -> list[str]:
         parts = [
-            f"{found[f'{part}_accuracy']:.3f} [{found[f'{part}_interval'][0]:.2f}, {found[f'{part}_interval'][1]:.2f}]"
+            f"{found[f'{part}_accuracy']:.3f} [{found[f'{part}_interval'][0]:.2f},{HARD}{found[f'{part}_interval'][1]:.2f}]"
             for part in ("full", "circuit")
         ]
         cka = over_floor(found["mean_cka"], found["cka_floor"])
@@ -151,30 +152,18 @@ def demo() -> str:
     return markdown(head, map(row, storage.read_json(RESULTS / "demo/results.json")))
 
 
-def study(name: str, cells: Mapping[tuple[str, int], str]) -> str:
-    """Conditions of a study's cells side by side, each cell under its words."""
-    found = summary(name)
-    columns = [
-        [
-            f"{words}: full" if part == "full" else part
-            for part in ("full", "circuit alone", "random circuit", "CKA (floor)")
-        ]
-        for words in cells.values()
-    ]
-    conditions = [condition for condition in TITLES if condition in found[next(iter(cells))]["conditions"]]
+def study(name: str, which: tuple[str, int]) -> str:
+    """The conditions of one cell of a study."""
+    conditions = summary(name)[which]["conditions"]
 
-    def entries(condition: str, cell: Mapping[str, Any]) -> list[str]:
-        values = cell["conditions"][condition]
+    def row(condition: str) -> list[str]:
+        values = conditions[condition]
         cka = over_floor(*(None if values[name] is None else values[name]["mean"] for name in ("cka", "cka_floor")))
-        return [
-            with_interval(values["full"]),
-            with_interval(values["circuit"]),
-            number(values["random_circuit"]["mean"]),
-            cka,
-        ]
+        accuracies = [with_interval(values[part]) for part in ("full", "circuit")]
+        return [titled(condition), *accuracies, number(values["random_circuit"]["mean"]), cka]
 
-    rows = [[titled(name), *(entry for cell in cells for entry in entries(name, found[cell]))] for name in conditions]
-    return markdown(["condition", *(title for each in columns for title in each)], rows)
+    head = ("condition", "full", "circuit alone", "random circuit", "CKA (floor)")
+    return markdown(head, [row(condition) for condition in TITLES if condition in conditions])
 
 
 def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
@@ -310,7 +299,7 @@ def mixture() -> str:
     ]
 
     def entry(of: Mapping[str, Any]) -> str:
-        return f"{of['accuracy']:.3f} [{of['interval'][0]:.3f}, {of['interval'][1]:.3f}]"
+        return f"{of['accuracy']:.3f} [{of['interval'][0]:.3f},{HARD}{of['interval'][1]:.3f}]"
 
     rows = [
         [f"{words} ({found[0][task]['chance']:.2f})", *(entry(each[task]) for each in found)]
@@ -340,14 +329,17 @@ def plans() -> str:
     return markdown(head, rows)
 
 
+SIZES = (70, 280, 1050)
+STUDENTS = ("sibling", "unrelated")
 TABLES: Mapping[str, Callable[[], str]] = {
     "gains-and-losses": gains_and_losses,
     "forecast": forecast,
     "demo": demo,
-    "study-scenes": lambda: study(
-        "study_scenes",
-        {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"},
-    ),
+    **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
+    **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
+    **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
+    **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
+    "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
     "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),
     "study-lineage-data": lambda: gains(
         "study_lineage_data",
@@ -361,17 +353,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-methods": lambda: gains(
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
-    "study-few-heads": lambda: study(
-        "study_few_heads",
-        {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"},
-    ),
-    "study-mind": lambda: study(
-        "study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}
-    ),
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
-    "study-entity": lambda: study(
-        "study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}
-    ),
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
     "two-tokenizers": lambda: run("smollm2_to_bundled"),
