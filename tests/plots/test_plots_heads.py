@@ -10,7 +10,7 @@ from tests.plots.plot_results import STUDENT, TEACHER, UNIT, everything, figures
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.errors import InputError
 from workbench.plots.curves import faithfulness_figure
-from workbench.plots.heads import head_importance
+from workbench.plots.importance import head_importance
 from workbench.plots.theme import LIGHT
 from workbench.values.refs import Head
 from workbench.values.scores import Scores

@@ -4,6 +4,7 @@ head's own weights.
 Everything above is written against `HookedModel`. Loading runs `self_check`, which refuses a mis-wired model.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from workbench import seeds
 from workbench.errors import InputError
 from workbench.models import hooks, sources
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
+from workbench.storage import located
 from workbench.values.refs import Head
 
 Matrix = Literal["q", "k", "v", "o"]
@@ -56,12 +58,15 @@ class HookedModel:
     def load(
         cls: type[Loaded], source: str | Path, *, device: str = "cpu", dtype: Dtype = "float32", check: bool = True
     ) -> Loaded:
-        """Load from a hub id, a Hugging Face directory, a PEFT/LoRA adapter directory (merged) or a GGUF file.
+        """Load a bundled model by its name (`teacher`, `student`, ...), or from a hub id, a Hugging Face directory, a
+        PEFT/LoRA adapter directory (merged) or a GGUF file.
 
         `check=False` skips the self-check (it costs a forward of the plain model; skip it for a model loaded before).
-        Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one.
+        Errors: `InputError` when the device or the source can't be had, or the hooked model does not equal the plain
+        one.
         """
-        opened = sources.open_source(source, dtype=getattr(torch, dtype))
+        _require_available(device)
+        opened = sources.open_source(located(str(source)), dtype=getattr(torch, dtype))
         tokens, mask = _probe(opened.model.config.vocab_size)
         with torch.no_grad():
             expected = (
@@ -285,6 +290,12 @@ class Teacher(HookedModel):
 class Student(HookedModel):
     """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
 
+    def copy(self) -> "Student":
+        """Another student of the same weights; training one leaves the other as it is."""
+        other = type(self)(copy.deepcopy(self.model), name=self.name)
+        other.tokenizer = self.tokenizer
+        return other
+
     @contextmanager
     def training(self) -> Iterator[None]:
         """Training mode (dropout on) inside the context, eval mode after it."""
@@ -294,7 +305,7 @@ class Student(HookedModel):
         finally:
             self.model.eval()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer) that `transformers` loads to the same logits.
 
         A model saved there before is replaced. Errors: `InputError` for a hooked transformer that was not made from a
@@ -302,6 +313,7 @@ class Student(HookedModel):
         """
         from workbench.models.export import plain_model
 
+        directory = Path(directory)
         if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
             raise InputError(
                 f"{directory} is not a saved model; choose another directory to save to, so that its files are not "
@@ -332,6 +344,20 @@ def _only_last(unembed: nn.Module, mask: Bool[Tensor, "batch pos"]) -> Iterator[
 def last_position(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
     """Index of the last real token of each prompt."""
     return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+
+
+def _require_available(device: str) -> None:
+    """Refuse, before anything is read, a device that this machine has not."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"{device!r} is not a device; use cpu, cuda, cuda:1 or mps.") from None
+    count = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}
+    if kind.type in count and (kind.index or 0) >= count[kind.type]():
+        raise InputError(
+            f"there is no device {device!r} for this installation of torch ({count[kind.type]()} of its kind found); "
+            "use device='cpu', or install torch for it."
+        )
 
 
 def _position_ids(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:

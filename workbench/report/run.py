@@ -7,9 +7,9 @@ from workbench.distillation.reports import read_log
 from workbench.errors import InputError
 from workbench.experiment.results import ConditionResult, run_logs
 from workbench.experiment.runs import RunFolder
+from workbench.plots.losses import loss_curves, run_of
 from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.table import results_chart, results_html
-from workbench.plots.training import loss_curves, run_of
 from workbench.report.page import Section, report_html
 from workbench.report.run_circuits import circuit_sections
 from workbench.report.run_matches import match_sections

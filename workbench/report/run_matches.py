@@ -9,7 +9,7 @@ from workbench import storage
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
 from workbench.matching.pair_cka import PairCka
-from workbench.plots.matches import matching, matching_change
+from workbench.plots.head_maps import matching, matching_change
 from workbench.plots.matrices import cka_change
 from workbench.plots.similarity import impact_scatter
 from workbench.plots.table import METHOD, condition_title

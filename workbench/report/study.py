@@ -11,9 +11,9 @@ from plotly import graph_objects as go
 from workbench import storage
 from workbench.errors import InputError
 from workbench.plots.export import with_table
+from workbench.plots.losses import style_of
 from workbench.plots.table import METHOD, condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
-from workbench.plots.training import style_of
 from workbench.report.page import Section, report_html
 
 WIDTH = 820

@@ -8,5 +8,5 @@ ROOT = Path(__file__).parents[2]
 
 def located(name: str) -> str:
     """A relative path of the working directory, else of the project's root; anything else as it is."""
-    inside = ROOT / name
-    return str(inside) if not Path(name).exists() and inside.exists() else name
+    inside = next((each for each in (ROOT / name, ROOT / "assets" / "models" / name) if each.exists()), None)
+    return name if Path(name).exists() or inside is None else str(inside)

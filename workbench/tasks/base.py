@@ -40,6 +40,23 @@ class Stage:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where pairs come from: what is known of them beyond their tokens."""
+
+    name: str
+    """A task's name, or a file's."""
+    split: Split | None = None
+    """Of a task: which of its disjoint parts."""
+    stages: tuple[Stage, ...] = ()
+    """The stages of the circuit that the task declares; empty where none are known."""
+    chance: float | None = None
+    """Accuracy of guessing."""
+
+    def __str__(self) -> str:
+        return self.name if self.split is None else f"{self.name}, {self.split} split"
+
+
 @runtime_checkable
 class Task(Protocol):
     """A generator of pairs with a name, a chance level and, where known, the stages of its circuit."""
@@ -74,6 +91,8 @@ class PromptPairs:
     teacher: "PromptPairs | None" = None
     """Where the teacher has another tokenizer: its reading of the same prompts, row by row
     (`workbench.tasks.tokenizers`)."""
+    origin: Origin | None = None
+    """Where they come from, if that is known. It is no part of the fingerprint: the same tokens are the same pairs."""
 
     def __post_init__(self) -> None:
         if self.teacher is not None and (
@@ -90,6 +109,17 @@ class PromptPairs:
 
     def __len__(self) -> int:
         return self.clean.shape[0]
+
+    def __repr__(self) -> str:
+        named = ", ".join(name for name in self.positions if name != "all")
+        source = "" if self.origin is None else f"; from {self.origin}"
+        return f"PromptPairs: {len(self)} pairs of up to {self.clean.shape[1]} tokens; positions {named}{source}"
+
+    def __getitem__(self, index: slice | Int[Tensor, " rows"]) -> "PromptPairs":
+        """`pairs[:40]`: the pairs of some rows."""
+        if not isinstance(index, slice | Tensor):
+            raise InputError(f"pairs[{index!r}] is no selection of pairs; take a slice, such as pairs[:40].")
+        return self.rows(index)
 
     def position(self, name: str) -> Bool[Tensor, "batch pos"]:
         """The mask of a named position. Errors: `InputError` naming the known positions."""
@@ -114,12 +144,15 @@ class PromptPairs:
         values = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in ("positions", "teacher")
+            if field.name not in ("positions", "teacher", "origin")
         }
         tensors: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
         teacher = None if self.teacher is None else self.teacher._each(change)
         return PromptPairs(
-            **tensors, positions={name: change(mask) for name, mask in self.positions.items()}, teacher=teacher
+            **tensors,
+            positions={name: change(mask) for name, mask in self.positions.items()},
+            teacher=teacher,
+            origin=self.origin,
         )
 
     def swapped(self) -> "PromptPairs":

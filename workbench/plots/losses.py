@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from plotly import graph_objects as go
 
+from workbench.distillation.distill import DistillationResult
 from workbench.distillation.reports import StepReport
 from workbench.errors import InputError
 from workbench.experiment.results import TITLES
@@ -61,6 +62,22 @@ def loss_curves(
     remarks = [f"Thin: each step. Bold: centred mean over {smoothing} steps."] if smoothed else []
     titled(figure, title, remarks, theme, width=900, height=max(556, 22 * len(named)))
     return with_table(figure, _frame(logs))
+
+
+def training(
+    runs: DistillationResult | Mapping[str, DistillationResult],
+    *,
+    smoothing: int = 9,
+    theme: Theme = LIGHT,
+    title: str = "Losses in training",
+) -> go.Figure:
+    """The losses of a training by step, or of several by name: what `distill` returned. As `loss_curves`."""
+    named = dict(runs) if isinstance(runs, Mapping) else {"training": runs}
+    for name, run in named.items():
+        if not isinstance(run, DistillationResult):
+            raise InputError(f"{name!r} holds {type(run).__name__}, no training; give what `distill` returns.")
+    logs = {name: run.reports for name, run in named.items()}
+    return loss_curves(logs, smoothing=smoothing, theme=theme, title=title)
 
 
 def _frame(logs: Mapping[str, Sequence[StepReport]]) -> pd.DataFrame:

@@ -7,17 +7,18 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.circuits.circuit import Circuit
+from workbench.circuits.search_result import CircuitSearch
 from workbench.errors import InputError, nearest
 from workbench.plots.export import with_table
-from workbench.plots.panels import GAP, Order, Panel, cell_size, hover_texts, initials, panels_of
+from workbench.plots.panels import GAP, Panel, cell_size, hover_texts, initials, panels_of
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled, wrapped
 from workbench.values.refs import Head
-from workbench.values.scores import Scores
+from workbench.values.scores import Order, Scores
 
 SIGNS: dict[Order, str] = {
-    "lowest": "The most negative head is the most important.",
-    "highest": "The most positive head is the most important.",
-    "magnitude": "The head farthest from 0 is the most important.",
+    "highest": "Positive (orange): the head helps; ranked by how much.",
+    "lowest": "Negative (blue): the head works against the answer; ranked by how much.",
+    "magnitude": "Positive (orange): the head helps; negative (blue): it works against the answer. Ranked by size.",
 }
 LEFT, RIGHT, BELOW = 60, 100, 52
 """Pixels around the panels."""
@@ -27,7 +28,7 @@ def head_importance(
     scores: Mapping[str, Scores],
     *,
     circuits: Mapping[str, Circuit] | None = None,
-    by: Order = "lowest",
+    by: Order = "highest",
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
@@ -35,10 +36,10 @@ def head_importance(
     the initials of their roles.
 
     `scores`: panel name -> scores over (layer, head) and perhaps example. All panels share one scale, symmetric around
-    0 (negative blue, positive orange), so they must measure the same; their unit stands above them. `by` says which
-    sign means important, as in `Scores.ranked`: `lowest` for path effects (patched minus clean), `highest` for impacts
-    of ablation (whole minus ablated). NaN is grey: not measured. Errors: `InputError` for no scores, scores over other
-    axes, a circuit that belongs to no panel or has another shape.
+    0 (orange: the head helps, blue: it works against the answer), so they must measure the same; their unit stands
+    above them. `by` says which heads come first, as in `Scores.ranked`. NaN is grey: not measured.
+
+    Errors: `InputError` for no scores, scores over other axes, a circuit that belongs to no panel or has another shape.
     """
     circuits = circuits or {}
     _check(scores, circuits)
@@ -56,6 +57,37 @@ def head_importance(
     titled(figure, title, remarks, theme, width=width, height=size[1] + BELOW, above=above)
     figure.update_layout(plot_bgcolor=theme.grid, margin={"l": LEFT, "r": width - size[0] - LEFT, "b": BELOW})
     return with_table(figure, pd.concat([_frame(panel) for panel in panels], ignore_index=True))
+
+
+def heads(
+    scores: Scores | CircuitSearch | Mapping[str, Scores | CircuitSearch],
+    *,
+    circuit: Circuit | None = None,
+    by: Order = "highest",
+    theme: Theme = LIGHT,
+    title: str = "Importance of the attention heads",
+) -> go.Figure:
+    """How much every head of a model matters: a map of layers (upward) by heads, or one map each of several, by name.
+
+    `scores` over (layer, head) and perhaps example: of `find_circuit` (the search itself has its circuit outlined), of
+    `ablate`, `path_patch` or `activation_patch`. `circuit`: to outline in a single map. `by`: which sign means
+    important, as in `Scores.ranked`. Errors: `InputError` as `head_importance`.
+    """
+    if isinstance(scores, Mapping):
+        named = dict(scores)
+    else:
+        named = {"circuit" if isinstance(scores, CircuitSearch) else "model": scores}
+    if circuit is not None and len(named) != 1:
+        raise InputError("`circuit` is outlined in a single map; give several searches by name to outline each one's.")
+    circuits = {name: each.circuit for name, each in named.items() if isinstance(each, CircuitSearch)}
+    circuits |= {} if circuit is None else dict.fromkeys(named, circuit)
+    maps = {name: each.scores if isinstance(each, CircuitSearch) else each for name, each in named.items()}
+    for name, each in maps.items():
+        if not isinstance(each, Scores):
+            raise InputError(
+                f"{name!r} holds {type(each).__name__}, no scores; give what find_circuit or ablate returns."
+            )
+    return head_importance(maps, circuits=circuits, by=by, theme=theme, title=title)
 
 
 def _frame(panel: Panel) -> pd.DataFrame:

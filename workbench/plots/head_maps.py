@@ -9,6 +9,7 @@ from plotly import graph_objects as go
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.matching import HeadMap, Match
+from workbench.matching.match import Matching
 from workbench.matching.pair_cka import PairCka
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled
@@ -38,6 +39,22 @@ def matching(
     panel = Panel(head_map=head_map, ours=student_circuit, theirs=teacher_circuit, ckas=_known(head_map, ckas or ()))
     figure = _drawn([("", panel)], theme)
     return with_table(_finished(figure, [panel], title, theme, width=WIDTH), _frame([("", panel)]))
+
+
+def matches(matched: Matching, *, theme: Theme = LIGHT, title: str = "Matched heads") -> go.Figure:
+    """Which teacher head each student head goes to, and the CKA of each pair: what `match` returned. As `matching`."""
+    if not isinstance(matched, Matching):
+        raise InputError(
+            "this draws what `match` returns; for a bare HeadMap give its circuits to `head_maps.matching`."
+        )
+    return matching(
+        matched.head_map,
+        student_circuit=matched.ours,
+        teacher_circuit=matched.theirs,
+        ckas=matched.ckas,
+        theme=theme,
+        title=title,
+    )
 
 
 def matching_change(
