@@ -35,11 +35,11 @@ ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, 
 figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
 
-tables: $(READY)  ## the README's tables anew from the committed results
+tables: $(READY)  ## the tables of README and site anew from the committed results
 	$(BIN)/python -m docs.tables
 
 docs: $(READY)  ## the site with reference and notebooks -> site/index.html; a warning is an error, nothing is fetched
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 check: test  ## the only gate: the same as `make test`
 
