@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import ConfigDict, Field
@@ -32,12 +31,12 @@ from workbench.circuits.circuit import Circuit, Member
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import Replacement, described, kind_of, plain_logits
+from workbench.patching.ablation import Replacement, described, kind_of
 from workbench.patching.engine.remains import Ablatable, HookedRemains, Place, Remains, StandIns
 from workbench.patching.execution import Execution
 from workbench.patching.progress import identity, progress_bar
 from workbench.tasks.base import PromptPairs, refuse_overlap
-from workbench.values.metrics import METRICS, Metric, kl_divergence, metric_named
+from workbench.values.metrics import METRICS, kl_divergence, metric_named
 from workbench.values.refs import Head, Mlp, Position
 from workbench.values.scores import Scores
 

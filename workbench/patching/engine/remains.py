@@ -11,7 +11,6 @@ not know, and as the reference that tests and benchmarks hold it against.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,23 +47,6 @@ class StandIns:
 
     z: Mapping[int, Float[Tensor, "_ pos head d_head"]]
     mlp: Mapping[int, Float[Tensor, "_ pos d_model"]]
-
-
-class Ablatable(Protocol):
-    """A model on some prompts from which parts are removed one after another."""
-
-    @property
-    def logits(self) -> Logits:
-        """Final logits of what is left."""
-        ...
-
-    def remove(self, *places: Place) -> None:
-        """Take parts away for good."""
-        ...
-
-    def without_each(self, places: Sequence[Place]) -> Iterator[tuple[int, Logits]]:
-        """(number of the place, final logits of what is left without it) for each of some places, each on its own."""
-        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -149,17 +131,18 @@ class Remains:
             layer.pre = x[0]
             z, k, v = self._heads(number, x, 0, whole=True)
             layer.k, layer.v = (None, None) if k is None or v is None else (k[0], v[0])
-            layer.z = torch.zeros_like(self.layers[0].z) if z is None else self._spread(number, z[0])
+            layer.z = self._spread(number, None if z is None else z[0])
             layer.attention = self._written(number, z, 0, x)[0]
             middle = layer.pre + layer.attention
             layer.mlp = self._mlp(number, layer.pre[None] if part.parallel else middle[None], 0)[0]
             x = (middle + layer.mlp)[None]
         self.final = x[0, self.rows, self.last]
 
-    def _spread(self, number: int, z: Tensor) -> Tensor:
+    def _spread(self, number: int, z: Tensor | None) -> Tensor:
         """z of all heads, those that are not computed by their stand-ins."""
         every = self.stand_ins.z[number].expand(len(self.mask), *self.stand_ins.z[number].shape[1:]).clone()
-        every[:, :, self.layers[number].heads] = z
+        if z is not None:
+            every[:, :, self.layers[number].heads] = z
         return every
 
     @property
@@ -371,3 +354,7 @@ class HookedRemains:
 
 def _put(mask: Tensor, value: Tensor) -> hooks.Edit:
     return lambda activation: torch.where(mask.to(activation.device), value.to(activation), activation)
+
+
+Ablatable = Remains | HookedRemains
+"""A model on some prompts from which parts are removed one after another."""
