@@ -6,7 +6,7 @@ from typing import Any
 
 from workbench import seeds
 from workbench.errors import InputError
-from workbench.values.refs import Head, Position
+from workbench.values.refs import Head, Position, head_named, heads_named
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,17 +71,18 @@ class Circuit:
             for role in sorted({m.role for m in self.members})
         }
 
-    def role_of(self, head: Head) -> str:
+    def role_of(self, head: Head | str) -> str:
         """The roles of a head, joined by `+`; empty when it is not in the circuit."""
-        return "+".join(sorted({member.role for member in self.members if member.head == head}))
+        named = head_named(head)
+        return "+".join(sorted({member.role for member in self.members if member.head == named}))
 
     def where(self, keep: Callable[[Member], bool]) -> "Circuit":
         """The members that pass a test."""
         return replace(self, members=tuple(member for member in self.members if keep(member)))
 
-    def without(self, heads: Iterable[Head]) -> "Circuit":
+    def without(self, heads: Iterable[Head | str]) -> "Circuit":
         """The circuit without some heads."""
-        gone = set(heads)
+        gone = set(heads_named(heads))
         return self.where(lambda member: member.head not in gone)
 
     def __or__(self, other: "Circuit") -> "Circuit":

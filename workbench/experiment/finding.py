@@ -12,7 +12,7 @@ from workbench.experiment.setting import Setting
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablation_profiles, plain_logits
 from workbench.patching.attribution import exact_edges
-from workbench.values.metrics import METRICS
+from workbench.patching.execution import Execution
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -34,7 +34,7 @@ class Finding(Setting):
         log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(prompts), len(model.heads))
         if self.recipe.discovery.method == "mean_ablation":
             profile = self._profiles(name, model)[self.recipe.discovery.metric]
-            circuit, ranking = discovery.top_by_ablation(profile, self.recipe.discovery), profile.ranked(by="highest")
+            circuit, ranking = discovery.top_by_ablation(profile, self.recipe.discovery), profile.ranked()
         else:
             if self.recipe.student is not None:
                 self._profiles(name, model)
@@ -78,11 +78,13 @@ class Finding(Setting):
         report, _ = self.evaluate(model, circuit)
         partial = file.with_suffix(".partial")
         whole = curves.Faithfulness(
-            model, self.read_by(model, self.prompts.test), self.outside(model), metric=METRICS[metric], file=partial
+            model,
+            self.read_by(model, self.prompts.test),
+            self.outside(model),
+            metric=metric,
+            execution=Execution(file=partial),
         )
-        curve = curves.faithfulness_curve(
-            whole, ranking, unit=metric.replace("_", " "), random_rankings=self.recipe.evaluation.random_circuits
-        )
+        curve = curves.faithfulness_curve(whole, ranking, random_rankings=self.recipe.evaluation.random_circuits)
         storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})
         partial.unlink(missing_ok=True)
         log.info(
@@ -105,13 +107,12 @@ class Finding(Setting):
                 self.read_by(model, self.prompts.discovery).rows(slice(0, self.recipe.evaluation.edges)),
                 self.recipe.discovery.metric,
             )
-            unit, file = metric.replace("_", " "), self.folder.scores_file(name, "edges")
-            exact_edges(model, prompts, metric=METRICS[metric], unit=unit, senders=circuit.heads, file=file)
+            execution = Execution(file=self.folder.scores_file(name, "edges"))
+            exact_edges(model, prompts, metric=metric, senders=circuit.heads, execution=execution)
 
     def _profiles(self, name: str, model: HookedModel) -> dict[str, Scores]:
         wanted = sorted({self.recipe.matching.metric, self.recipe.discovery.metric, "accuracy", "log_probability"})
         files = {metric: self.folder.scores_file(name, f"ablation-{metric}") for metric in wanted}
-        metrics = {metric: METRICS[metric] for metric in wanted}
         return ablation_profiles(
-            model, self.read_by(model, self.prompts.discovery), self.means(model), metrics=metrics, files=files
+            model, self.read_by(model, self.prompts.discovery), self.means(model), metrics=wanted, files=files
         )

@@ -6,18 +6,16 @@ from collections.abc import Iterator
 
 from workbench.circuits.circuit import Circuit
 from workbench.explorer.state import State
-from workbench.explorer.subject import Subject, unit_of
+from workbench.explorer.subject import Subject
 from workbench.tasks.pairs import Pair
 
 IMPORTS = {
     "islice": "itertools",
     "Circuit, Member": "workbench.circuits.circuit",
     "evaluate_circuit": "workbench.circuits.evaluation",
-    "METRICS": "workbench.values.metrics",
     "Teacher": "workbench.models.hooked_model",
-    "ablation_profiles": "workbench.patching.ablation",
-    "counterfactual_outputs": "workbench.patching.ablation",
-    "reference_means": "workbench.patching.ablation",
+    "ablate": "workbench.patching.ablation",
+    "counterfactual_outputs, covers, reference_means": "workbench.patching.replacement",
     "activation_patch": "workbench.patching.activation",
     "exact_edges": "workbench.patching.attribution",
     "path_patch": "workbench.patching.path",
@@ -54,7 +52,7 @@ def _imports(body: str) -> str:
 def _begin(state: State, subject: Subject) -> Iterator[str]:
     yield f"model = Teacher.load({subject.model.name!r})  # the {subject.side}"
     yield "tokenizer = model.tokenizer"
-    yield f"metric, unit = METRICS[{state.metric!r}], {unit_of(state.metric)!r}"
+    yield f"metric = {state.metric!r}"
     yield ""
     yield ""
     yield "def encoded(pairs):"
@@ -78,17 +76,13 @@ def _map(state: State, subject: Subject) -> Iterator[str]:
     yield "# the heat map: [layer head example]"
     yield f"swept = {prompts}"
     if state.method == "path":
-        yield f"scores = path_patch(model, swept, metric=metric, unit=unit, position={state.acts!r})"
+        yield f"scores = path_patch(model, swept, metric=metric, position={state.acts!r})"
     elif state.method == "activation":
-        yield f'scores = activation_patch(model, swept, "z", metric=metric, unit=unit, positions=({state.acts!r},))'
+        yield f'scores = activation_patch(model, swept, "z", metric=metric, positions=({state.acts!r},))'
     else:
         yield from _stand_in(state.method, "swept", subject)
-        yield (
-            f"scores = ablation_profiles(model, swept, stand_in, metrics={{unit: metric}}, "
-            f"position={state.acts!r})[unit]"
-        )
-    order = "lowest" if state.method in ("path", "activation") else "highest"
-    yield f"print(scores.unit, *scores.top(8, by={order!r}))"
+        yield f"scores = ablate(model, swept, stand_in, metric=metric, position={state.acts!r})"
+    yield "print(scores.unit, *scores.top(8))"
 
 
 def _stand_in(kind: str, prompts: str, subject: Subject) -> Iterator[str]:
@@ -100,10 +94,7 @@ def _stand_in(kind: str, prompts: str, subject: Subject) -> Iterator[str]:
     else:
         python = "[]" if subject.material.reference is None else subject.material.reference.python
         yield f"reference = encoded({python})"
-        yield (
-            "stand_in = reference_means(model, reference, per_position=reference.clean.shape[1] == "
-            f"{prompts}.clean.shape[1])"
-        )
+        yield f"stand_in = reference_means(model, reference, per_position=covers(reference, {prompts}))"
 
 
 def _head(state: State, subject: Subject) -> Iterator[str]:
@@ -120,22 +111,19 @@ def _head(state: State, subject: Subject) -> Iterator[str]:
     yield "share = attribution.heads.at(head)"
     for kind in ("zero", "counterfactual", "mean") if subject.material.reference else ("zero", "counterfactual"):
         yield from _stand_in(kind, "prompts", subject)
-        profile = (
-            f"ablation_profiles(model, prompts, stand_in, metrics={{unit: metric}}, heads=[head], "
-            f"position={state.position!r})"
-        )
-        yield f"{kind}_impact = {profile}[unit].at(head)"
+        profile = f"ablate(model, prompts, stand_in, metric=metric, heads=[head], position={state.position!r})"
+        yield f"{kind}_impact = {profile}.at(head)"
     yield "into = [Receiver(head, part) for part in 'qkv']"
-    yield 'reads = path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=into)'
+    yield 'reads = path_patch(model, prompts, metric=metric, position="all", receivers=into)'
     yield 'strongest = reads.top(8, by="magnitude")'
     yield "through = {"
     yield (
-        '    part: path_patch(model, prompts, metric=metric, unit=unit, position="all", receivers=[Receiver(head, '
-        "part)], senders=strongest)"
+        '    part: path_patch(model, prompts, metric=metric, position="all", receivers=[Receiver(head, part)], '
+        "senders=strongest)"
     )
     yield "    for part in 'qkv'"
     yield "}"
-    yield "feeds = exact_edges(model, prompts, metric=metric, unit=unit, senders=[head], freeze_mlps=False)"
+    yield "feeds = exact_edges(model, prompts, metric=metric, senders=[head], freeze_mlps=False)"
 
 
 def _circuit(state: State, subject: Subject) -> Iterator[str]:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from workbench.explorer.state import Method, Outside
-from workbench.plots.panels import Order
 from workbench.plots.theme import DARK, LIGHT, Theme
 from workbench.values.metrics import METRICS
+from workbench.values.scores import Order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,44 +20,45 @@ class MethodWords:
     order: Order
 
 
-_HELPS = (
+_WITHOUT = (
     "Positive (orange): the metric falls without the head, so the head helps. Negative (blue): it works against "
     "the answer."
 )
-_NEEDED = (
-    "Negative (blue): the metric falls when the head says what it says on the corrupt prompt, so the task needs "
-    "it. Positive (orange): it works against the answer."
+_CORRUPT = (
+    "Positive (orange): the metric falls when the head says what it says on the corrupt prompt, so the head helps. "
+    "Negative (blue): it works against the answer."
 )
 METHODS: Mapping[Method, MethodWords] = {
     "path": MethodWords(
         title="path patching to the logits",
-        sign=_NEEDED,
-        order="lowest",
+        sign=_CORRUPT,
+        order="highest",
         does="The head takes its output on the corrupt prompt at the last token; all other heads stay as on the clean "
-        "prompt, MLPs follow. The direct effect.",
+        "prompt, MLPs follow. Shown is the fall of the metric, the direct effect.",
     ),
     "activation": MethodWords(
         title="activation patching (z)",
-        sign=_NEEDED,
-        order="lowest",
-        does="The head takes its output on the corrupt prompt; everything after it follows. The total effect.",
+        sign=_CORRUPT,
+        order="highest",
+        does="The head takes its output on the corrupt prompt; everything after it follows. Shown is the fall of the "
+        "metric, the total effect.",
     ),
     "counterfactual": MethodWords(
         title="ablation: counterfactual",
-        sign=_HELPS,
+        sign=_WITHOUT,
         order="highest",
         does="The head takes its output on the corrupt prompt; shown is the fall of the metric.",
     ),
     "mean": MethodWords(
         title="ablation: mean",
-        sign=_HELPS,
+        sign=_WITHOUT,
         order="highest",
         does="The head takes its mean output over reference prompts (by position where they are as long); shown is the "
         "fall of the metric.",
     ),
     "zero": MethodWords(
         title="ablation: zero",
-        sign=_HELPS,
+        sign=_WITHOUT,
         order="highest",
         does="The head's output is set to zero; shown is the fall of the metric.",
     ),

@@ -9,15 +9,15 @@ from plotly import graph_objects as go
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError, nearest
 from workbench.plots.export import with_table
-from workbench.plots.panels import GAP, Order, Panel, cell_size, hover_texts, initials, panels_of
+from workbench.plots.panels import GAP, Panel, cell_size, hover_texts, initials, panels_of
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled, wrapped
 from workbench.values.refs import Head
-from workbench.values.scores import Scores
+from workbench.values.scores import Order, Scores
 
 SIGNS: dict[Order, str] = {
-    "lowest": "The most negative head is the most important.",
-    "highest": "The most positive head is the most important.",
-    "magnitude": "The head farthest from 0 is the most important.",
+    "highest": "Positive (orange): the head helps; ranked by how much.",
+    "lowest": "Negative (blue): the head works against the answer; ranked by how much.",
+    "magnitude": "Positive (orange): the head helps; negative (blue): it works against the answer. Ranked by size.",
 }
 LEFT, RIGHT, BELOW = 60, 100, 52
 """Pixels around the panels."""
@@ -27,7 +27,7 @@ def head_importance(
     scores: Mapping[str, Scores],
     *,
     circuits: Mapping[str, Circuit] | None = None,
-    by: Order = "lowest",
+    by: Order = "highest",
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
@@ -35,10 +35,10 @@ def head_importance(
     the initials of their roles.
 
     `scores`: panel name -> scores over (layer, head) and perhaps example. All panels share one scale, symmetric around
-    0 (negative blue, positive orange), so they must measure the same; their unit stands above them. `by` says which
-    sign means important, as in `Scores.ranked`: `lowest` for path effects (patched minus clean), `highest` for impacts
-    of ablation (whole minus ablated). NaN is grey: not measured. Errors: `InputError` for no scores, scores over other
-    axes, a circuit that belongs to no panel or has another shape.
+    0 (orange: the head helps, blue: it works against the answer), so they must measure the same; their unit stands
+    above them. `by` says which heads come first, as in `Scores.ranked`. NaN is grey: not measured.
+
+    Errors: `InputError` for no scores, scores over other axes, a circuit that belongs to no panel or has another shape.
     """
     circuits = circuits or {}
     _check(scores, circuits)

@@ -41,9 +41,7 @@ def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Score
             "The strongest path effect of each head over the stages of the backward search. Hover for the value; "
             "circuit heads are outlined with their roles."
         )
-        figure = head_importance(
-            drawn, circuits={name: circuits[name] for name in drawn}, by="lowest", title="Path patching"
-        )
+        figure = head_importance(drawn, circuits={name: circuits[name] for name in drawn}, title="Path patching")
         yield Section(heading="Heads by path patching", text=text, figure=figure)
 
 
@@ -84,7 +82,7 @@ def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Sco
                 "little here."
             )
             figure = head_importance(
-                impacts, circuits={name: circuits[name] for name in impacts}, by="highest", title="Mean ablation"
+                impacts, circuits={name: circuits[name] for name in impacts}, title="Mean ablation"
             )
             yield Section(heading=f"Heads by mean ablation ({metric.replace('_', ' ')})", text=text, figure=figure)
 

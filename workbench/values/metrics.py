@@ -1,6 +1,7 @@
 """Logits and answers -> one value per example. Averaging, errors and intervals happen once, in `Scores`.
 
-A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
+A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final
+logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
 """
 
 import functools
@@ -50,6 +51,7 @@ def _qualified(function: object) -> str:
         return f"{_qualified(function.func)} of {function.args!r} {sorted(function.keywords.items())!r}"
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
+
 
 Logits = Float[Tensor, "batch d_vocab"]
 Ids = Int[Tensor, " batch"]
@@ -117,8 +119,8 @@ def metric_named(metric: str | Metric) -> Metric:
             raise InputError(f"no metric {metric!r}; {nearest(metric, METRICS)}")
         return METRICS[metric]
     raise InputError(
-        f"{metric!r} is no metric by itself: say what it measures, `Metric(name=..., unit=..., function=f)`, or name one "
-        f"of {', '.join(METRICS)}."
+        f"{metric!r} is no metric by itself: say what it measures, `Metric(name=..., unit=..., function=f)`, or name "
+        f"one of {', '.join(METRICS)}."
     )
 
 
@@ -131,6 +133,7 @@ def metrics_named(metrics: str | Metric | Iterable[str | Metric]) -> list[Metric
     return several
 
 
-def relative_change(patched: Float[Tensor, "*sweep batch"], clean: PerExample) -> Float[Tensor, "*sweep batch"]:
-    """(patched - clean) / clean, the score of Prakash et al. for probabilities; NaN where clean is 0."""
-    return torch.where(clean == 0, torch.nan, (patched - clean) / clean)
+def relative_fall(patched: Float[Tensor, "*sweep batch"], clean: PerExample) -> Float[Tensor, "*sweep batch"]:
+    """(clean - patched) / clean, the score of Prakash et al. for probabilities with its sign turned (positive: the head
+    helps); NaN where clean is 0."""
+    return torch.where(clean == 0, torch.nan, (clean - patched) / clean)
