@@ -102,7 +102,12 @@ class PromptPairs:
         return self.rows(index)
 
     def position(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """The mask of a named position. Errors: `InputError` naming the known positions."""
+        """The mask of a named position, of several together (`last+labels`), or of all real tokens but some (`not
+        last+labels`). Errors: `InputError` naming the known positions."""
+        if name.startswith("not "):
+            return self.positions["all"] & ~self.position(name.removeprefix("not "))
+        if "+" in name and name not in self.positions:
+            return torch.stack([self.position(part) for part in name.split("+")]).any(0)
         if name not in self.positions:
             raise InputError(f"these prompts have no position {name!r}; {nearest(name, self.positions)}")
         return self.positions[name]
