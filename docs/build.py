@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, NOTEBOOKS = ROOT / "workbench", ROOT / "notebooks"
 TEXTS = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Texts of the repository that are pages of the site."""
-LINK = re.compile(r"(?P<open>!?\[(?P<text>[^\]]*)\](?:\(|: ))(?!\w+:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?P<end>\)?)")
+LINK = re.compile(
+    r"(?P<open>!?\[(?P<text>[^\]]*)\](?:\(|: ))(?!\w+:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?P<end>\)?)"
+)
 PUBLIC, INTERNAL, NOTEBOOK = 4, 0.01, 0.6
 """Weights in the search: a public name before a page, a page before a notebook, internals last."""
 
@@ -224,7 +226,12 @@ def _public(name: str) -> list[str]:
     value = getattr(importlib.import_module("workbench"), name)
     if not hasattr(value, "__qualname__"):  # a room, such as `wb.plots`
         return [f"The functions of [`{value.__name__}`]({_up(page_of(value.__name__))}).", ""]
-    settings = ["    options:", "      heading_level: 3", "      show_root_heading: false", "      show_root_toc_entry: false"]
+    settings = [
+        "    options:",
+        "      heading_level: 3",
+        "      show_root_heading: false",
+        "      show_root_toc_entry: false",
+    ]
     home = f"In [`{value.__module__}`]({_up(page_of(value.__module__))})."
     return [f"::: {value.__module__}.{value.__qualname__}", *settings, "      show_source: false", "", home]
 

@@ -222,9 +222,7 @@ def boxes_row() -> list[str]:
     """The row of SmolLM2-135M, a run of three seeds without a summary: differences seed by seed."""
     folder = RESULTS / "smollm2_boxes"
     rows = storage.read_json(folder / "results.json")
-    arms = {
-        arm: {each["seed"]: each for each in rows if each["condition"] == arm} for arm in ("circuit_ce", METHOD)
-    }
+    arms = {arm: {each["seed"]: each for each in rows if each["condition"] == arm} for arm in ("circuit_ce", METHOD)}
     plain, aligned = arms.values()
     accuracies = [number(mean([each["full_accuracy"] for each in arm.values()])) for arm in (plain, aligned)]
     parts = [

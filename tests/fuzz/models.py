@@ -46,9 +46,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
     draw = random.Random(f"models {seed}")
     kinds, families = sorted(MUTATIONS), list(FAMILIES)
     for number in range(count):
-        yield Case(
-            family=draw.choice(families), mutation=kinds[number % len(kinds)], seed=f"{seed}-{number}"
-        )
+        yield Case(family=draw.choice(families), mutation=kinds[number % len(kinds)], seed=f"{seed}-{number}")
 
 
 def outcome(case: Case) -> tuple[str, str]:

@@ -19,10 +19,7 @@ def type_checked_names(package: str) -> set[str]:
     tree = ast.parse((ROOT / package / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     return {
-        alias.asname or alias.name
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.asname or alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
 
 

@@ -93,7 +93,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(family: str, tmp_path: Path
     folder = miniature(family, FAMILIES[family], tmp_path / "model")
     for name, change in WRONG.items():
         rewrite(copied(folder, tmp_path / name), change)
-        with pytest.raises(InputError, match=r"do not fit its config|could not be loaded|but the weights have") as refused:
+        with pytest.raises(
+            InputError, match=r"do not fit its config|could not be loaded|but the weights have"
+        ) as refused:
             Student.load(tmp_path / name)
         assert str(tmp_path / name) in str(refused.value)
 
@@ -126,7 +128,9 @@ def test_a_tied_unembedding_may_be_left_out_or_equal_but_not_another(tmp_path: P
     rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding].clone()})
     assert Student.load(folder).fingerprint() == fingerprint
     rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding] + 1})
-    with pytest.raises(InputError, match=r"lm_head.weight is not the embedding, and config.json says tie_word_embeddings"):
+    with pytest.raises(
+        InputError, match=r"lm_head.weight is not the embedding, and config.json says tie_word_embeddings"
+    ):
         Student.load(folder)
     untied = miniature("Llama", {}, tmp_path / "untied")
     change_json(untied / "config.json", tie_word_embeddings=True)
@@ -137,7 +141,9 @@ def test_a_tied_unembedding_may_be_left_out_or_equal_but_not_another(tmp_path: P
 def test_quantised_weights_are_refused(model_folder: ModelFolder, tmp_path: Path) -> None:
     folder = copied(model_folder("llama"), tmp_path / "model")
     change_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(InputError, match=r"quantised weights \(quantization_config: gptq\).*give the model that they were"):
+    with pytest.raises(
+        InputError, match=r"quantised weights \(quantization_config: gptq\).*give the model that they were"
+    ):
         Student.load(folder)
     whole = copied(model_folder("llama"), tmp_path / "whole")
     rewrite(whole, lambda tensors: {**tensors, middle(tensors): tensors[middle(tensors)].to(torch.int8)})
@@ -359,7 +365,11 @@ def test_a_saved_copy_generates_the_same(family: str, tmp_path: Path) -> None:
     assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours.get_added_vocab() == theirs.get_added_vocab()
     chat = [{"role": "user", "content": "apple box"}]
-    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False) == "apple box "
+    assert (
+        ours.apply_chat_template(chat, tokenize=False)
+        == theirs.apply_chat_template(chat, tokenize=False)
+        == "apple box "
+    )
     configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "saved")]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert configs[0][key] == configs[1][key]
@@ -453,7 +463,9 @@ def test_an_unfit_gguf_file_is_refused_before_its_conversion(tmp_path: Path, mon
     assert not list((tmp_path / "cache" / "gguf").iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"GGU", b"GGUF", b"GGUF" + bytes(40), b"GGUF" + b"\xff" * 40, b"version https://git-lfs"])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGU", b"GGUF", b"GGUF" + bytes(40), b"GGUF" + b"\xff" * 40, b"version https://git-lfs"]
+)
 def test_a_malformed_gguf_file_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))

@@ -1086,7 +1086,9 @@ def test_other_configurations_load_and_save(config: type, settings: dict[str, An
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Gemma 2 normalizes the attention output before it is added, so that its heads' outputs are not what enters the
     residual stream."""
-    with pytest.raises(InputError, match="heads' outputs do not sum to the attention output of layer 0; choose a model"):
+    with pytest.raises(
+        InputError, match="heads' outputs do not sum to the attention output of layer 0; choose a model"
+    ):
         Teacher.load(tiny_folder(tmp_path, Gemma2Config, head_dim=8))
 
 

@@ -14,7 +14,6 @@ found exactly, by evaluating what is left.
 Cost: S forwards and backwards a round (about 3 S plain forwards), whatever the number of parts.
 """
 
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -79,7 +79,11 @@ def _examine(run: Run, name: str, model: HookedModel, circuit: Circuit, ranking:
     report, _ = evaluate(run, model, circuit)
     partial = file.with_suffix(".partial")
     whole = curves.Faithfulness(
-        model, run.read_by(model, run.prompts.test), run.outside(model), metric=metric, execution=Execution(file=partial)
+        model,
+        run.read_by(model, run.prompts.test),
+        run.outside(model),
+        metric=metric,
+        execution=Execution(file=partial),
     )
     curve = curves.faithfulness_curve(whole, ranking, random_rankings=run.recipe.evaluation.random_circuits)
     storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})

@@ -106,7 +106,9 @@ def _fuse(named: dict[str, Tensor], config: Any) -> None:
     for stem in sorted({name.rsplit(".qkv.", 1)[0] for name in named if ".qkv." in name}):
         for kind in KINDS:
             if f"{stem}.o.{kind}" in named:
-                named[f"{stem}.{OUTPUTS.get('.' + stem.rsplit('.', 1)[-1], 'o')}.{kind}"] = named.pop(f"{stem}.o.{kind}")
+                named[f"{stem}.{OUTPUTS.get('.' + stem.rsplit('.', 1)[-1], 'o')}.{kind}"] = named.pop(
+                    f"{stem}.o.{kind}"
+                )
             stale = named.pop(f"{stem}.qkv.{kind}", None)
             if stale is not None:
                 parts = [named.pop(f"{stem}.{matrix}.{kind}") for matrix in "qkv"]

@@ -95,7 +95,9 @@ class HookedModel:
         )  # TransformerLens' own copy adds a BOS token and names missing special tokens
         loaded.context = _context(opened.model.config)
         if expected is not None:
-            with folders.refusing(f"{source} does not run in TransformerLens", "compare its config.json with the weights"):
+            with folders.refusing(
+                f"{source} does not run in TransformerLens", "compare its config.json with the weights"
+            ):
                 self_check(loaded, tokens, mask, expected)
         return loaded
 
@@ -337,6 +339,7 @@ class Student(HookedModel):
         transient = {id(value): None for value in held if isinstance(value, Tensor) and not value.is_leaf}
         other = type(self)(copy.deepcopy(self.model, transient), name=self.name)
         other.tokenizer = self.tokenizer
+        other.context = self.context
         return other
 
     @contextmanager
@@ -404,7 +407,9 @@ def _context(config: Any) -> int | None:
 def _dtype_named(dtype: str) -> torch.dtype:
     known = get_args(Dtype)
     if dtype not in known:
-        raise InputError(f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}")
+        raise InputError(
+            f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}"
+        )
     return getattr(torch, dtype)
 
 

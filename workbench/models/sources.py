@@ -166,7 +166,9 @@ def _convert_gguf(path: Path, target: Path) -> None:
     require_package("gguf", "gguf")
     with _alone(path) as folder, quiet():
         where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-        with refusing(f"{path} could not be read by transformers", "download or copy it again, or give the model itself"):
+        with refusing(
+            f"{path} could not be read by transformers", "download or copy it again, or give the model itself"
+        ):
             refuse_architecture(AutoConfig.from_pretrained(folder, **where), str(path))
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
             model, report = AutoModelForCausalLM.from_pretrained(
