@@ -9,7 +9,7 @@ over all tokens where that is asked for).
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ StandIn = Float[Tensor, "batch pos head d_head"] | Float[Tensor, "pos head d_hea
 """By prompt, or the same for all prompts."""
 
 
+@runtime_checkable
 class Replacement(Protocol):
     """What an ablated head's output becomes."""
 
