@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import entity_pairs
+from torch import Tensor
 
 from tests.patching.test_known_circuit import (  # noqa: F401
     ANSWER,
@@ -22,9 +23,14 @@ from tests.patching.test_known_circuit import (  # noqa: F401
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.elimination import Elimination, EliminationConfig, Site, eliminate, positions_of
 from workbench.circuits.evaluation import circuit_logits
+from workbench.circuits.gates import _gated, gate_scores
+from workbench.circuits.remaining import stand_ins
 from workbench.errors import InputError
-from workbench.patching.ablation import ablated_logits, ablation_profiles, reference_means
+from workbench.models import hooks
+from workbench.patching.ablation import ablate, ablated_logits
+from workbench.patching.engine.remains import Place
 from workbench.patching.execution import Execution
+from workbench.patching.replacement import reference_means
 from workbench.values.metrics import METRICS, kl_divergence
 from workbench.values.refs import Head, Mlp
 
@@ -76,9 +82,7 @@ def test_heads_that_stand_in_for_each_other_are_seen(write, pairs, reference):  
     twins = {Head(4, 1): Head(4, 3), Head(5, 3): Head(5, 2)}
     model = write({Head(4, 3): value_fetcher(ANSWER, FIRST), Head(5, 2): value_fetcher(ANSWER, SECOND)})
     means = reference_means(model, reference)
-    profile = ablation_profiles(model, pairs, means, metrics={"log_probability": METRICS["log_probability"]})[
-        "log_probability"
-    ]
+    profile = ablate(model, pairs, means, metric="log_probability")
     transmitter = float(profile.at(Head(3, 1)).mean())
     singles = [float(profile.at(head).mean()) for pair in twins.items() for head in pair]
     assert max(singles) < 0.05 * transmitter, "each has its twin"
@@ -89,7 +93,7 @@ def test_heads_that_stand_in_for_each_other_are_seen(write, pairs, reference):  
 
 
 def test_positions_are_found_where_heads_act(known, pairs, reference):  # noqa: F811
-    config = EliminationConfig(positions=("last", "query_label", "labels"), target=0.99)
+    config = EliminationConfig(positions=("last", "query_label", "labels"), target=0.99, exact_from=14)
     with pytest.raises(InputError, match="share tokens"):
         positions_of(pairs, ("labels", "earlier_label"))
     result = eliminate(known, pairs, reference_means(known, reference), config)
@@ -125,7 +129,13 @@ def test_an_interrupted_elimination_ends_with_the_same_bits(whole, known, pairs,
     means, file = reference_means(known, reference), tmp_path / "elimination.json"
     again = eliminate(known, pairs, means, TO_THE_END, execution=Execution(file=file))
     record = json.loads(file.read_text())
-    cut = {**record, "order": record["order"][:9], "rows": record["rows"][:10], "rivals": record["rivals"][:9]}
+    cut = {
+        **record,
+        "order": record["order"][:9],
+        "rows": record["rows"][:10],
+        "rivals": record["rivals"][:9],
+        "exact": True,
+    }
     file.write_text(json.dumps(cut))
     resumed = eliminate(known, pairs, means, TO_THE_END, execution=Execution(file=file))
     assert resumed.order == again.order == whole.order
@@ -168,3 +178,51 @@ def test_overlap_is_refused(known, pairs):  # noqa: F811
 def test_a_circuit_of_positions_is_a_circuit(known):  # noqa: F811
     circuit = Circuit.of([Member(Head(0, 1), "elimination", "not last")], shape=(6, 4), method="x")
     assert Circuit.from_json(circuit.to_json()) == circuit
+
+
+def test_rounds_by_attribution_then_exact_find_the_circuit(whole, known, pairs, reference, unseen):  # noqa: F811
+    """As the exact search, at a fraction of its evaluations; a round that would miss the target is taken back."""
+    means = reference_means(known, reference)
+    config = EliminationConfig(exact_from=10, round_steps=2, target=0.99)
+    result = eliminate(known, pairs, means, config)
+    assert set(result.circuit.heads) == set(CIRCUIT)
+    in_rounds = [rivals is None for rivals in result.rivals]
+    assert in_rounds.index(False) == sum(in_rounds) >= 6, "rounds first"
+    left = {site.part: ("all",) for site in result.left(sum(in_rounds))}
+    logits = ablated_logits(known, pairs, left, means, complement=True)
+    expected = METRICS["log_probability"](logits, pairs.answers, pairs.distractors)
+    assert torch.allclose(result.criterion.values[sum(in_rounds)].float(), expected, atol=2e-4)
+    assert bool(result.criterion.values[1].isnan().all()), "inside a round nothing is measured"
+    greedy = eliminate(known, pairs, means, EliminationConfig(exact_from=1, round_share=0.9, target=0.99))
+    assert greedy.reaches(greedy.removals)
+    assert len(greedy.circuit.heads) < 20
+
+
+def test_gates_are_the_derivative_of_closing_them(load_teacher):
+    """Predicted = measured: half closing a gate by hand changes the metric as the gradient says."""
+    model, some = load_teacher("llama"), entity_pairs(scenes=2)
+    values = stand_ins(model, some, reference_means(model, entity_pairs(scenes=3, seed=5)))
+    places = [Place(part=head, where=some.position("all")) for head in model.heads]
+    metric = METRICS["log_probability"]
+
+    def measured(logits: Tensor) -> Tensor:
+        return metric(logits, some.answers, some.distractors)
+
+    scores = gate_scores(model, some, values, places, measured, steps=1)
+    step, numbers = 1e-2, (1, 6, 11)
+    for number in numbers:
+        ends = []
+        for gate in (1.0, 1.0 - step):
+            gates = torch.ones(len(places), len(some))
+            gates[number] = gate
+            with hooks.edit(model.model, _gated(model, some, values, places, gates)), torch.no_grad():
+                ends.append(measured(model.final_logits(some.clean, some.mask)))
+        assert torch.allclose(scores[number], ((ends[0] - ends[1]) / step).abs(), rtol=0.1, atol=2e-3)
+    assert float(scores[list(numbers)].max()) > 0.05
+
+
+def test_a_small_or_unknown_wish_is_refused(known, pairs, reference):  # noqa: F811
+    with pytest.raises(InputError, match="log_probability"):
+        EliminationConfig(criterion="log_prob")
+    with pytest.raises(InputError, match="stands in for nothing"):
+        eliminate(known, pairs, "mean")  # pyright: ignore[reportArgumentType]

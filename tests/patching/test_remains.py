@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.patching.test_path_patching_reference import uneven_pairs
-from workbench.circuits.elimination import stand_ins
+from workbench.circuits.remaining import stand_ins
 from workbench.models.hooked_model import Teacher
-from workbench.patching.ablation import Replacement, counterfactual_outputs, reference_means
 from workbench.patching.engine.remains import HookedRemains, Place, Remains, StandIns
 from workbench.patching.engine.replay import replay_of
+from workbench.patching.replacement import Replacement, Zero, counterfactual_outputs, reference_means
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Mlp
 
@@ -39,7 +39,7 @@ def values(request: pytest.FixtureRequest, model: Teacher, padded: PromptPairs) 
     """Several replacements, of heads and MLPs."""
     kinds: dict[str, Callable[[], Replacement]] = {
         "counterfactual": lambda: counterfactual_outputs(model, padded),
-        "zero": lambda: "zero",
+        "zero": Zero,
         "pooled mean": lambda: reference_means(model, padded.swapped(), per_position=False),
     }
     return stand_ins(model, padded, kinds[request.param](), mlps=True)

@@ -10,11 +10,13 @@ m is a metric of the logits (higher is better), or minus the KL divergence from 
 distribution. What is removed takes its replacement (a mean over reference prompts, its output on the corrupt prompt,
 zero). A part is a head or an MLP, everywhere or at one named position of the prompts. The circuit is the last C_k that
 reaches the target. Exact: every candidate of every round is evaluated on every prompt, n (n + 1) / 2 evaluations for n
-parts, each of which runs only what its removal changes (`workbench.patching.engine.remains`).
+parts, each of which runs only what its removal changes (`workbench.patching.engine.remains`). Where that costs too
+much, `exact_from` removes parts in rounds by attribution (`workbench.circuits.gates`) as long as more than so many are
+left, and goes on exactly from there.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,23 +30,19 @@ from torch import Tensor
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.remaining import KL, Remaining
 from workbench.errors import InputError
-from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import Replacement, described, kind_of
-from workbench.patching.engine.remains import Ablatable, HookedRemains, Place, Remains, StandIns
+from workbench.patching.engine.remains import Part
 from workbench.patching.execution import Execution
 from workbench.patching.progress import identity, progress_bar
-from workbench.tasks.base import PromptPairs, refuse_overlap
-from workbench.values.metrics import METRICS, kl_divergence, metric_named
+from workbench.patching.replacement import Replacement, replacement_named
+from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Head, Mlp, Position
 from workbench.values.scores import Scores
 
-BATCH = 256
-"""Default number of prompts that are held at once."""
 ROLE = "elimination"
-KL = "kl_divergence"
-"""The criterion that asks for the whole model's own distribution."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -64,14 +62,13 @@ class Site:
         return cls(Mlp(int(part[1:])) if part.startswith("M") else Head.parse(part), position or "all")
 
 
-@validated(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@validated(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class EliminationConfig:
     """What is removed, and how far."""
 
-    criterion: Literal["log_probability", "probability", "logit_difference", "accuracy", "kl_divergence"] = (
-        "log_probability"
-    )
-    """What a removal should cost least of; with `kl_divergence`, the divergence from the whole model it should add."""
+    criterion: str | Metric = "log_probability"
+    """What a removal should cost least of: a metric, or `kl_divergence`, the divergence from the whole model that it
+    should add least to."""
     target: Annotated[float, Field(gt=0)] = 0.9
     """How much of the model the circuit must keep, as a share (with `until: kl_divergence`, nats at most)."""
     until: Literal["accuracy", "criterion", "kl_divergence"] = "accuracy"
@@ -84,6 +81,28 @@ class EliminationConfig:
     """Remove MLPs too."""
     to_the_end: bool = False
     """Go on below the target until nothing is left: the whole ranking, with its curve."""
+    exact_from: Annotated[int, Field(ge=1)] | None = None
+    """Exact from this many parts on; above, parts go in rounds by attribution. None: exact throughout."""
+    round_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of what is left that one round removes."""
+    round_steps: Annotated[int, Field(ge=1)] = 3
+    """Steps of a round's integrated gradient."""
+
+    def __post_init__(self) -> None:
+        if self.criterion != KL:
+            metric_named(self.criterion)
+
+    @property
+    def criterion_name(self) -> str:
+        """The criterion in a word."""
+        return KL if self.criterion == KL else metric_named(self.criterion).name
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What of it decides the numbers, for the identity of a file."""
+        names = ("target", "until", "positions", "mlps", "to_the_end", "exact_from", "round_share", "round_steps")
+        criterion = KL if self.criterion == KL else metric_named(self.criterion).fingerprint
+        return {"criterion": criterion, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,9 +119,9 @@ class Elimination:
     """[removed example]: KL divergence from the whole model, in nats, likewise."""
     empty: Mapping[str, float]
     """Mean criterion, accuracy and KL with every part removed."""
-    rivals: tuple[int, ...]
+    rivals: tuple[int | None, ...]
     """At each removal: how many other parts cost so nearly the same that these prompts can't tell (the 95 % interval of
-    the paired difference holds 0)."""
+    the paired difference holds 0). None: removed in a round; only the last of a round has values, the others NaN."""
     sites: tuple[Site, ...]
     """All parts, removed or not."""
     shape: tuple[int, int]
@@ -201,77 +220,127 @@ def positions_of(pairs: PromptPairs, names: Sequence[Position]) -> tuple[Positio
 def eliminate(
     model: HookedModel,
     pairs: PromptPairs,
-    replacement: Replacement,
+    replacement: Replacement | Literal["zero"],
     config: EliminationConfig | None = None,
     *,
     execution: Execution | None = None,
 ) -> Elimination:
-    """Exact backward elimination on these prompts.
+    """Backward elimination on these prompts.
 
     `execution.file`: a JSON file that holds the removals so far; an interrupted elimination resumes from it to the same
-    bits. Errors: `InputError` in training mode, for prompts among the replacement's reference prompts, where nothing
-    is lost when everything is removed, and for a file of another elimination.
+    bits. Errors: `InputError` in training mode, for prompts among the replacement's reference prompts, where nothing is
+    lost when everything is removed, and for a file of another elimination.
     """
     config, execution = config or EliminationConfig(), execution or Execution()
     model.require_eval()
-    sites = sites_of(model, pairs, config)
-    work = _Work(model, pairs, replacement, config, execution)
-    record = _Record(execution.path, lambda: identity(model, [pairs], described(replacement), config, "elimination 1"))
-    work.remove(record.order)
-    empty = work.empty(sites)
-    rows = record.rows or [work.present()]
-    rivals = list(record.rivals)
-    order = list(record.order)
-    left = [site for site in sites if site not in set(order)]
-    total = len(left) * (len(left) + 1) // 2
-    method = f"elimination by {config.criterion}, {kind_of(replacement)} ablation"
-
-    def elimination() -> Elimination:
-        return _elimination(order, rows, rivals, sites=sites, empty=empty, model=model, config=config, method=method)
-
-    with progress_bar(total=total, desc=f"eliminating from {model.name}", unit="run") as bar:
-        while left and (config.to_the_end or elimination().reaches(len(order))):
-            values = work.without_each(left)
-            best = int(values.mean(1).argmax())
-            rivals.append(_rivals(values, best))
-            order.append(left.pop(best))
-            work.remove(order[-1:])
-            rows.append(work.present())
-            record.write(order, rows, rivals)
-            bar.update(len(left) + 1)
-    return elimination()
+    replacement = replacement_named(replacement)
+    replacement.require_fitting(pairs)
+    search = _Search(model, pairs, replacement, config, execution)
+    if abs(search.empty["criterion"] - float(search.rows[0][0].mean())) < 1e-9:
+        raise InputError("removing every part changes nothing: use prompts or a metric on which they matter.")
+    total = len(search.left) * (len(search.left) + 1) // 2
+    with progress_bar(total=total, desc=f"eliminating from {model.name}", unit="run", shown=execution.progress) as bar:
+        while search.left and (config.to_the_end or search.result().reaches(len(search.order))):
+            before = len(search.left)
+            search.step()
+            bar.update(sum(range(len(search.left) + 1, before + 1)))
+    return search.result()
 
 
-def _elimination(
-    order: Sequence[Site],
-    rows: Sequence[Tensor],
-    rivals: Sequence[int],
-    *,
-    sites: tuple[Site, ...],
-    empty: Mapping[str, float],
-    model: HookedModel,
-    config: EliminationConfig,
-    method: str,
-) -> Elimination:
-    values = torch.stack(list(rows), 1)
-    labels = {"removed": ("nothing", *map(str, order))}
-    units = (config.criterion.replace("_", " "), "accuracy", "KL divergence from the whole model, nats")
-    curves = [
-        Scores(values=each, axes=("removed", "example"), labels=labels, unit=unit)
-        for each, unit in zip(values, units, strict=True)
-    ]
-    return Elimination(
-        order=tuple(order),
-        criterion=curves[0],
-        accuracy=curves[1],
-        divergence=curves[2],
-        empty=empty,
-        rivals=tuple(rivals),
-        sites=sites,
-        shape=(model.n_layers, model.n_heads),
-        config=config,
-        method=method,
-    )
+class _Search:
+    """An elimination at work: what is left, what is known of it, and the file that holds both."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        pairs: PromptPairs,
+        replacement: Replacement,
+        config: EliminationConfig,
+        execution: Execution,
+    ) -> None:
+        self.model, self.config = model, config
+        self.sites = sites_of(model, pairs, config)
+        self.method = f"elimination by {config.criterion_name}, {replacement.kind} ablation"
+        self.remaining = Remaining(model, pairs, replacement, config.criterion, execution, mlps=config.mlps)
+        self.empty = self.remaining.empty(self._parts(self.sites))
+        self.record = _Record(
+            execution.path,
+            lambda: identity(
+                "elimination", model, [pairs], metrics=[], replacement=replacement.identity, settings=config.identity
+            ),
+        )
+        self.order, self.rows, self.rivals = self.record.order, self.record.rows, self.record.rivals
+        self.rows = self.rows or [self.remaining.measured()]
+        self.remaining.remove(self._parts(self.order))
+        gone = set(self.order)
+        self.left = [site for site in self.sites if site not in gone]
+        self.in_rounds = config.exact_from is not None and not self.record.exact
+
+    def _parts(self, sites: Sequence[Site]) -> list[tuple[Part, Position]]:
+        return [(site.part, site.position) for site in sites]
+
+    def step(self) -> None:
+        """One removal, or one round of removals; the file knows of it."""
+        self.in_rounds = self.in_rounds and len(self.left) > (self.config.exact_from or 0)
+        if not (self.in_rounds and self._round()):
+            self._exactly_one()
+        self.record.write(self.order, self.rows, self.rivals, exact=not self.in_rounds)
+
+    def _exactly_one(self) -> None:
+        values = self.remaining.without_each(self._parts(self.left))
+        best = int(values.mean(1).argmax())
+        self.rivals.append(_rivals(values, best))
+        self._remove([self.left[best]])
+
+    def _remove(self, sites: Sequence[Site]) -> None:
+        """Take sites away, the last of which has its values measured."""
+        self.remaining.remove(self._parts(sites))
+        unknown = torch.full_like(self.rows[0], torch.nan)
+        self.rows += [*(unknown for _ in sites[1:]), self.remaining.measured()]
+        self.order += sites
+        self.left = [site for site in self.left if site not in set(sites)]
+
+    def _round(self) -> bool:
+        """Remove the parts of least attribution, as many as a round may. False where that would miss the target: the
+        round is taken back, and the rest goes exactly."""
+        scores = self.remaining.gate_scores(self._parts(self.left), steps=self.config.round_steps)
+        most = len(self.left) - (self.config.exact_from or 0)
+        count = min(most, max(1, int(self.config.round_share * len(self.left))))
+        weakest = [self.left[at] for at in scores.mean(1).argsort(stable=True)[:count].tolist()]
+        before = len(self.order)
+        self._remove(weakest)
+        self.rivals += [None] * count
+        if self.config.to_the_end or self.result().reaches(len(self.order)):
+            return True
+        del self.order[before:], self.rows[before + 1 :], self.rivals[before:]
+        self.remaining.restart()
+        self.remaining.remove(self._parts(self.order))
+        gone = set(self.order)
+        self.left = [site for site in self.sites if site not in gone]
+        self.in_rounds = False
+        return False
+
+    def result(self) -> Elimination:
+        """The elimination so far."""
+        values = torch.stack(list(self.rows), 1)
+        labels = {"removed": ("nothing", *map(str, self.order))}
+        units = (self.config.criterion_name.replace("_", " "), "accuracy", "KL divergence from the whole model, nats")
+        curves = [
+            Scores(values=each, axes=("removed", "example"), labels=labels, unit=unit)
+            for each, unit in zip(values, units, strict=True)
+        ]
+        return Elimination(
+            order=tuple(self.order),
+            criterion=curves[0],
+            accuracy=curves[1],
+            divergence=curves[2],
+            empty=self.empty,
+            rivals=tuple(self.rivals),
+            sites=self.sites,
+            shape=(self.model.n_layers, self.model.n_heads),
+            config=self.config,
+            method=self.method,
+        )
 
 
 def _rivals(values: Float[Tensor, "candidate example"], best: int) -> int:
@@ -285,123 +354,12 @@ def _rivals(values: Float[Tensor, "candidate example"], best: int) -> int:
     return int((difference.mean(1) <= width).sum())
 
 
-class _Work:
-    """The batches of prompts with what is left of the model on each."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        pairs: PromptPairs,
-        replacement: Replacement,
-        config: EliminationConfig,
-        execution: Execution,
-    ) -> None:
-        if hasattr(replacement, "prompts"):
-            refuse_overlap(replacement.prompts, pairs)  # type: ignore[union-attr]
-        self.config, self.parts, self.whole = config, list(pairs.batches(execution.batch_of(BATCH))), list[Tensor]()
-        self.metric = None if config.criterion == KL else metric_named(config.criterion)
-        self.stand_ins = [stand_ins(model, part, replacement, mlps=config.mlps) for part in self.parts]
-        self._open: Callable[[int], Ablatable] = lambda number: _ablatable(
-            model, self.parts[number], self.stand_ins[number], execution
-        )
-        self.models = [self._open(number) for number in range(len(self.parts))]
-        self.whole = [each.logits for each in self.models]
-
-    def places(self, number: int, sites: Sequence[Site]) -> list[Place]:
-        """The sites on one batch of prompts."""
-        return [Place(part=site.part, where=self.parts[number].position(site.position)) for site in sites]
-
-    def remove(self, sites: Sequence[Site]) -> None:
-        """Take sites away for good."""
-        for number, each in enumerate(self.models):
-            each.remove(*self.places(number, sites))
-
-    def empty(self, sites: Sequence[Site]) -> dict[str, float]:
-        """What is measured with everything removed. Errors: `InputError` where that loses nothing."""
-        rows = []
-        for number in range(len(self.parts)):
-            each = self._open(number)
-            each.remove(*self.places(number, sites))
-            rows.append(self._measured(number, each.logits))
-        means = torch.cat(rows, 1).mean(1).tolist()
-        return dict(zip(("criterion", "accuracy", "divergence"), means, strict=True))
-
-    def present(self) -> Float[Tensor, "measure example"]:
-        """Criterion, accuracy and KL of what is left, for each prompt."""
-        return torch.cat([self._measured(number, each.logits) for number, each in enumerate(self.models)], 1)
-
-    def _measured(self, number: int, logits: Tensor) -> Tensor:
-        part = self.parts[number]
-        return torch.stack([
-            self.criterion(number, logits),
-            METRICS["accuracy"](logits, part.answers, part.distractors),
-            kl_divergence(logits, self.whole[number]),
-        ]).double().cpu()  # fmt: skip
-
-    def criterion(self, number: int, logits: Tensor) -> Float[Tensor, " batch"]:
-        """What a removal should cost least of; higher is better."""
-        part = self.parts[number]
-        if self.metric is None:
-            return -kl_divergence(logits, self.whole[number])
-        return self.metric(logits, part.answers, part.distractors)
-
-    def without_each(self, sites: Sequence[Site]) -> Float[Tensor, "candidate example"]:
-        """The criterion of what is left without each of some sites."""
-        columns = []
-        for number, each in enumerate(self.models):
-            values = torch.zeros(len(sites), len(self.parts[number]), dtype=torch.float64)
-            for candidate, logits in each.without_each(self.places(number, sites)):
-                values[candidate] = self.criterion(number, logits).double().cpu()
-            columns.append(values)
-        return torch.cat(columns, 1)
-
-
-def _ablatable(model: HookedModel, pairs: PromptPairs, values: StandIns, execution: Execution) -> Ablatable:
-    replay = execution.replay(model, pairs)
-    if replay is None:
-        return HookedRemains(model, pairs, values)
-    return Remains(replay, values, memory=execution.memory)
-
-
-@torch.no_grad()
-def stand_ins(model: HookedModel, pairs: PromptPairs, replacement: Replacement, *, mlps: bool = False) -> StandIns:
-    """What removed heads (and MLPs) write on these prompts. Errors: `InputError` for MLPs and resampled outputs."""
-    shape = (1, pairs.clean.shape[1], model.n_heads, model.d_head)
-    z = {}
-    for layer in range(model.n_layers):
-        value = torch.zeros(shape) if isinstance(replacement, str) else replacement.at(layer, pairs)
-        value = value if value.ndim == 4 else value[None]
-        z[layer] = value.expand(len(value), *shape[1:]).to(pairs.clean.device)
-    return StandIns(z=z, mlp=dict(_mlp_stand_ins(model, pairs, replacement)) if mlps else {})
-
-
-def _mlp_stand_ins(model: HookedModel, pairs: PromptPairs, replacement: Replacement) -> Iterator[tuple[int, Tensor]]:
-    names = [hooks.mlp_output(layer) for layer in range(model.n_layers)]
-    kind = kind_of(replacement)
-    if kind == "resampled":
-        raise InputError("MLPs have no resampled outputs here; eliminate heads alone, or by mean or counterfactual.")
-    if kind == "counterfactual":
-        values = model.early_activations(pairs.corrupt, pairs.mask, names)
-        yield from ((layer, values[name]) for layer, name in enumerate(names))
-        return
-    reference = getattr(replacement, "prompts", None)
-    if reference is None:
-        width = model.output_weights(0).shape[-1]
-        yield from ((layer, torch.zeros(1, pairs.clean.shape[1], width)) for layer in range(model.n_layers))
-        return
-    values = model.early_activations(reference.clean, reference.mask, names)
-    mask, per_position = reference.mask[..., None], getattr(replacement, "per_position", False)
-    for layer, name in enumerate(names):
-        axes = (0,) if per_position else (0, 1)
-        mean = (values[name] * mask).sum(axes, keepdim=True) / mask.sum(axes, keepdim=True).clamp(min=1)
-        yield layer, mean.expand(1, pairs.clean.shape[1], mean.shape[-1])
-
-
 class _Record:
-    """The removals so far, in a file beside nothing else."""
+    """The removals so far, in a file."""
 
     def __init__(self, file: Path | None, identify: Callable[[], str]) -> None:
-        self.file, self.order, self.rows, self.rivals = file, list[Site](), list[Tensor](), list[int]()
+        self.file, self.order, self.rows = file, list[Site](), list[Tensor]()
+        self.rivals, self.exact = list[int | None](), False
         if file is None:
             return
         self.identity = identify()
@@ -414,11 +372,15 @@ class _Record:
                 "elsewhere."
             )
         self.order = [Site.parse(text) for text in known["order"]]
-        self.rows = [torch.tensor(row, dtype=torch.float64) for row in known["rows"]]
-        self.rivals = list(known["rivals"])
+        rows = [[[torch.nan if x is None else x for x in line] for line in row] for row in known["rows"]]
+        self.rows = [torch.tensor(row, dtype=torch.float64) for row in rows]
+        self.rivals, self.exact = list(known["rivals"]), bool(known["exact"])
 
-    def write(self, order: Sequence[Site], rows: Sequence[Tensor], rivals: Sequence[int]) -> None:
-        """Keep what is known now."""
+    def write(
+        self, order: Sequence[Site], rows: Sequence[Tensor], rivals: Sequence[int | None], *, exact: bool
+    ) -> None:
+        """Keep what is known now; NaN, which JSON has not, becomes null."""
         if self.file is not None:
-            plain = {"order": [str(site) for site in order], "rows": [row.tolist() for row in rows]}
-            storage.write_json(self.file, {"identity": self.identity, **plain, "rivals": list(rivals)})
+            plain = [[[None if x != x else x for x in line] for line in row.tolist()] for row in rows]
+            known = {"identity": self.identity, "order": [str(site) for site in order], "rows": plain}
+            storage.write_json(self.file, {**known, "rivals": list(rivals), "exact": exact})

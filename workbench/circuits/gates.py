@@ -14,44 +14,55 @@ found exactly, by evaluating what is left.
 Cost: S forwards and backwards a round (about 3 S plain forwards), whatever the number of parts.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.engine.remains import StandIns
+from workbench.patching.engine.remains import Place, StandIns
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import MetricFunction
+from workbench.values.refs import Mlp
 
 
 def gate_scores(
     model: HookedModel,
     pairs: PromptPairs,
     values: StandIns,
-    alive: Float[Tensor, "layer head"],
-    metric: MetricFunction,
+    left: Sequence[Place],
+    metric: Callable[[Tensor], Tensor],
     *,
     steps: int,
-) -> Float[Tensor, "layer head batch"]:
-    """The integrated gradient of the metric over every head's gate, for each prompt; `alive` is 1 where a head is left,
-    0 where it is removed."""
-    total = torch.zeros(*alive.shape, len(pairs), device=pairs.clean.device)
+) -> Float[Tensor, "part batch"]:
+    """The absolute integrated gradient of a metric of the logits over the gate of each part that is left, for each
+    prompt; every other head (and, where MLPs have stand-ins, every other MLP) is removed."""
+    total = torch.zeros(len(left), len(pairs), device=pairs.clean.device)
     for step in range(1, steps + 1):
-        gates = (alive * step / steps)[..., None].expand_as(total).clone().requires_grad_(True)
-        with torch.enable_grad(), hooks.edit(model.model, _gated(model, values, gates)):
-            logits = model.final_logits(pairs.clean, pairs.mask)
-            reached = metric(logits, pairs.answers, pairs.distractors).sum()
-            total += torch.autograd.grad(reached, gates)[0]
-    return total / steps
+        gates = torch.full_like(total, step / steps).requires_grad_(True)
+        with torch.enable_grad(), hooks.edit(model.model, _gated(model, pairs, values, left, gates)):
+            total += torch.autograd.grad(metric(model.final_logits(pairs.clean, pairs.mask)).sum(), gates)[0]
+    return (total / steps).abs()
 
 
-def _gated(model: HookedModel, values: StandIns, gates: Tensor) -> dict[str, hooks.Edit]:
-    def edit(layer: int) -> hooks.Edit:
-        def change(z: Tensor) -> Tensor:
-            stand_in = values.z[layer].to(z)
-            return stand_in + gates[layer].T[:, None, :, None] * (z - stand_in)
+def _gated(
+    model: HookedModel, pairs: PromptPairs, values: StandIns, left: Sequence[Place], gates: Float[Tensor, "part batch"]
+) -> dict[str, hooks.Edit]:
+    """Edits that let each part write its own output as far as its gate is open, and its stand-in for the rest."""
+    shape = (*pairs.clean.shape, model.n_heads)
+    heads = {layer: gates.new_zeros(shape) for layer in values.z}
+    mlps = {layer: gates.new_zeros(shape[:2]) for layer in values.mlp}
+    for place, gate in zip(left, gates, strict=True):
+        opened = place.where * gate[:, None]
+        if isinstance(place.part, Mlp):
+            mlps[place.layer] = mlps[place.layer] + opened
+        else:
+            one = torch.nn.functional.one_hot(torch.tensor(place.part.index), model.n_heads).to(gates)
+            heads[place.layer] = heads[place.layer] + opened[..., None] * one
+    edits = {hooks.z(layer): _mixed(opened[..., None], values.z[layer]) for layer, opened in heads.items()}
+    return edits | {hooks.mlp_output(layer): _mixed(each[..., None], values.mlp[layer]) for layer, each in mlps.items()}
 
-        return change
 
-    return {hooks.z(layer): edit(layer) for layer in range(model.n_layers)}
+def _mixed(opened: Tensor, stand_in: Tensor) -> hooks.Edit:
+    return lambda value: stand_in.to(value) + opened * (value - stand_in.to(value))

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from typing_extensions import TypedDict, Unpack
 
 from workbench.distillation.assembly import trained_slices
-from workbench.distillation.config import Tracker, TrainingConfig, WeightSchedule
+from workbench.distillation.config import TaskLoss, Tracker, TrainingConfig, WeightSchedule
 from workbench.distillation.loop import Distillation
-from workbench.distillation.losses import Pairs, TaskLoss
+from workbench.distillation.losses import Pairs
 from workbench.distillation.reports import StepReport, Validation
 from workbench.distillation.teacher_cache import computed
 from workbench.errors import InputError, nearest

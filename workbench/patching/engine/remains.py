@@ -25,13 +25,15 @@ from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Mlp
 
 Logits = Float[Tensor, "batch d_vocab"]
+Part = Head | Mlp
+"""What can be removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Place:
     """A head or an MLP at some tokens of some prompts: what is removed at once."""
 
-    part: Head | Mlp
+    part: Part
     where: Bool[Tensor, "batch pos"]
 
     @property
