@@ -1,5 +1,5 @@
-"""The parts of the site that are kept elsewhere or made: notebooks, texts of the repository, links out of docs/, and the
-reference (an mkdocs hook).
+"""The parts of the site that are kept elsewhere or made: notebooks, texts of the repository, links out of docs/, and
+the reference (an mkdocs hook).
 
 The reference has a page for each group of public names (`groups.yaml`), and one for each public module, room by room
 (`rooms.yaml`); modules and notebooks are found by looking. Pages of internals weigh little in the search.
@@ -117,8 +117,8 @@ def weighing(text: str, weight: float) -> str:
 
 
 def relinked(text: str, *, source: str, page: str, linked: set[str]) -> str:
-    """A text of the repository as a page of the site: links to files lead to their page, or to a copy of the file (noted
-    in `linked`); those to folders become plain text.
+    """A text of the repository as a page of the site: links to files lead to their page, or to a copy of the file
+    (noted in `linked`); those to folders become plain text.
 
     `source` is the text's path in the repository, `page` its path in the site.
     """
@@ -174,7 +174,8 @@ def _reference(config: MkDocsConfig) -> Iterator[File]:
     lines = [
         "# Rooms and modules",
         "",
-        "The rooms of the house, lowest first: each imports only from those above it in this list. What you need to use",
+        "The rooms of the house, lowest first: each imports only from those above it in this list. What you need to "
+        "use",
         "the workbench has [public names](index.md); this is what stands behind them.",
         "",
     ]

@@ -136,7 +136,8 @@ def demo() -> str:
 
     def row(found: Mapping[str, Any]) -> list[str]:
         parts = [
-            f"{found[f'{part}_accuracy']:.3f} [{found[f'{part}_interval'][0]:.2f},{HARD}{found[f'{part}_interval'][1]:.2f}]"
+            f"{found[f'{part}_accuracy']:.3f} "
+            f"[{found[f'{part}_interval'][0]:.2f},{HARD}{found[f'{part}_interval'][1]:.2f}]"
             for part in ("full", "circuit")
         ]
         cka = over_floor(found["mean_cka"], found["cka_floor"])

@@ -144,11 +144,16 @@ def test_a_study_holds_the_folders_of_its_students(tmp_path: Path) -> None:
         first.stdout.close()
 
 
+def _terminated() -> None:
+    """This process gets SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
 def test_sigterm_ends_like_ctrl_c() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), storage.command():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        _terminated()
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -1102,7 +1102,7 @@ def test_saving_replaces_a_saved_student_but_no_other_folder(load_student: Load,
     assert Student.load(tmp_path / "student").fingerprint() == student.fingerprint()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="has not written .*choose another folder"):
+    with pytest.raises(InputError, match=r"has not written .*choose another folder"):
         student.save(tmp_path / "notes")
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 

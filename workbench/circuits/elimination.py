@@ -266,7 +266,7 @@ class _Search:
         self.record = _Record(
             execution.path,
             lambda: identity(
-                "elimination", model, [pairs], metrics=[], replacement=replacement.identity, settings=config.identity
+                "elimination", model, [pairs], metrics=[], replacement=replacement.identity(), settings=config.identity
             ),
         )
         self.order, self.rows, self.rivals = self.record.order, self.record.rows, self.record.rivals

@@ -169,7 +169,8 @@ class HookedModel:
             longest = int(mask.sum(1).max())
             if longest > self.context:
                 raise InputError(
-                    f"a prompt has {longest} tokens, and {self.name} reads {self.context}; shorten the prompts, or take a "
+                    f"a prompt has {longest} tokens, and {self.name} reads {self.context}; shorten the prompts, or "
+                    "take a "
                     "model with a longer context."
                 )
         rows = self.embeddings
@@ -178,7 +179,8 @@ class HookedModel:
             row, column = divmod(int(tokens.argmax()), tokens.shape[1])
             what = "" if bool(mask[row, column]) else " (padding)"
             raise InputError(
-                f"prompt {row} has the token {highest}{what}, and {self.name} has {rows} embeddings; make the prompts with "
+                f"prompt {row} has the token {highest}{what}, and {self.name} has {rows} embeddings; make the prompts "
+                "with "
                 "the model's own tokenizer, and pad with a token that it has."
             )
 

@@ -126,7 +126,8 @@ def _base_directory(adapter: Path) -> Path:
         ) from None
     if _is_adapter(directory):
         raise InputError(
-            f"the base model of the adapter {adapter} is itself an adapter ({directory}); merge that one first and name "
+            f"the base model of the adapter {adapter} is itself an adapter ({directory}); merge that one first and "
+            "name "
             "the merged model as base_model_name_or_path."
         )
     return directory
@@ -171,9 +172,10 @@ def _convert_gguf(path: Path, target: Path) -> None:
         ):
             refuse_architecture(AutoConfig.from_pretrained(folder, **where), str(path))
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, **where, dtype=torch.float32, output_loading_info=True
             )
+            model, report = loaded
         require_complete(path, model, report)
     if hasattr(model.config, "quantization_config"):
         del (

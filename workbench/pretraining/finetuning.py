@@ -184,8 +184,8 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
     """Train to the end, from the last checkpoint in `work` if there is one; returns what `training.json` in `target`
     says.
 
-    A finished model in `target` is not trained again. Errors: `InputError`, before anything is trained, when it was made
-    with another configuration, or when `target` can't be written or holds what this program has not written.
+    A finished model in `target` is not trained again. Errors: `InputError`, before anything is trained, when it was
+    made with another configuration, or when `target` can't be written or holds what this program has not written.
     """
     if (storage.recovered(target) / "training.json").exists():
         return _finished(config, target)

@@ -180,7 +180,7 @@ class Study:
         conditions = (*self.config.conditions, *([METHOD] if len(self.config.weights) > 1 else []))
         preflight(run, conditions)
         for scenes in self.config.train_scenes:
-            cell = run.varied(self._at(run.recipe, scenes, self.config.weights[0]), f"scenes-{scenes}")
+            cell = run.varied(self._at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
             require_recipe(cell.recipe, cell.prompts, training_conditions(conditions))
         match(run)
         self._searched[name] = run
