@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from workbench import __version__, storage
 from workbench.distillation.processes import launched
@@ -19,6 +18,7 @@ from workbench.experiment import CONDITIONS, Experiment
 from workbench.experiment.recipe import Recipe, parse_config, read_recipe
 from workbench.experiment.runs import RunFolder
 from workbench.explorer import command as explorer
+from workbench.storage.yaml import yaml_value
 
 log = logging.getLogger("workbench")
 
@@ -321,7 +321,8 @@ def _log_to_screen() -> None:
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` settings; values are YAML."""
-    return {key: yaml.safe_load(value) for key, value in _pairs(pairs, "--set", "training.steps=20").items()}
+    given = _pairs(pairs, "--set", "training.steps=20")
+    return {key: yaml_value(value, where=f"--set {key}") for key, value in given.items()}
 
 
 def _pairs(pairs: Sequence[str], option: str, example: str = "NAME=DIRECTORY") -> dict[str, str]:

@@ -19,7 +19,7 @@ from workbench.circuits.circuit import Circuit, Member
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.passage import Route
 from workbench.patching.path import Effect, Engine, activation_baselines, prepared, sweep_heads
-from workbench.tasks.base import PromptPairs, Stage
+from workbench.tasks.base import PromptPairs, Stage, require_stages
 from workbench.values.metrics import METRICS
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
@@ -72,6 +72,7 @@ def backward_search(
     scores are kept, and read if they are there; an interrupted search resumes inside the stage. Errors: `InputError`
     for a position that the prompts don't name.
     """
+    require_stages(stages)
     metric = METRICS[config.metric]
     start, seconds = time.perf_counter(), {}
     patchers = prepared(model, pairs, engine=engine)

@@ -107,7 +107,7 @@ class Prompts:
     def _task(self, split: Split, scenes: int) -> PromptPairs:
         words = self.tokenizer if self.teacher is None else SharedWords(self.tokenizer, self.teacher)
         pairs = self.task.pairs(words, split=split, scenes=scenes, seed=self.data.seed)
-        return self._read(enumerate(pairs), f"{self.task.name} ({split})")
+        return self._read(enumerate(pairs, 1), f"{self.task.name} ({split})")
 
     @functools.cached_property
     def task(self) -> Task:

@@ -2,12 +2,12 @@
 known one."""
 
 import json
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits.discovery import DiscoveryConfig
@@ -16,6 +16,11 @@ from workbench.distillation.config import TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.matching import MatchingConfig
 from workbench.similarity.measures import Measure
+from workbench.storage import yaml
+from workbench.storage.yaml import Settings, parse_config
+from workbench.tasks.base import require_stages
+
+__all__ = ["Recipe", "parse_config", "parse_recipe", "read_recipe", "read_yaml", "to_plain"]
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -182,7 +187,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
 
 
-def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:
+def read_recipe(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a YAML file or the name of a bundled one, with top-level or dotted overrides (`{"training.steps":
     20}`).
 
@@ -191,58 +196,23 @@ def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) 
     return parse_recipe(read_yaml(source), overrides=overrides)
 
 
-def read_yaml(source: str | Path) -> dict[str, Any]:
+def read_yaml(source: str | Path) -> Settings:
     """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no
     mapping."""
     bundled = {file.stem: file for file in RECIPES.glob("*/*.yaml") if file.parent.name != "accelerate"}
-    path = Path(source) if Path(source).exists() else bundled.get(str(source))
+    path = yaml.existing(source) or bundled.get(str(source))
     if path is None:
         raise InputError(
             f"no recipe {str(source)!r}: neither a file nor a bundled recipe; {nearest(str(source), bundled)}"
         )
-    try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a mapping of recipe keys.")
-    return value
+    return yaml.read_yaml(path)
 
 
-Parsed = TypeVar("Parsed")
-
-
-def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
+def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from plain values. Errors: `InputError` naming the key and the nearest known one."""
-    return parse_config(Recipe, value, overrides=overrides)
-
-
-def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Parsed:
-    """Any configuration class from plain values, with dotted overrides. Errors: `InputError` naming the key and the
-    nearest known one."""
-    for key, setting in (overrides or {}).items():
-        place, *rest = key.split(".")
-        target = value
-        while rest:
-            target[place] = dict(target.get(place) or {})
-            target, place, rest = target[place], rest[0], rest[1:]
-        target[place] = setting
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise InputError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
-
-
-def _explain(kind: Any, problem: Any) -> str:
-    place = ".".join(map(str, problem["loc"]))
-    if problem["type"] != "unexpected_keyword_argument":
-        return f"recipe key {place}: {problem['msg']}"
-    for part in problem["loc"][:-1]:
-        kind = (
-            next((field.type for field in fields(kind) if field.name == part), kind) if isinstance(part, str) else kind
-        )
-    known = [field.name for field in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []
-    return f"unknown recipe key {place!r}; {nearest(str(problem['loc'][-1]), known)}"
+    recipe = parse_config(Recipe, value, overrides=overrides)
+    require_stages(recipe.stages or ())
+    return recipe
 
 
 def to_plain(config: Any) -> dict[str, Any]:

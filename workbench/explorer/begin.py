@@ -156,7 +156,7 @@ def _several_tokenizers(models: Sequence[HookedModel]) -> bool:
 def _readable(material: Material, models: Sequence[HookedModel]) -> Material:
     """A user's own pairs, unless their positions are token indices for models that have different tokens."""
     if _several_tokenizers(models):
-        for number, pair in enumerate(material.shown.pairs):
+        for number, pair in enumerate(material.shown.pairs, 1):
             refuse_token_indices(number, pair)
     return material
 

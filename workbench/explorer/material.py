@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
-from workbench.tasks.base import PromptPairs, Task, encode, single_token, to_dataset
+from workbench.tasks.base import PromptPairs, RowError, Task, checked_row, encode, single_token, to_dataset
 from workbench.tasks.pairs import Pair, Split, numbered_pairs
 from workbench.tasks.registry import task_named, task_names
 from workbench.tasks.tokenizers import refuse_unknown_words
@@ -131,7 +131,9 @@ def encoded(pairs: Sequence[Pair], model: HookedModel) -> PromptPairs:
     tokens."""
     for pair in pairs:
         refuse_unknown_words(pair, model.tokenizer)
-    return encode(to_dataset(enumerate(pairs), model.tokenizer, source="the pairs"), model.tokenizer).to(model.device)
+    return encode(to_dataset(enumerate(pairs, 1), model.tokenizer, source="the pairs"), model.tokenizer).to(
+        model.device
+    )
 
 
 def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:
@@ -149,9 +151,9 @@ def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:
     pair = Pair(clean=text["clean"], corrupt=text["corrupt"], answer=answer, distractor=distractor, positions={})
     refuse_unknown_words(pair, tokenizer)
     try:
-        to_dataset([(0, pair)], tokenizer, source="the typed pair")
-    except InputError as error:
-        raise InputError(str(error).removeprefix("row 0: ")) from None
+        checked_row(1, pair, tokenizer)
+    except RowError as error:
+        raise InputError(error.reason) from None
     return pair
 
 
