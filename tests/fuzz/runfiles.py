@@ -16,8 +16,8 @@ from tests.fuzz.case import Case, damaged, mutated
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.circuits.evaluation import CircuitReport
-from workbench.distillation.reports import StepReport, read_log
-from workbench.experiment.results import ConditionResult, table
+from workbench.distillation.reports import read_log
+from workbench.experiment.results import read_results, table
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
 from workbench.report.run import run_report
@@ -65,7 +65,7 @@ def _doors() -> list[Door]:
         ),
         (
             read_json(RESULTS / "demo" / "results.json"),
-            lambda path: table([ConditionResult.from_json(row) for row in read_json(path)]),
+            lambda path: table(read_results(path)),
             "results.json",
         ),
         (evaluation["curve"], lambda path: FaithfulnessCurve.from_json(read_json(path)).cpr, "curve.json"),
@@ -147,6 +147,3 @@ def _folder_case(place: Path, draw: random.Random) -> Case:
             run_report(RunFolder(place))
 
     return Case(name=f"{source.name}/{file.relative_to(place)}: {said}", run=run)
-
-
-assert StepReport

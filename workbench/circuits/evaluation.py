@@ -19,6 +19,7 @@ from torch import Tensor
 from workbench.circuits.circuit import Circuit, random_circuit
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import Kind, Replacement, ablated_logits, kind_of, plain_logits
+from workbench.storage import read_typed
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
 from workbench.values.scores import wilson_interval
@@ -61,11 +62,10 @@ class CircuitReport:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
-        """Read what `to_json` gave."""
-        pairs = ("full_interval", "circuit_interval", "random_circuit_range")
-        return cls(
-            **{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}}
-        )  # "mean": files from before there was a choice
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        if isinstance(value, Mapping):
+            value = {"ablation": "mean", **value}  # files from before there was a choice
+        return read_typed(value, cls, what="the evaluation of a circuit")
 
 
 def circuit_logits(

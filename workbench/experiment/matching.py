@@ -35,7 +35,9 @@ class Matching(Finding):
         self.require_alignable()
         self.discover()
         if not self.folder.head_map_file.exists():
-            storage.write_json(self.folder.head_map_file, self._matched(self.recipe.matching, 0).to_json())
+            circuits = [self.folder.circuit_file(model) for model in self.models()]
+            head_map = self._matched(self.recipe.matching, 0)
+            storage.write_json(self.folder.head_map_file, head_map.to_json(), made_from=circuits)
         head_map = self.folder.head_map()
         ckas = self.ckas(self.student, head_map, self.prompts.discovery)
         storage.write_json(self.folder.path / "ckas.json", [cka.to_json() for cka in ckas])

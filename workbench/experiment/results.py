@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from workbench import storage
-from workbench.errors import InputError
+from workbench.errors import InputError, nearest
 from workbench.experiment.runs import RunFolder
 from workbench.values.scores import mcnemar
 
@@ -66,16 +66,19 @@ class ConditionResult:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ConditionResult":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            return cls(
-                **{
-                    **value,
-                    "full_interval": tuple(value["full_interval"]),
-                    "circuit_interval": tuple(value["circuit_interval"]),
-                }
+        row = storage.read_typed(value, cls, what="a row of results", remedy="run the evaluation again")
+        if row.condition not in TITLES:
+            raise InputError(
+                f"this is not a row of results: there is no condition {row.condition!r}; "
+                f"{nearest(row.condition, TITLES)} Run the evaluation again."
             )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a row of results ({error!r}); run the evaluation again.") from None
+        return row
+
+
+def read_results(file: Path) -> list[ConditionResult]:
+    """The rows of a `results.json`. Errors: `InputError` when it is missing or damaged."""
+    rows = storage.read_typed(storage.read_json(file), list[Any], what=f"rows of results ({file})")
+    return [ConditionResult.from_json(row) for row in rows]
 
 
 def collect(folder: RunFolder) -> list[ConditionResult]:

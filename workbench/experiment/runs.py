@@ -47,13 +47,13 @@ class RunFolder:
         if file.exists():
             if not resume:
                 raise InputError(f"{self.path} already holds a run; resume it with --resume, or choose another --out.")
-            if storage.read_json(file).get("recipe") != described.get("recipe"):
+            if self.described()["recipe"] != described.get("recipe"):
                 raise InputError(
                     f"{self.path} was begun with another recipe; resume with that recipe (it is in {file}), or choose "
                     "another --out."
                 )
             return
-        if resume and any(self.path.glob("*")):
+        if resume and any(not path.name.startswith(".") for path in self.path.glob("*")):  # not what a kill leaves
             raise InputError(
                 f"{self.path} has no run.json: it is no run folder, or a damaged one. Choose another --out, or delete "
                 "it."
@@ -67,7 +67,11 @@ class RunFolder:
                 f"{self.path} is not a run folder (no run.json); give the folder that `workbench demo` or `workbench "
                 "discover` wrote."
             )
-        return storage.read_json(self.path / "run.json")
+        found = storage.read_json(self.path / "run.json")
+        recipe = storage.read_field(found, "recipe", what=f"the description of a run ({self.path / 'run.json'})")
+        if not isinstance(recipe, Mapping):
+            raise InputError(f"{self.path / 'run.json'} is damaged (its recipe is no object); begin the run anew.")
+        return found
 
     def examined_file(self, model: str) -> Path:
         """A circuit's report and faithfulness curve on test prompts."""
@@ -97,7 +101,18 @@ class RunFolder:
 
     def head_map(self) -> HeadMap:
         """The matching. Errors: `InputError` when it has not been made yet."""
-        return HeadMap.from_json(self._read(self.head_map_file, "match"))
+        found = HeadMap.from_json(self._read(self.head_map_file, "match"))
+        for model, heads in (
+            ("student", {match.student for match in found.matches}),
+            ("teacher", set(found.teacher_heads)),
+        ):
+            if self.circuit_file(model).exists() and (strangers := heads - set(self.circuit(model).heads)):
+                raise InputError(
+                    f"{self.head_map_file} matches {', '.join(map(str, sorted(strangers)))}, not in the circuit of "
+                    f"the {model} beside it: it was made from another circuit. Delete it and run `workbench match` "
+                    "again."
+                )
+        return found
 
     def condition(self, name: str, seed: int) -> Path:
         """The folder of a condition and seed."""

@@ -1,11 +1,12 @@
 """The report of a run folder: whatever stages it holds, in the order of the road."""
 
 from collections.abc import Iterator
+from typing import TypedDict
 
 from workbench import storage
 from workbench.distillation.reports import read_log
 from workbench.errors import InputError
-from workbench.experiment.results import ConditionResult, run_logs
+from workbench.experiment.results import read_results, run_logs
 from workbench.experiment.runs import RunFolder
 from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.table import results_chart, results_html
@@ -15,11 +16,31 @@ from workbench.report.run_circuits import circuit_sections
 from workbench.report.run_matches import match_sections
 
 
+class ShownData(TypedDict):
+    """What a report says of a recipe's prompts."""
+
+    pairs: str | None
+    task: str
+    boxes: int
+    prepend_bos: bool
+
+
+class Shown(TypedDict):
+    """What a report says of a recipe."""
+
+    title: str
+    teacher: str
+    student: str | None
+    data: ShownData
+
+
 def run_report(folder: RunFolder) -> str:
     """One self-contained HTML page. Errors: `InputError` when the folder is no run folder, is damaged, or holds nothing
     to show yet."""
     described = folder.described()
-    recipe = described["recipe"]
+    recipe = storage.read_typed(
+        described["recipe"], Shown, what=f"a recipe ({folder.path / 'run.json'})", remedy="begin the run anew"
+    )
     sections = [*_results(folder, recipe), *circuit_sections(folder), *match_sections(folder), *_training(folder)]
     if not sections:
         raise InputError(
@@ -28,17 +49,13 @@ def run_report(folder: RunFolder) -> str:
     return report_html(recipe["title"], [*sections, _provenance(described)])
 
 
-def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
+def _results(folder: RunFolder, recipe: Shown) -> Iterator[Section]:
     file = folder.trial_path / "results.json"
     if not file.exists():
         return
-    results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
+    results = read_results(file)
     data = recipe["data"]
-    boxes = (
-        data["boxes"]
-        if isinstance(data, dict) and data["pairs"] is None and data["task"] == "entity_tracking"
-        else None
-    )
+    boxes = data["boxes"] if data["pairs"] is None and data["task"] == "entity_tracking" else None
     several = len({row.seed for row in results if row.condition != "teacher"}) > 1
     over = (
         "in the figure over seeds, in the table 95 % Wilson intervals over prompts"

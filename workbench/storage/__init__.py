@@ -2,25 +2,34 @@
 pickle."""
 
 from workbench.storage.assets import located
+from workbench.storage.checksums import sha256
 from workbench.storage.files import (
+    json_value,
     map_tensors,
     read_json,
+    read_lines,
     read_tensors,
-    sha256,
     write_atomically,
     write_json,
     write_tensors,
     write_text,
+    writing,
 )
+from workbench.storage.typed import read_field, read_typed
 
 __all__ = [
+    "json_value",
     "located",
     "map_tensors",
+    "read_field",
     "read_json",
+    "read_lines",
     "read_tensors",
+    "read_typed",
     "sha256",
     "write_atomically",
     "write_json",
     "write_tensors",
     "write_text",
+    "writing",
 ]

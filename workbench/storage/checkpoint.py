@@ -33,7 +33,13 @@ def load(
     """Restore the optimizer's state; returns (step, leaf values). Errors: `InputError` when damaged or of another
     run."""
     tensors, metadata = storage.read_tensors(path)
-    described: dict[str, Any] = json.loads(metadata.get("checkpoint", "{}"))
+    try:
+        described: Any = json.loads(metadata.get("checkpoint", "{}"))
+    except (ValueError, RecursionError):
+        described = None
+    damaged = InputError(f"{path} is no checkpoint, or a damaged one; delete it, and the run begins anew.")
+    if not isinstance(described, dict):
+        raise damaged
     if described.get("identity") != identity:
         raise InputError(
             f"{path} was written by a run with another configuration, model or data; delete the run folder or resume "
@@ -42,7 +48,9 @@ def load(
     values: dict[str, Tensor] = {}
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        kind, rest = name.split("|", 1)
+        kind, _, rest = name.partition("|")
+        if kind not in ("leaf", "state") or (kind == "state" and "|" not in rest):
+            raise damaged
         if kind == "leaf":
             values[rest] = value
         else:
@@ -51,4 +59,6 @@ def load(
     for key, leaf in leaves.items():
         if key in states:
             optimizer.state[leaf] = states[key]
-    return int(described["step"]), values
+    if not isinstance(described.get("step"), int):
+        raise damaged
+    return described["step"], values

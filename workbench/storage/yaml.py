@@ -153,7 +153,7 @@ def _entries(node: yaml.MappingNode, place: Place, lines: dict[Place, int]) -> I
         if name in known:
             raise _Refused(line, f"the key {name!r} stands in line {known[name]} already; keep one of them")
         known[name] = line
-        lines[*place, name] = line
+        lines[(*place, name)] = line
         yield name, _plain(value, (*place, name), lines)
 
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
@@ -94,7 +94,15 @@ def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -
 
 def opened_study(path: Path) -> "Study":
     """The study that a folder holds. Errors: `InputError` when it holds none."""
-    return Study(parse_config(StudyConfig, storage.read_json(path / "study.json")["study"]), path)
+    return Study(_described(path / "study.json"), path)
+
+
+def _described(file: Path) -> StudyConfig:
+    """The study that `study.json` describes. Errors: `InputError` when it describes none."""
+    found = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
+    if not isinstance(found, Mapping):
+        raise InputError(f"{file} is damaged (its study is no object); begin the study anew.")
+    return parse_config(StudyConfig, found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +141,7 @@ class Study:
             return
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
-        if parse_config(StudyConfig, storage.read_json(file)["study"]) != self.config:
+        if _described(file) != self.config:
             raise InputError(
                 f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another "
                 "--out."
@@ -257,7 +265,7 @@ class Study:
                 file,
                 {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}},
             )
-        return base.varied(self._at(base.recipe, scenes, storage.read_json(file)["weight"]), trial)
+        return base.varied(self._at(base.recipe, scenes, read_weight(file)["weight"]), trial)
 
     def _validated(self, base: Experiment, scenes: int, weight: float) -> list[float]:
         """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test
@@ -359,5 +367,24 @@ def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, f
             experiment.ckas(experiment.student, experiment.head_map_of(spec, seed), experiment.prompts.discovery)
         )
         storage.write_json(file, {"cka": cka, "floor": floor})
-    found: Mapping[str, float] = storage.read_json(file)
+    found = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
     return found["cka"], found["floor"]
+
+
+class Starting(TypedDict):
+    """Where the pairs of a training began."""
+
+    cka: float
+    floor: float
+
+
+class ChosenWeight(TypedDict):
+    """The chosen lambda, and what each trial gave on validation prompts."""
+
+    weight: float
+    validation_accuracy: dict[str, list[float]]
+
+
+def read_weight(file: Path) -> ChosenWeight:
+    """A cell's chosen lambda. Errors: `InputError` when the file is missing or damaged."""
+    return storage.read_typed(storage.read_json(file), ChosenWeight, what=f"a chosen lambda ({file})")

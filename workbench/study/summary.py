@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.experiment import CONDITIONS
 from workbench.experiment.results import COMPARED_WITH, TITLES, ConditionResult, collect, in_columns
 from workbench.experiment.transfer import read_outcomes, transfer_table, transfer_text
-from workbench.study.grid import Cell, Study, starting_similarity
+from workbench.study.grid import Cell, Study, read_weight, starting_similarity
 from workbench.values.statistics import compared, mean_interval
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
@@ -47,11 +47,12 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
     rows = [
         row for row in collect(cell.experiment.folder) if row.seed in study.config.seeds or row.condition == "teacher"
     ]
-    weight = storage.read_json(cell.path / "weight.json")
+    weight = read_weight(cell.path / "weight.json")
     by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
     target = _mean_end(cell, study, "circuit_ce")
     anew = {
-        file.stem: _without_circuit(storage.read_json(file)) for file in sorted((cell.path / "anew").glob("*.json"))
+        file.stem: _without_circuit(storage.read_typed(storage.read_json(file), dict, what=f"a circuit anew ({file})"))
+        for file in sorted((cell.path / "anew").glob("*.json"))
     }
     return {
         "student": cell.student,

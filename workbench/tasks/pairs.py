@@ -11,7 +11,8 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from workbench.errors import InputError, nearest
-from workbench.tasks.records import RowError, json_value, records_of
+from workbench.storage import json_value
+from workbench.tasks.records import RowError, records_of
 
 Split = Literal["train", "calibration", "test"]
 Span = tuple[int, int]
@@ -55,8 +56,7 @@ def numbered_pairs(
     """
     found: list[tuple[int, Pair]] = []
     bad: list[RowError] = []
-    count = 0
-    for count, record in enumerate(records_of(source, split=split), 1):
+    for record in records_of(source, split=split):
         try:
             if isinstance(record, RowError):
                 raise record
@@ -67,7 +67,7 @@ def numbered_pairs(
     if problems is not None:
         problems += bad
     elif bad:
-        raise bad_rows(bad, of=count, source=named(source))
+        raise bad_rows(bad, of=len(bad) + len(found), source=named(source))
     return found
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
 from workbench.errors import InputError
+from workbench.storage import json_value
 
 FORM = "one pair a row, with the columns clean, corrupt, answer, distractor and (optionally) positions"
 Record = tuple[int, Any]
@@ -85,33 +85,6 @@ def text_of(path: Path) -> str:
             f"{path}, line {line}: byte {content[error.start]:#04x} is not UTF-8; save the file as UTF-8 (it may be "
             "Latin-1 or UTF-16)."
         ) from None
-
-
-def json_value(text: str) -> Any:
-    """JSON without what other readers of it refuse: repeated keys, NaN, infinities. Errors: `ValueError` in words."""
-    try:
-        return json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_constant, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _unrepeated(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in entries]
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
-    if twice is not None:
-        raise ValueError(f"the key {twice!r} stands twice")
-    return dict(entries)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if abs(value) == float("inf"):
-        raise ValueError(f"{text} is larger than any number")
-    return value
 
 
 def _json_lines(path: Path) -> Iterator["Record | RowError"]:

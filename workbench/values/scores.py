@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -189,15 +189,32 @@ class Scores:
                 f"{path} holds scores of another model, other prompts or settings; delete it, or keep these scores "
                 "elsewhere."
             )
-        described: dict[str, Any] = json.loads(metadata["scores"])
-        labels = {axis: tuple(names) for axis, names in described["labels"].items()}
-        return cls(
-            values=tensors["values"],
-            axes=tuple(described["axes"]),
-            labels=labels,
-            unit=described["unit"],
-            baseline=described["baseline"],
-        )
+        try:
+            described = storage.read_typed(json.loads(metadata["scores"]), _Described, what="a description of scores")
+            if not tensors["values"].is_floating_point():
+                raise InputError(f"their values are {tensors['values'].dtype}, not floating-point numbers.")
+            return cls(
+                values=tensors["values"],
+                axes=described.axes,
+                labels=described.labels,
+                unit=described.unit,
+                baseline=described.baseline,
+            )
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} holds no scores that can be read: {str(error).rstrip('.')}; delete it and run the stage that "
+                "writes it again."
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    """What is written of scores beside their values."""
+
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
+    unit: str
+    baseline: float | None
 
 
 def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
