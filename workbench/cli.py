@@ -14,7 +14,8 @@ import torch
 from workbench import __version__, storage
 from workbench.distillation.processes import launched
 from workbench.errors import InputError
-from workbench.experiment import CONDITIONS, Experiment
+from workbench.experiment import CONDITIONS, Run
+from workbench.experiment.conditions import METHOD
 from workbench.experiment.recipe import Recipe, parse_config, read_recipe
 from workbench.experiment.runs import RunFolder
 from workbench.explorer import command as explorer
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        options.run(options)
+        with storage.command():
+            options.run(options)
     except InputError as error:
         if options.debug:
             raise
@@ -98,7 +100,7 @@ def _declare_distill(commands: Any) -> None:
     )
     made.add_argument(
         "--condition",
-        default="circuit_ce_cka",
+        default=METHOD,
         choices=sorted(CONDITIONS),
         help="the arm of the table (default: %(default)s)",
     )
@@ -332,11 +334,11 @@ def _pairs(pairs: Sequence[str], option: str, example: str = "NAME=DIRECTORY") -
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _experiment(options: argparse.Namespace) -> Experiment:
+def _begun(options: argparse.Namespace) -> Run:
     recipe: Recipe = read_recipe(options.recipe, overrides=_overrides(options.set))
-    experiment = Experiment(recipe, RunFolder(options.out))
-    experiment.begin(resume=options.resume)
-    return experiment
+    run = Run(recipe, RunFolder(options.out))
+    run.begin(resume=options.resume)
+    return run
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -347,15 +349,18 @@ def demo(options: argparse.Namespace) -> None:
 
 def discover(options: argparse.Namespace) -> None:
     """Circuits."""
-    _experiment(options).discover()
+    from workbench.experiment.discover import discover as discover_circuits
+
+    discover_circuits(_begun(options))
     report(options)
 
 
 def match(options: argparse.Namespace) -> None:
     """Circuits and the head map, and whether alignment is likely to help."""
+    from workbench.experiment.match import match as match_circuits
     from workbench.study.diagnostic import forecast_of
 
-    _experiment(options).match()
+    match_circuits(_begun(options))
     report(options)
     found = forecast_of(options.out, options.against)
     if found is not None:
@@ -367,18 +372,18 @@ def distill(options: argparse.Namespace) -> None:
     from workbench.experiment.arms import run_conditions
     from workbench.experiment.results import table
 
-    experiment = _experiment(options)
-    results = run_conditions(experiment, [(options.condition, options.seed)], resume=options.resume)
-    if launched(experiment.recipe.device).is_main:
+    run = _begun(options)
+    results = run_conditions(run, [(options.condition, options.seed)], resume=options.resume)
+    if launched(run.recipe.device).is_main:
         print(table(results))
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """All conditions and seeds."""
-    from workbench.experiment.arms import run_study
+    from workbench.experiment.arms import run_recipe
     from workbench.experiment.results import table
 
-    print("\n" + table(run_study(_experiment(options), resume=options.resume)))
+    print("\n" + table(run_recipe(_begun(options), resume=options.resume)))
 
 
 def study(options: argparse.Namespace) -> None:

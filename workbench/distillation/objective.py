@@ -93,9 +93,10 @@ class Objective:
 
     def alignment(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Float[Tensor, " pairs"]]:
         """(SUM or mean over pairs of 1 - similarity, similarity of each pair) from the rows of both sides."""
-        config, rows = self.config, list(zip(student, teacher, strict=True))
+        assert self.config.alignment is not None
+        config, rows = self.config.alignment, list(zip(student, teacher, strict=True))
         return losses.alignment_loss(
-            rows, estimator=config.estimator, measure=config.measure, options=config.measure_options, pairs=config.pairs
+            rows, estimator=config.estimator, measure=config.measure, options=config.options, pairs=config.pairs
         )
 
     def _autocast(self) -> torch.autocast:

@@ -14,6 +14,9 @@ from workbench.models.hooked_model import Student
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
 
+LOG, TRAINING = "log.jsonl", "training.json"
+"""In the folder of a training: its log, and, once it is done, how many steps it took and what it was made of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
@@ -50,6 +53,24 @@ def read_log(path: Path, *, first: int | None = None) -> list[StepReport]:
                 f"{path}, line {number}, is damaged ({str(error).rstrip('.')}); run this condition again."
             ) from None
     return found
+
+
+def read_training(folder: Path) -> list[StepReport]:
+    """The log of a finished training. Errors: `InputError` when it is missing, damaged, or shorter than the training
+    was."""
+    reports = read_log(folder / LOG)
+    if (folder / TRAINING).exists():
+        require_whole(folder / LOG, reports, int(storage.read_json(folder / TRAINING)["steps"]), "the training")
+    return reports
+
+
+def require_whole(log: Path, reports: Sequence[StepReport], steps: int, what: str) -> None:
+    """Refuse a log that lacks steps."""
+    if [report.step for report in reports[:steps]] != list(range(steps)):
+        raise InputError(
+            f"{log} holds {len(reports)} of the {steps} steps of {what}: it was cut off or emptied. Put it back, or "
+            f"delete {log.parent} to train this anew."
+        )
 
 
 def evaluations(reports: Sequence[StepReport]) -> list[tuple[int, float]]:

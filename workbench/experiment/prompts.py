@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 from workbench.errors import InputError
@@ -112,8 +111,7 @@ class Prompts:
     @functools.cached_property
     def task(self) -> Task:
         """The recipe's task."""
-        boxes = {"boxes": self.data.boxes} if self.data.task == "entity_tracking" else {}
-        return task_named(self.data.task, {**boxes, **self.data.options})
+        return task_named(self.data.task, self.data.options)
 
     def _read(self, pairs: Iterable[tuple[int, Pair]], source: str) -> PromptPairs:
         if self.teacher is None:
@@ -122,17 +120,14 @@ class Prompts:
             found = read_by_both(pairs, self.tokenizer, self.teacher, source=source, settings=self.settings)
         return found.to(self.recipe.device)
 
-    @functools.cached_property
+    @property
     def settings(self) -> PromptSettings:
         """How the recipe puts prompts to the models."""
-        return PromptSettings(**{field.name: getattr(self.data, field.name) for field in fields(PromptSettings)})
+        return self.data.prompts
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages of the backward search: the recipe's, else the task's."""
         if self.recipe.stages is not None:
-            return tuple(
-                Stage(name=s.name, title=s.title, position=s.position, into=s.into, composition=s.composition)
-                for s in self.recipe.stages
-            )
+            return self.recipe.stages
         return self.task.stages if self.data.pairs is None else (Stage(name="A", title="direct", position="last"),)

@@ -12,42 +12,22 @@ from pydantic.dataclasses import dataclass
 
 from workbench.circuits.discovery import DiscoveryConfig
 from workbench.distillation.assembly import TeacherSource
-from workbench.distillation.config import TrainingConfig
+from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.errors import InputError, nearest
+from workbench.experiment.conditions import TABLE, ConditionName
+from workbench.experiment.upgrades import upgraded_recipe
 from workbench.matching import MatchingConfig
-from workbench.similarity.measures import Measure
 from workbench.storage import yaml
-from workbench.storage.yaml import Settings, parse_config
-from workbench.tasks.base import require_stages
+from workbench.storage.yaml import Settings, overridden, parse_config
+from workbench.tasks.base import Stage, require_stages
+from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.registry import task_named
 
-__all__ = ["Recipe", "parse_config", "parse_recipe", "read_recipe", "read_yaml", "to_plain"]
+__all__ = ["Recipe", "parse_config", "parse_recipe", "read_recipe", "read_yaml", "to_plain", "written_recipe"]
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The bundled recipes, in folders by what reads them: `runs`, `studies`, `finetunings`."""
-Condition = Literal[
-    "base",
-    "full_ce",
-    "circuit_ce",
-    "circuit_cka",
-    "circuit_ce_random_cka",
-    "circuit_ce_cka",
-    "circuit_ce_paper_cka",
-    "circuit_ce_shuffled_cka",
-    "full_kl",
-    "full_ce_cka",
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StageConfig:
-    """A stage of a backward search, where the task's own stages are not wanted."""
-
-    name: str
-    title: str = ""
-    position: str
-    into: str | None = None
-    composition: Literal["q", "k", "v"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -56,10 +36,8 @@ class DataConfig:
 
     task: str = "entity_tracking"
     """A task by name (an entry point of the group `workbench.tasks`)."""
-    boxes: Annotated[int, Field(ge=3, le=9)] = 7
-    """Of entity tracking."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the task."""
+    """Of the task, e.g. `{boxes: 5}`."""
     pairs: str | None = None
     """A JSONL, CSV or Parquet file, or a hub id, with columns clean, corrupt, answer, distractor, positions; replaces
     `task`."""
@@ -77,43 +55,14 @@ class DataConfig:
     test_scenes: Annotated[int, Field(ge=1)] = 80
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
-    prepend_bos: bool = False
-    padding_side: Literal["left", "right"] = "left"
-    chat: Literal["none", "user", "assistant"] = "none"
-    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to
-    `instruction`."""
-    system: str | None = None
-    """The system message of the chat; None leaves it to the template."""
-    instruction: str | None = None
-    """The user's message, with `chat: assistant`."""
-    multi_token: bool = False
-    """Let answers have several tokens; metrics then score the first token (whole answers:
-    `workbench.tasks.scoring`)."""
+    prompts: PromptSettings = Field(default_factory=PromptSettings)
+    """How they are put to the models: chat template, BOS, padding, answers of several tokens."""
     per_position_means: bool = True
     """Means of the ablation position by position (prompts of one length), or over all positions."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class AlignmentConfig:
-    """What of a matched pair is aligned, where, and how strongly."""
-
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """lambda of eq 7."""
-    estimator: Literal["biased", "debiased"] = "biased"
-    measure: Measure = "linear_cka"
-    """What alignment is measured by (see `workbench.similarity.measures`); the paper's is linear CKA."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the measure by name, e.g. `{fraction: 0.2}` of rbf_cka."""
-    pairs: Literal["sum", "mean"] = "sum"
-    """Whether the loss is the sum over pairs (the paper) or their mean."""
-    activation: Literal["z", "result", "pattern"] = "z"
-    """What of a head: its output before W_O, what it writes to the residual stream, or its attention probabilities (for
-    `attention_kl`)."""
-    positions: str = "own"
-    """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
-    broadened: dict[str, str] = Field(default_factory=dict)
-    """Own positions that are read elsewhere, e.g. `{earlier_label: labels}`: heads that act at the queried box's label
-    are aligned at every label."""
+    def __post_init__(self) -> None:
+        if self.pairs is None:
+            task_named(self.task, self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -125,7 +74,7 @@ class TransferConfig:
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task."""
     scenes: Annotated[int, Field(ge=1)] = 200
-    """Test scenes (of entity tracking as many times `data.boxes` prompts)."""
+    """Test scenes (of entity tracking as many times its boxes prompts)."""
     seed: int = 0
 
 
@@ -160,7 +109,7 @@ class Recipe:
     """Of the teacher, which never trains; None: `dtype`."""
     device: str = "cpu"
     data: DataConfig = Field(default_factory=DataConfig)
-    stages: tuple[StageConfig, ...] | None = None
+    stages: tuple[Stage, ...] | None = None
     """Stages of the backward search in place of the task's own."""
     discovery: DiscoveryConfig = Field(default_factory=DiscoveryConfig)
     matching: MatchingConfig = Field(default_factory=MatchingConfig)
@@ -174,17 +123,13 @@ class Recipe:
     run on each batch."""
     train_kv: bool = True
     """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
-    conditions: tuple[Condition, ...] = (
-        "base",
-        "full_ce",
-        "circuit_ce",
-        "circuit_cka",
-        "circuit_ce_random_cka",
-        "circuit_ce_cka",
-        "full_kl",
-        "full_ce_cka",
-    )
+    conditions: tuple[ConditionName, ...] = tuple(condition.name for condition in TABLE if condition.usual)
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if self.training.alignment is not None:
+            raise InputError("a recipe has its alignment beside its training; set `alignment`, not training.alignment.")
+        require_stages(self.stages or ())
 
 
 def read_recipe(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -209,10 +154,15 @@ def read_yaml(source: str | Path) -> Settings:
 
 
 def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from plain values. Errors: `InputError` naming the key and the nearest known one."""
-    recipe = parse_config(Recipe, value, overrides=overrides)
-    require_stages(recipe.stages or ())
-    return recipe
+    """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
+    `InputError` naming the key and the nearest known one."""
+    given = overridden(value, overrides)
+    return parse_config(Recipe, Settings(upgraded_recipe(given), file=given.file, lines=given.lines))
+
+
+def written_recipe(value: Mapping[str, Any]) -> Recipe:
+    """The recipe that a run has written into its `run.json`, now or before."""
+    return parse_config(Recipe, upgraded_recipe(overridden(value, None), written=True))
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from workbench import seeds
+from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import hooks, sources
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
@@ -264,13 +264,11 @@ class HookedModel:
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values of all parameters: the key of anything computed with this model."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.parameters().items()):
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        named = sorted(self.parameters().items())
+        return storage.digest(
+            *(part for name, value in named for part in (f"{name}{tuple(value.shape)}{value.dtype}", value)),
+            separator="",
+        )
 
 
 class Teacher(HookedModel):

@@ -7,6 +7,7 @@ from typing import Any
 
 from workbench.errors import InputError
 from workbench.experiment import Prompts, located
+from workbench.experiment.conditions import METHOD
 from workbench.experiment.recipe import Recipe, parse_config, parse_recipe, read_yaml
 from workbench.models import sources
 from workbench.plan.costs import FLOPS, UTILISATION, Plan, StageCost
@@ -74,7 +75,8 @@ def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> 
     student = None if recipe.student is None else _shape(recipe.student, configs)
     found = _tokenizer(recipe, configs, tokenizer)
     if found is None:
-        words = replace(recipe, data=replace(recipe.data, chat="none", system=None, instruction=None), device="cpu")
+        bare = replace(recipe.data.prompts, chat="none", system=None, instruction=None)
+        words = replace(recipe, data=replace(recipe.data, prompts=bare), device="cpu")
         prompts, note = Prompts(words, word_level_tokenizer(mixture_words())), (WORDS,)
     else:
         prompts, note = Prompts(replace(recipe, device="cpu"), found), ()
@@ -138,9 +140,7 @@ def _cell(study: Study, name: str, road: Road, scenes: int) -> Iterator[StageCos
     at = replace(road, recipe=recipe, prompts=Prompts(replace(recipe, device="cpu"), road.prompts.tokenizer))
     where, seeds = f"{name}, {scenes} scenes", len(config.seeds)
     yield from at.caches(config.conditions, seeds, title=f"{where}: teacher outputs")
-    chosen = at.training(
-        "circuit_ce_cka", len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda"
-    )
+    chosen = at.training(METHOD, len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda")
     assert chosen is not None
     yield chosen
     for condition in config.conditions:

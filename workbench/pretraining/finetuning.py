@@ -9,7 +9,6 @@ only multiplied where an answer is read.
 Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -237,10 +236,8 @@ def _shallower(model: Any, kept: Sequence[int]) -> Any:
 def _identity(config: FinetuningConfig, model: Any) -> str:
     """The configuration and the weights that training begins with: a checkpoint of another start refuses to be
     resumed."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for _, value in sorted(model.state_dict().items()):
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = (value for _, value in sorted(model.state_dict().items()))
+    return storage.digest(json.dumps(asdict(config), sort_keys=True), *weights, separator="")
 
 
 def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:

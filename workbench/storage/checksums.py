@@ -1,5 +1,4 @@
-"""Checksums of what a run writes: a digit that flips afterwards, or a file that was changed by hand, is noticed when it is
-read.
+"""Checksums of what a run writes: a digit that flips afterwards, or a file that was changed by hand, is seen on reading.
 
 Beside each file of a run lies a small hidden one, `.NAME.sha256`, with its SHA-256 and those of the files that it was
 made from (a head map is made from two circuits). Files of before, and files outside a run, have none and are read as
@@ -56,6 +55,12 @@ def note_of(path: Path, content: Path, made_from: Sequence[Path]) -> str | None:
 def forget(path: Path) -> None:
     """Remove a file's checksum."""
     note_file(path).unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file with its checksum, where they are there."""
+    path.unlink(missing_ok=True)
+    forget(path)
 
 
 def keep(path: Path, note: str | None) -> None:

@@ -148,6 +148,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Errors: `InputError` when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (FileNotFoundError, OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is missing or damaged ({error}); delete it and run the stage that writes it again."
+        ) from None
+
+
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors as memory maps of their file: read when they are touched. Errors: `InputError` when the file is missing
     or damaged."""

@@ -183,23 +183,31 @@ def _scalar(tag: str, text: str, line: int) -> Any:
 def parse_config(kind: type[Parsed], value: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Parsed:
     """Any configuration class from plain values, with dotted overrides (`{"training.steps": 20}`). Types are strict:
     true is no number and "3" neither. Errors: `InputError`, a line for each key, naming file, line, key and remedy."""
+    plain = overridden(value, overrides)
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        problems = [
+            _located(tuple(problem["loc"]), plain.lines, plain.file) + _explain(kind, problem)
+            for problem in error.errors()
+        ]
+        more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+        raise InputError("\n".join([*problems[:MOST_TOLD], *more])) from None
+
+
+def overridden(value: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> Settings:
+    """A copy of plain values with dotted keys set, which goes on knowing the file and its lines. Errors: `InputError`
+    for what JSON can't say, and for a key below a plain value."""
     where, lines = getattr(value, "file", ""), dict(getattr(value, "lines", {}))
     try:
         plain = _as_json(value, ())
         for key, setting in (overrides or {}).items():
-            _set(plain, key, _as_json(setting, tuple(key.split("."))))
-            lines = {
-                place: line for place, line in lines.items() if place[: key.count(".") + 1] != tuple(key.split("."))
-            }
-        return TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
-    except ValidationError as error:
-        problems = [
-            _located(tuple(problem["loc"]), lines, where) + _explain(kind, problem) for problem in error.errors()
-        ]
-        more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
-        raise InputError("\n".join([*problems[:MOST_TOLD], *more])) from None
+            place = tuple(key.split("."))
+            _set(plain, key, _as_json(setting, place))
+            lines = {known: line for known, line in lines.items() if known[: len(place)] != place}
     except RecursionError:
         raise InputError(f"{where or 'the settings'}: nested too deep; write it flat.") from None
+    return Settings(plain, file=where, lines=lines)
 
 
 def _set(values: dict[str, Any], key: str, setting: Any) -> None:

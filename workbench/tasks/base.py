@@ -4,7 +4,6 @@ The road: `Task.pairs` (text) -> `to_dataset` (checked row by row against a toke
 tensors). A user's own pairs enter at `load_pairs` and travel the same road.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench import storage
 from workbench.errors import InputError, nearest
 from workbench.tasks.pairs import (
     MOST_SHOWN,
@@ -43,8 +43,10 @@ class Stage:
     receives.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     name: str
-    title: str
+    title: str = ""
     position: str
     into: str | None = None
     composition: Literal["q", "k", "v"] | None = None
@@ -56,7 +58,7 @@ class Stage:
             )
 
 
-def require_stages(stages: "Sequence[StageLike]") -> None:
+def require_stages(stages: Sequence[Stage]) -> None:
     """Refuse stages that write into one that does not stand before them, and two of one name."""
     names: list[str] = []
     for stage in stages:
@@ -68,16 +70,6 @@ def require_stages(stages: "Sequence[StageLike]") -> None:
                 f"stage {stage.name!r} writes into {stage.into!r}, which is no stage before it; {known} (key `stages`)"
             )
         names.append(stage.name)
-
-
-class StageLike(Protocol):
-    """What is asked of a stage here."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def into(self) -> str | None: ...
 
 
 @runtime_checkable
@@ -173,16 +165,15 @@ class PromptPairs:
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, answer and position: the key of anything cached for these pairs."""
-        digest = hashlib.sha256()
         named = [self.clean, self.corrupt, self.mask, self.answers, self.distractors]
         named += [self.positions[name] for name in sorted(self.positions)]
         named += [tensor for tensor in (self.answer_tokens, self.distractor_tokens) if tensor is not None]
-        digest.update("|".join(sorted(self.positions)).encode())
-        for tensor in named:
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        digest.update(b"" if self.teacher is None else self.teacher.fingerprint().encode())
-        return digest.hexdigest()
+        return storage.digest(
+            "|".join(sorted(self.positions)),
+            *(part for tensor in named for part in (str(tuple(tensor.shape)), tensor)),
+            "" if self.teacher is None else self.teacher.fingerprint(),
+            separator="",
+        )
 
     def prompts(self) -> set[bytes]:
         """The clean prompts without their padding, for checks of disjointness."""

@@ -13,7 +13,6 @@ place and object:
 Splits are disjoint by the names: a pair of names belongs to train, calibration or test by its SHA-256.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,8 +46,7 @@ Order = Literal["both", "abba", "baba"]
 
 def split_of(names: tuple[str, str]) -> Split:
     """The split of a pair of names: 60 % train, 20 % calibration, 20 % test, by SHA-256 of the unordered pair."""
-    bucket = int.from_bytes(hashlib.sha256("|".join(sorted(names)).encode()).digest()[:4], "big") % 10
-    return "train" if bucket < 6 else "calibration" if bucket < 8 else "test"
+    return seeds.split(names, train=6, calibration=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,15 @@ Rows are counted from 1 wherever they are named: a line of a JSONL file, a recor
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
 from workbench.errors import InputError, nearest
+from workbench.seeds import Split as Split
 from workbench.storage import json_value
 from workbench.tasks.records import RowError, records_of
 
-Split = Literal["train", "calibration", "test"]
 Span = tuple[int, int]
 """Characters [start, end) of a prompt."""
 TEXTS = ("clean", "corrupt", "answer", "distractor")

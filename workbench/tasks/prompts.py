@@ -12,7 +12,7 @@ Templates that write a BOS themselves are refused together with `prepend_bos`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from datasets import Dataset
 
@@ -28,9 +28,13 @@ Chat = Literal["none", "user", "assistant"]
 class PromptSettings:
     """How prompts are put to a model."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     prepend_bos: bool = False
     padding_side: Literal["left", "right"] = "left"
     chat: Chat = "none"
+    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to
+    `instruction`."""
     system: str | None = None
     """The system message; None leaves it to the template, which may have one of its own."""
     instruction: str | None = None

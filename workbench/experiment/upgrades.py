@@ -1,0 +1,78 @@
+"""Recipes as they were written before, in the form of today: in files, on the command line, in `run.json` and
+`study.json`.
+
+    data.boxes                               -> data.options.boxes, of the task that has boxes
+    data.chat, data.prepend_bos, ...         -> data.prompts.chat, ...
+    training.weight, training.measure, ...   -> gone: a recipe's `alignment` always stood in their place
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.tasks.prompts import PromptSettings
+
+BOXED = "entity_tracking"
+"""The task whose number of boxes stood beside it."""
+ALIGNED: Mapping[str, str] = {
+    "weight": "weight",
+    "estimator": "estimator",
+    "measure": "measure",
+    "measure_options": "options",
+    "pairs": "pairs",
+    "activation": "activation",
+}
+"""Keys of `training` that repeated those of `alignment`."""
+DEFAULTS: Mapping[str, Any] = {
+    "weight": 0.0,
+    "estimator": "biased",
+    "measure": "linear_cka",
+    "measure_options": {},
+    "pairs": "sum",
+    "activation": "z",
+}
+"""What they were where nobody had set them."""
+
+
+def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False) -> dict[str, Any]:
+    """Plain values of a recipe of any age as those of one of today; what is not known stays, to be refused by name.
+
+    `written`: by a run, whose repeated keys of `training` are dropped whatever they say, as they had no effect. Errors:
+    `InputError` for such a key that a user has set.
+    """
+    recipe = copy.deepcopy(dict(value))
+    if isinstance(recipe.get("data"), dict):
+        boxes = recipe["data"].get("boxes")
+        recipe["data"] = _upgraded_data(recipe["data"])
+        if boxes is not None:
+            _give_boxes(recipe.get("evaluation"), boxes)
+    if isinstance(recipe.get("training"), dict):
+        for name, other in ALIGNED.items():
+            if name in recipe["training"]:
+                found = recipe["training"].pop(name)
+                if not written and found != DEFAULTS[name]:
+                    raise InputError(f"recipe key training.{name} has no effect; set alignment.{other} in its place.")
+    return recipe
+
+
+def _upgraded_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(PromptSettings)}
+    flat = {name: value for name, value in data.items() if name in names}
+    found = {name: value for name, value in data.items() if name not in names}
+    if flat:
+        found["prompts"] = {**flat, **(found.get("prompts") or {})}
+    if "boxes" in found:
+        boxes = found.pop("boxes")
+        if found.get("task", BOXED) == BOXED:
+            found["options"] = {"boxes": boxes, **(found.get("options") or {})}
+    return found
+
+
+def _give_boxes(evaluation: Any, boxes: int) -> None:
+    """Other tasks that trained models are evaluated on took the recipe's boxes too."""
+    if isinstance(evaluation, dict):
+        for other in evaluation.get("transfer") or ():
+            if isinstance(other, dict) and other.get("task") == BOXED:
+                other["options"] = {"boxes": boxes, **(other.get("options") or {})}
