@@ -15,10 +15,11 @@ from workbench.distillation.assembly import TeacherSource
 from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import TABLE, ConditionName
-from workbench.experiment.upgrades import upgraded_recipe
+from workbench.experiment.upgrades import SCENES, upgraded_recipe
 from workbench.matching import MatchingConfig
 from workbench.storage import yaml
 from workbench.storage.yaml import Settings, overridden, parse_config
+from workbench.tasks.allotment import USES, Use
 from workbench.tasks.base import Stage, require_stages
 from workbench.tasks.prompts import PromptSettings
 from workbench.tasks.registry import task_named
@@ -44,15 +45,18 @@ class DataConfig:
     reference: Literal["calibration", "corrupt"] = "calibration"
     """Prompts of the ablation's means: calibration prompts of their own, or the corrupt prompts of the pairs (for small
     files of pairs)."""
-    reference_scenes: Annotated[int, Field(ge=1)] = 40
-    """Calibration scenes for the means of the ablation (rows, with `pairs`)."""
-    discovery_scenes: Annotated[int, Field(ge=1)] = 20
+    skip_bad_rows: bool = False
+    """Of `pairs`: leave bad rows out, with their number and reasons in the log, in place of refusing the file."""
+    reference_scenes: Annotated[int, Field(ge=1)] | None = None
+    """Calibration scenes for the means of the ablation (rows, with `pairs`). None here and below: of a task 40, 20, 10,
+    0 and 80; of a file a share of the rows that the chosen sizes leave (`workbench.tasks.allotment`)."""
+    discovery_scenes: Annotated[int, Field(ge=1)] | None = None
     """Calibration scenes that circuits are found and heads matched on (rows, with `pairs`)."""
-    train_scenes: Annotated[int, Field(ge=1)] = 10
-    validation_scenes: Annotated[int, Field(ge=0)] = 0
+    train_scenes: Annotated[int, Field(ge=1)] | None = None
+    validation_scenes: Annotated[int, Field(ge=0)] | None = None
     """Scenes for the evaluations during training (`training.evaluate_every`), apart from training and test (rows, with
     `pairs`)."""
-    test_scenes: Annotated[int, Field(ge=1)] = 80
+    test_scenes: Annotated[int, Field(ge=0)] | None = None
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
     prompts: PromptSettings = Field(default_factory=PromptSettings)
@@ -63,6 +67,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.pairs is None:
             task_named(self.task, self.options)
+            if self.test_scenes == 0:
+                raise InputError("a task's results need test scenes; set data.test_scenes above 0.")
+
+    @property
+    def sizes(self) -> dict[Use, int | None]:
+        """Scenes (or rows) of each use; None for a share of a file's rows."""
+        chosen: dict[Use, int | None] = {use: getattr(self, f"{use}_scenes") for use in USES}
+        if self.pairs is not None:
+            return chosen
+        return {use: SCENES[use] if size is None else size for use, size in chosen.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

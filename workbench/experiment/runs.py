@@ -88,7 +88,8 @@ class RunFolder:
                 "discover` wrote."
             )
         found = storage.read_json(self.path / "run.json")
-        return {**found, "recipe": to_plain(self._recipe(found))}
+        recipe = to_plain(self._recipe(found))
+        return {**found, "recipe": recipe}
 
     def examined_file(self, model: str) -> Path:
         """A circuit's report and faithfulness curve on test prompts."""

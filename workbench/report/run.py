@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from workbench import storage
 from workbench.distillation.reports import read_training
 from workbench.errors import InputError
 from workbench.experiment.results import read_results, run_logs
@@ -20,9 +19,7 @@ def run_report(folder: RunFolder) -> str:
     """One self-contained HTML page. Errors: `InputError` when the folder is no run folder, is damaged, or holds nothing
     to show yet."""
     described = folder.described()
-    recipe = storage.read_typed(
-        described["recipe"], Shown, what=f"a recipe ({folder.path / 'run.json'})", remedy="begin the run anew"
-    )
+    recipe = described["recipe"]
     sections = [*_results(folder, recipe), *circuit_sections(folder), *match_sections(folder), *_training(folder)]
     if not sections:
         raise InputError(
@@ -31,7 +28,7 @@ def run_report(folder: RunFolder) -> str:
     return report_html(recipe["title"], [*sections, _provenance(described)])
 
 
-def _results(folder: RunFolder, recipe: Shown) -> Iterator[Section]:
+def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
     file = folder.trial_path / "results.json"
     if not file.exists():
         return

@@ -40,7 +40,7 @@ class Settings(dict[str, Any]):
 class _Loader(yaml.SafeLoader):
     """Composes nodes without aliases, and tells text from numbers as JSON does."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -128,7 +128,7 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path) -> None:
         self.config, self.path = config, path
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
-        if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
+        if not self.recipe.data.sizes["validation"] or not self.recipe.training.evaluate_every:
             raise InputError(
                 "a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every "
                 "in `overrides`."

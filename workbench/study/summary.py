@@ -154,7 +154,7 @@ def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
     """Every condition against another one: full accuracy and circuit accuracy."""
     second, scene = (
         _outcomes(study, cell, other),
-        len(cell.run.prompts.test) // cell.run.recipe.data.test_scenes,
+        len(cell.run.prompts.test) // cell.run.prompts.allotment.sizes["test"],
     )
     found = {}
     for condition in study.config.conditions:

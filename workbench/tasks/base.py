@@ -250,17 +250,17 @@ def to_dataset(
     *,
     source: str,
     multi_token: bool = False,
-    problems: Iterable[RowError] = (),
+    problems: list[RowError] | None = None,
     skip_bad_rows: bool = False,
 ) -> Dataset:
     """Numbered pairs -> a `Dataset` with token positions (indices into the prompt without BOS).
 
     `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. `problems`:
-    rows that were bad before they came here. Errors: `InputError` listing all bad rows, or (with `skip_bad_rows`) when
+    rows that were bad before they came here; it takes up those that are bad here. Errors: `InputError` listing all bad rows, or (with `skip_bad_rows`) when
     none is left.
     """
     rows: list[dict[str, Any]] = []
-    bad = list(problems)
+    bad = [] if problems is None else problems
     for number, pair in pairs:
         try:
             row = checked_row(number, pair, tokenizer, multi_token=multi_token)

@@ -56,12 +56,12 @@ class PromptSettings:
         tokenizer: Any,
         *,
         source: str,
-        problems: Iterable[RowError] = (),
+        problems: list[RowError] | None = None,
         skip_bad_rows: bool = False,
     ) -> Dataset:
         """Numbered pairs -> a checked dataset, wrapped in the chat template where one is set. `problems` and
         `skip_bad_rows`: as in `to_dataset`."""
-        bad = list(problems)
+        bad = [] if problems is None else problems
         return to_dataset(
             self.wrapped(pairs, tokenizer, problems=bad),
             tokenizer,

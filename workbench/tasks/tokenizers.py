@@ -49,7 +49,7 @@ def read_by_both(
     *,
     source: str,
     settings: PromptSettings | None = None,
-    problems: Iterable[RowError] = (),
+    problems: list[RowError] | None = None,
     skip_bad_rows: bool = False,
 ) -> PromptPairs:
     """Numbered pairs in the tokens of the student's tokenizer, with the same in the teacher's beside them.
@@ -58,7 +58,7 @@ def read_by_both(
     `InputError` for positions given as token indices, and for what one of the tokenizers can't read.
     """
     settings, readers = settings or PromptSettings(), (student, teacher)
-    bad, good = list(problems), list[tuple[int, Pair]]()
+    bad, good = [] if problems is None else problems, list[tuple[int, Pair]]()
     for number, pair in pairs:
         try:
             refuse_token_indices(number, pair)
