@@ -31,7 +31,7 @@ class Prompts:
         """How many scenes, or rows of the user's file, each use gets."""
         sizes = self.data.sizes
         if self.data.pairs is None:
-            scenes = {use: size or 0 for use, size in sizes.items()}
+            scenes: dict[Use, int] = {use: size or 0 for use, size in sizes.items()}
             return Allotment(total=sum(scenes.values()), sizes=scenes, unit="scenes")
         numbers, texts, rows = self._rows
         allotment = allot(len(rows), sizes, idle=self._idle)
@@ -52,8 +52,10 @@ class Prompts:
     def require(self, *uses: Use) -> None:
         """Say who gets which prompts, and refuse uses without any, before anything runs. Errors: `InputError` with the
         key to change."""
-        needed = [use for use in uses if self.data.pairs is None or use not in self._idle]
-        needed = [use for use in needed if use != "validation" or self.recipe.training.evaluate_every]
+        idle: list[Use] = [] if self.data.pairs is None else self._idle
+        if not self.recipe.training.evaluate_every:
+            idle.append("validation")
+        needed: list[Use] = [use for use in uses if use not in idle]
         self._announced  # noqa: B018  once
         self.allotment.require(*needed)
 

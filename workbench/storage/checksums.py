@@ -1,4 +1,4 @@
-"""Checksums of what a run writes: a digit that flips afterwards, or a file that was changed by hand, is seen on reading.
+"""Checksums of what a run writes: a digit that flips, or a file that is changed by hand, is noticed on reading.
 
 Beside each file of a run lies a small hidden one, `.NAME.sha256`, with its SHA-256 and those of the files that it was
 made from (a head map is made from two circuits). Files of before, and files outside a run, have none and are read as

@@ -59,8 +59,8 @@ def key_of(use: Use) -> str:
 def allot(total: int, wanted: Mapping[Use, int | None], *, idle: Sequence[Use] = (), unit: str = "rows") -> Allotment:
     """An allotment of `total` rows. `wanted`: sizes, None for a share of what is left; `idle`: uses that need no rows,
     whatever is wanted for them. Errors: `InputError` naming the keys to lower, where more are wanted than there are."""
-    chosen = {use: 0 if use in idle else wanted.get(use) for use in USES}
-    taken = {use: size for use, size in chosen.items() if size}
+    chosen: dict[Use, int | None] = {use: 0 if use in idle else wanted.get(use) for use in USES}
+    taken: dict[Use, int] = {use: size for use, size in chosen.items() if size}
     left = total - sum(taken.values())
     if left < 0:
         keys = ", ".join(f"{key_of(use)} {size}" for use, size in taken.items())
@@ -68,20 +68,21 @@ def allot(total: int, wanted: Mapping[Use, int | None], *, idle: Sequence[Use] =
             f"{total} {unit}, but {sum(taken.values())} are wanted ({keys}): {-left} too many. Give more {unit}, or "
             f"lower {key_of(max(taken, key=lambda use: taken[use]))}."
         )
-    open_uses = [use for use in USES if chosen[use] is None]
-    shares = _shares(left, {use: SHARES[use] for use in open_uses})
+    open_uses: list[Use] = [use for use in USES if chosen[use] is None]
+    shares = _shares(left, open_uses)
     return Allotment(total=total, sizes={use: shares.get(use, chosen[use] or 0) for use in USES}, unit=unit)
 
 
-def _shares(total: int, weights: Mapping[Use, int]) -> dict[Use, int]:
+def _shares(total: int, uses: Sequence[Use]) -> dict[Use, int]:
     """Whole shares of a total by weight, each at least 1 while there are enough."""
-    if not weights:
+    if not uses:
         return {}
+    weights: dict[Use, int] = {use: SHARES[use] for use in uses}
     whole = sum(weights.values())
     least = 1 if total >= len(weights) else 0
-    found = {use: max(least, total * weight // whole) for use, weight in weights.items()}
+    found: dict[Use, int] = {use: max(least, total * weight // whole) for use, weight in weights.items()}
     spare = total - sum(found.values())
-    order = sorted(weights, key=lambda use: (-(total * weights[use] % whole), USES.index(use)))
+    order: list[Use] = sorted(uses, key=lambda use: (-(total * weights[use] % whole), USES.index(use)))
     for step in range(abs(spare)):
         use = order[step % len(order)] if spare > 0 else max(found, key=lambda use: found[use])
         found[use] += 1 if spare > 0 else -1

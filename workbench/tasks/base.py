@@ -256,8 +256,8 @@ def to_dataset(
     """Numbered pairs -> a `Dataset` with token positions (indices into the prompt without BOS).
 
     `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. `problems`:
-    rows that were bad before they came here; it takes up those that are bad here. Errors: `InputError` listing all bad rows, or (with `skip_bad_rows`) when
-    none is left.
+    rows that were bad before they came here; it takes up those that are bad here. Errors: `InputError` listing all bad
+    rows, or (with `skip_bad_rows`) when none is left.
     """
     rows: list[dict[str, Any]] = []
     bad = [] if problems is None else problems
