@@ -59,10 +59,8 @@ class Few:
 
     def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
         draw = random.Random(seed)
-        words = [
-            word for word in ("apple", "bag", "ball", "bell", "boat", "bone", "book", "bus", "cake", "card", "cup")
-        ]
-        mine = [word for word in words if split_by_hash([word]) == split][:3] or words[:1]
+        words = ("apple", "bag", "ball", "bell", "boat", "bone", "book", "bus", "cake", "card", "cup")
+        mine = [word for word in words if split_by_hash([word]) == split][:3] or list(words[:1])
         for word in distinct(lambda _: draw.choice(mine), scenes=scenes, key=str, what=f"few ({split})"):
             yield Pair(clean=f"The {word}", corrupt="The pen", answer=f" {word}", distractor=" pot", positions={})
 

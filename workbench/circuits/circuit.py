@@ -110,7 +110,7 @@ class Circuit:
         return {"members": members, "shape": list(self.shape), "method": self.method}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Circuit":
+    def from_json(cls, value: Any) -> "Circuit":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         found = read_typed(value, _Written, what="a circuit (members with head, role, position; shape; method)")
         members = [Member(member.head, member.role, member.position) for member in found.members]

@@ -34,7 +34,7 @@ class CircuitComparison:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CircuitComparison":
+    def from_json(cls, value: Any) -> "CircuitComparison":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         return read_typed(value, cls, what="a comparison of circuits")
 

@@ -82,7 +82,7 @@ class FaithfulnessCurve:
         return {**asdict(self), **areas}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "FaithfulnessCurve":
+    def from_json(cls, value: Any) -> "FaithfulnessCurve":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         if isinstance(value, Mapping):
             value = {"ablation": "mean", **value}  # files from before there was a choice

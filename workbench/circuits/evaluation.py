@@ -61,7 +61,7 @@ class CircuitReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
+    def from_json(cls, value: Any) -> "CircuitReport":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         if isinstance(value, Mapping):
             value = {"ablation": "mean", **value}  # files from before there was a choice

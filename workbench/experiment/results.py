@@ -55,7 +55,7 @@ class ConditionResult:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ConditionResult":
+    def from_json(cls, value: Any) -> "ConditionResult":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         return storage.read_typed(value, cls, what="a row of results", remedy="run the evaluation again")
 

@@ -82,8 +82,8 @@ class Session:
                 f"{self.subjects[side].shape}; give its own circuit."
             )
 
-    def handle(self, command: Mapping[str, Any], *, patience: float | None = None) -> dict[str, Any]:
-        """Carry out a command and return the view. Never raises on bad input: the view's `error` says what was wrong
+    def handle(self, command: Any, *, patience: float | None = None) -> dict[str, Any]:
+        """Carry out a command and return the view. Never raises, whatever it is given: the view's `error` says what was wrong
         and what to do."""
         error, notice, command = None, None, command if isinstance(command, Mapping) else {}
         with self._lock:

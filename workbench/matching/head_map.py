@@ -1,7 +1,6 @@
 """`HeadMap`: which teacher head each student head goes to, and what there is to know about each match; JSON both
 ways."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,7 +102,7 @@ class HeadMap:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "HeadMap":
+    def from_json(cls, value: Any) -> "HeadMap":
         """Read what `to_json` gave, now or before stability, noise and unmatched heads were kept. Errors: `InputError`
         on anything else."""
         beside = ("teacher_heads_used", "ties", "stability", "within_noise")

@@ -48,7 +48,7 @@ class PairCka:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "PairCka":
+    def from_json(cls, value: Any) -> "PairCka":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         remedy = "run `workbench match` or `workbench evaluate` again"
         found = read_typed(value, _Written, what="the CKA of a pair", remedy=remedy)

@@ -9,11 +9,10 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from workbench.errors import InputError, nearest
 
-Value = TypeVar("Value")
 WORDS: Mapping[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 REMEDY = "run the stage that writes it again"
 
@@ -22,7 +21,7 @@ class _Unfit(Exception):
     """A value that is not what it must be, and where."""
 
 
-def read_typed(value: Any, kind: type[Value], *, what: str, beside: Sequence[str] = (), remedy: str = REMEDY) -> Value:
+def read_typed(value: Any, kind: Any, *, what: str, beside: Sequence[str] = (), remedy: str = REMEDY) -> Any:
     """A JSON value as a type: a dataclass, a `TypedDict` (which may hold other keys, too), or what they are made of.
 
     `what`: the value in words; `beside`: keys of the outermost object that are for the reader alone. Errors:
