@@ -19,5 +19,5 @@ made.add_argument("--seed", type=int, default=0)
 made.add_argument("--count", type=int, default=200)
 options = made.parse_args()
 found = figures(options.door, seed=options.seed, count=options.count, limit=60)
-print(found.text())  # noqa: T201
+print(found.text())
 sys.exit(bool(found.harmful))

@@ -33,8 +33,8 @@ from workbench.errors import InputError
 from workbench.experiment import Run, transfer
 from workbench.experiment.recipe import read_recipe
 from workbench.experiment.runs import RunFolder
-from workbench.explorer.begin import session_of
-from workbench.explorer.listing import python_lines
+from workbench.explorer.api import session_of
+from workbench.explorer.script import python_lines
 from workbench.matching import HeadMap, Match
 from workbench.matching.aligned_pairs import aligned_pairs
 from workbench.matching.head_similarity import all_head_similarity, circuit_ckas, head_similarity

@@ -22,7 +22,8 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
 from workbench.patching.path import activation_baselines, prepared, sweep_heads
-from workbench.tasks.base import PromptPairs, Stage
+from workbench.tasks.base import PromptPairs
+from workbench.tasks.stages import Stage, require_stages
 from workbench.values.metrics import METRICS, Metric
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
@@ -55,6 +56,7 @@ def backward_search(
     stage. `metric` takes the place of the configuration's. Errors: `InputError` for a position that the prompts don't
     name, and another search's files.
     """
+    require_stages(stages)
     if execution.file is not None:
         raise InputError("a search has a file a stage: give `files` (stage -> file) in place of one file.")
     metric = metric or METRICS[config.metric]

@@ -67,17 +67,10 @@ def _placement(options: argparse.Namespace) -> dict[str, str]:
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` settings; values are YAML."""
-    import yaml
+    from workbench.storage.yaml import yaml_value
 
-    found: dict[str, Any] = {}
-    for key, value in _pairs(pairs, "--set", "training.steps=20").items():
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(
-                f"--set {key}: {value!r} is not a YAML value; quote it, e.g. --set '{key}=\"...\"'."
-            ) from None
-    return found
+    given = _pairs(pairs, "--set", "training.steps=20")
+    return {key: yaml_value(value, where=f"--set {key}") for key, value in given.items()}
 
 
 def _pairs(pairs: Sequence[str], option: str, example: str = "NAME=DIRECTORY") -> dict[str, str]:

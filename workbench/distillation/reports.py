@@ -43,10 +43,16 @@ class StepReport:
 
 def read_log(path: Path, *, first: int | None = None) -> list[StepReport]:
     """The (first) reports of a JSONL log. Errors: `InputError` when it is missing or damaged."""
-    try:
-        return [StepReport(**json.loads(line)) for line in path.read_text().splitlines()[:first]]
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); run this condition again.") from None
+    found = []
+    lines = [line for line in storage.read_lines(path) if line][:first]
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(storage.read_typed(storage.json_value(line), StepReport, what="a line of a training's log"))
+        except ValueError as error:
+            raise InputError(
+                f"{path}, line {number}, is damaged ({str(error).rstrip('.')}); run this condition again."
+            ) from None
+    return found
 
 
 def read_training(folder: Path) -> list[StepReport]:

@@ -40,6 +40,7 @@ def run_conditions(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = 
     """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder
     then holds."""
     with launched(run.recipe.device).main_first():
+        run.prompts.require("reference", "discovery", "train", "validation", "test")
         preflight(run, dict.fromkeys(condition for condition, _ in arms))
         match(run)
     return run_arms(run, arms, resume=resume)

@@ -23,6 +23,7 @@ log = logging.getLogger("workbench")
 
 def discover(run: Run) -> dict[str, Circuit]:
     """Ablation impacts, path effects and a circuit in each model on its own; writes scores and circuits."""
+    run.prompts.require("reference", "discovery")
     return {name: _discover(run, name, model) for name, model in run.both().items()}
 
 

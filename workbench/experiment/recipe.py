@@ -1,26 +1,29 @@
 """Recipes: one YAML per experiment, read into frozen, checked values. An unknown key is an error that names the nearest
 known one."""
 
-import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from dataclasses import dataclass as plain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits.config import DiscoveryConfig
 from workbench.distillation.config import AlignmentConfig, TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import TABLE, Condition, ConditionName
-from workbench.experiment.upgrades import upgraded_recipe
+from workbench.experiment.upgrades import SCENES, upgraded_recipe
 from workbench.matching.config import MatchingConfig
+from workbench.storage import yaml
+from workbench.storage.yaml import Settings, overridden, parse_config
+from workbench.tasks.allotment import USES, Use
 from workbench.tasks.settings import PromptConfig
-from workbench.tasks.stages import Stage
+from workbench.tasks.stages import Stage, require_stages
+
+__all__ = ["Recipe", "parse_config", "parse_recipe", "read_recipe", "read_yaml", "to_plain", "written_recipe"]
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -41,21 +44,36 @@ class DataConfig:
     reference: Literal["calibration", "corrupt"] = "calibration"
     """Prompts of the ablation's means: calibration prompts of their own, or the corrupt prompts of the pairs (for small
     files of pairs)."""
-    reference_scenes: Annotated[int, Field(ge=1)] = 40
-    """Calibration scenes for the means of the ablation (rows, with `pairs`)."""
-    discovery_scenes: Annotated[int, Field(ge=1)] = 20
+    skip_bad_rows: bool = False
+    """Of `pairs`: leave bad rows out, with their number and reasons in the log, in place of refusing the file."""
+    reference_scenes: Annotated[int, Field(ge=1)] | None = None
+    """Calibration scenes for the means of the ablation (rows, with `pairs`). None here and below: of a task 40, 20, 10,
+    0 and 80; of a file a share of the rows that the chosen sizes leave (`workbench.tasks.allotment`)."""
+    discovery_scenes: Annotated[int, Field(ge=1)] | None = None
     """Calibration scenes that circuits are found and heads matched on (rows, with `pairs`)."""
-    train_scenes: Annotated[int, Field(ge=1)] = 10
-    validation_scenes: Annotated[int, Field(ge=0)] = 0
+    train_scenes: Annotated[int, Field(ge=1)] | None = None
+    validation_scenes: Annotated[int, Field(ge=0)] | None = None
     """Scenes for the evaluations during training (`training.evaluate_every`), apart from training and test (rows, with
     `pairs`)."""
-    test_scenes: Annotated[int, Field(ge=1)] = 80
+    test_scenes: Annotated[int, Field(ge=0)] | None = None
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
     prompts: PromptConfig = Field(default_factory=PromptConfig)
     """How they are put to the models: chat template, BOS, padding, answers of several tokens."""
     per_position_means: bool = True
     """Means of the ablation position by position (prompts of one length), or over all positions."""
+
+    def __post_init__(self) -> None:
+        if self.pairs is None and self.test_scenes == 0:
+            raise InputError("a task's results need test scenes; set data.test_scenes above 0.")
+
+    @property
+    def sizes(self) -> dict[Use, int | None]:
+        """Scenes (or rows) of each use; None for a share of a file's rows."""
+        chosen: dict[Use, int | None] = {use: getattr(self, f"{use}_scenes") for use in USES}
+        if self.pairs is not None:
+            return chosen
+        return {use: SCENES[use] if size is None else size for use, size in chosen.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -122,6 +140,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.training.alignment is not None:
             raise InputError("a recipe has its alignment beside its training; set `alignment`, not training.alignment.")
+        require_stages(self.stages or ())
 
     def training_of(self, condition: Condition) -> TrainingConfig:
         """The training with a condition's losses."""
@@ -132,7 +151,7 @@ class Recipe:
         )
 
 
-def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:
+def read_recipe(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a YAML file or the name of a bundled one, with top-level or dotted overrides (`{"training.steps":
     20}`).
 
@@ -157,7 +176,7 @@ class BundledRecipe:
     @property
     def title(self) -> str:
         """What it says of itself, or what it makes of which model."""
-        value = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        value = yaml.read_yaml(self.file)
         return value.get("title") or f"{value['model']} on {value.get('task', 'entity_tracking')}"
 
 
@@ -170,31 +189,23 @@ def bundled_recipes() -> list[BundledRecipe]:
     ]
 
 
-def read_yaml(source: str | Path) -> dict[str, Any]:
+def read_yaml(source: str | Path) -> Settings:
     """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no
     mapping."""
     bundled = {each.name: each.file for each in bundled_recipes()}
-    path = Path(source) if Path(source).exists() else bundled.get(str(source))
+    path = yaml.existing(source) or bundled.get(str(source))
     if path is None:
         raise InputError(
             f"no recipe {str(source)!r}: neither a file nor a bundled recipe; {nearest(str(source), bundled)}"
         )
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a mapping of recipe keys.")
-    return value
+    return yaml.read_yaml(path)
 
 
-Parsed = TypeVar("Parsed")
-
-
-def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
+def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
     `InputError` naming the key and the nearest known one."""
-    recipe = parse_config(Recipe, upgraded_recipe(overridden(value, overrides)))
+    given = overridden(value, overrides)
+    recipe = parse_config(Recipe, Settings(upgraded_recipe(given), file=given.file, lines=given.lines))
     if recipe.data.pairs is None:
         _require_task(recipe.data)
     return recipe
@@ -210,43 +221,9 @@ def _require_task(data: DataConfig) -> None:
         raise InputError(f"recipe key data: {error}") from None
 
 
-def written_recipe(value: dict[str, Any]) -> Recipe:
+def written_recipe(value: Mapping[str, Any]) -> Recipe:
     """The recipe that a run has written into its `run.json`, now or before."""
-    return parse_config(Recipe, upgraded_recipe(value, written=True))
-
-
-def overridden(value: dict[str, Any], overrides: dict[str, Any] | None) -> dict[str, Any]:
-    """Plain values with dotted keys set."""
-    value = copy.deepcopy(value)
-    for key, setting in (overrides or {}).items():
-        place, *rest = key.split(".")
-        target = value
-        while rest:
-            target[place] = dict(target.get(place) or {})
-            target, place, rest = target[place], rest[0], rest[1:]
-        target[place] = setting
-    return value
-
-
-def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Parsed:
-    """Any configuration class from plain values, with dotted overrides. Errors: `InputError` naming the key and the
-    nearest known one."""
-    try:
-        return TypeAdapter(kind).validate_python(overridden(value, overrides))
-    except ValidationError as error:
-        raise InputError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
-
-
-def _explain(kind: Any, problem: Any) -> str:
-    place = ".".join(map(str, problem["loc"]))
-    if problem["type"] != "unexpected_keyword_argument":
-        return f"recipe key {place}: {problem['msg']}"
-    for part in problem["loc"][:-1]:
-        kind = (
-            next((field.type for field in fields(kind) if field.name == part), kind) if isinstance(part, str) else kind
-        )
-    known = [field.name for field in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []
-    return f"unknown recipe key {place!r}; {nearest(str(problem['loc'][-1]), known)}"
+    return parse_config(Recipe, upgraded_recipe(overridden(value, None), written=True))
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -55,24 +55,21 @@ class ConditionResult:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ConditionResult":
+    def from_json(cls, value: Any) -> "ConditionResult":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            return cls(
-                **{
-                    **value,
-                    "full_interval": tuple(value["full_interval"]),
-                    "circuit_interval": tuple(value["circuit_interval"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a row of results ({error!r}); run the evaluation again.") from None
+        return storage.read_typed(value, cls, what="a row of results", remedy="run the evaluation again")
 
     def __post_init__(self) -> None:
         if self.condition not in TITLES:
             raise InputError(
                 f"this row of results is of no condition that is known, {self.condition!r}; run the evaluation again."
             )
+
+
+def read_results(file: Path) -> list[ConditionResult]:
+    """The rows of a `results.json`. Errors: `InputError` when it is missing or damaged."""
+    rows = storage.read_typed(storage.read_json(file), list[Any], what=f"rows of results ({file})")
+    return [ConditionResult.from_json(row) for row in rows]
 
 
 def collect(folder: RunFolder) -> list[ConditionResult]:

@@ -22,7 +22,6 @@ from workbench.errors import InputError
 from workbench.experiment.origins import KEY, Origin, require_origin
 from workbench.experiment.recipe import Recipe, to_plain, written_recipe
 from workbench.matching import HeadMap
-from workbench.storage.process import LOCK
 from workbench.storage.provenance import provenance
 from workbench.values.scores import Scores
 
@@ -54,7 +53,7 @@ class RunFolder:
             within_study = (self.path.parent / "study.json").exists()
             storage.hold(self.path.parent if within_study else self.path, lambda: leave_free(self.path, file.name))
         if file.exists() and holds_nothing_but(self.path, file.name):
-            file.unlink()
+            storage.discard(file)
         if file.exists():
             if not resume:
                 raise InputError(f"{self.path} already holds a run; resume it with --resume, or choose another --out.")
@@ -72,12 +71,14 @@ class RunFolder:
         storage.write_json(file, {**described, **provenance()})
 
     def _recipe(self, described: Any) -> Recipe:
+        file, remedy = self.path / "run.json", "choose another --out, or delete the folder"
+        recipe = storage.read_field(described, "recipe", what=f"the description of a run ({file})", remedy=remedy)
+        if not isinstance(recipe, Mapping):
+            raise InputError(f"{file} is damaged (its recipe is no object); {remedy}.")
         try:
-            return written_recipe(described["recipe"])
-        except (KeyError, TypeError):
-            raise InputError(
-                f"{self.path / 'run.json'} names no recipe: it is damaged; choose another --out, or delete the folder."
-            ) from None
+            return written_recipe(recipe)
+        except InputError as error:
+            raise InputError(f"{file} is damaged or of another version ({error}); {remedy}.") from None
 
     def described(self) -> dict[str, Any]:
         """What `run.json` says, its recipe in the form of today. Errors: `InputError` when it is missing or damaged."""
@@ -87,7 +88,8 @@ class RunFolder:
                 "discover` wrote."
             )
         found = storage.read_json(self.path / "run.json")
-        return {**found, "recipe": to_plain(self._recipe(found))}
+        recipe = to_plain(self._recipe(found))
+        return {**found, "recipe": recipe}
 
     def examined_file(self, model: str) -> Path:
         """A circuit's report and faithfulness curve on test prompts."""
@@ -116,8 +118,20 @@ class RunFolder:
         return self.path / "head_map.json"
 
     def head_map(self, expected: Origin | None = None) -> HeadMap:
-        """The matching. Errors: `InputError` when it has not been made yet, or is not of the expected origin."""
-        return HeadMap.from_json(self._read(self.head_map_file, "match", expected))
+        """The matching. Errors: `InputError` when it has not been made yet, or is not of the expected origin or of the
+        circuits beside it."""
+        head_map = HeadMap.from_json(self._read(self.head_map_file, "match", expected))
+        for model, heads in (
+            ("student", {match.student for match in head_map.matches}),
+            ("teacher", set(head_map.teacher_heads)),
+        ):
+            if self.circuit_file(model).exists() and (strangers := heads - set(self.circuit(model).heads)):
+                raise InputError(
+                    f"{self.head_map_file} matches {', '.join(map(str, sorted(strangers)))}, not in the circuit of "
+                    f"the {model} beside it: it was made from another circuit. Delete it and run `workbench match` "
+                    "again."
+                )
+        return head_map
 
     def condition(self, name: str, seed: int) -> Path:
         """The folder of a condition and seed."""
@@ -131,18 +145,22 @@ class RunFolder:
         value = storage.read_json(file)
         if expected is not None and isinstance(value, dict):
             require_origin(file, value.get(KEY), expected)
-        return value
+        return {name: each for name, each in value.items() if name != KEY} if isinstance(value, dict) else value
 
 
 def holds_nothing_but(folder: Path, *names: str) -> bool:
-    """Whether a folder holds no file beside those of these names (and a lock)."""
-    return all(path.parent == folder and path.name in (*names, LOCK) for path in folder.rglob("*") if not path.is_dir())
+    """Whether a folder holds no file beside those of these names (and a lock, checksums, and what a kill leaves)."""
+    return all(
+        path.name.startswith(".") or (path.parent == folder and path.name in names)
+        for path in folder.rglob("*")
+        if not path.is_dir()
+    )
 
 
 def leave_free(folder: Path, name: str) -> None:
     """Take the description out of a folder that has no result, and the folder itself where nothing else is in it."""
     if folder.is_dir() and holds_nothing_but(folder, name):
-        (folder / name).unlink(missing_ok=True)
+        storage.discard(folder / name)
 
 
 def _require_usable(folder: Path) -> None:

@@ -13,8 +13,11 @@ from dataclasses import fields
 from typing import Any
 
 from workbench.errors import InputError
+from workbench.tasks.allotment import Use
 from workbench.tasks.settings import PromptConfig
 
+SCENES: Mapping[Use, int] = {"reference": 40, "discovery": 20, "train": 10, "validation": 0, "test": 80}
+"""Scenes of a task, where a recipe does not say."""
 BOXED = "entity_tracking"
 """The task whose number of boxes stood beside it."""
 ALIGNED: Mapping[str, str] = {
@@ -45,8 +48,10 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False) -> dict[
     """
     recipe = copy.deepcopy(dict(value))
     if isinstance(recipe.get("data"), dict):
-        boxes = recipe["data"].get("boxes")
         recipe["data"] = _upgraded_data(recipe["data"])
+    _state_sizes(recipe)
+    if isinstance(value.get("data"), dict):
+        boxes = value["data"].get("boxes")
         if boxes is not None:
             _give_boxes(recipe.get("evaluation"), boxes)
     if written:
@@ -62,6 +67,16 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False) -> dict[
                 if not written and found != DEFAULTS[name]:
                     raise InputError(f"recipe key training.{name} has no effect; set alignment.{other} in its place.")
     return recipe
+
+
+def _state_sizes(recipe: dict[str, Any]) -> None:
+    """A task's sizes are written out, as they always were, so that a recipe that leaves them to their defaults equals
+    the one in its run's folder."""
+    data = recipe.setdefault("data", {})
+    if isinstance(data, dict) and data.get("pairs") is None:
+        for use, size in SCENES.items():
+            if data.get(f"{use}_scenes") is None:
+                data[f"{use}_scenes"] = size
 
 
 def _upgraded_data(data: Mapping[str, Any]) -> dict[str, Any]:

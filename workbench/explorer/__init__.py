@@ -5,12 +5,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench.explorer.begin import explore, forget
+    from workbench.explorer.api import explore, forget
     from workbench.explorer.session import Session
 _HOMES = {
     "Session": "workbench.explorer.session",
-    "explore": "workbench.explorer.begin",
-    "forget": "workbench.explorer.begin",
+    "explore": "workbench.explorer.api",
+    "forget": "workbench.explorer.api",
 }
 """Name -> the file that holds it; it is imported when the name is asked for."""
 __all__ = ["Session", "explore", "forget"]

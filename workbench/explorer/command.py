@@ -39,6 +39,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
     command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
+    command.add_argument("--prepend-bos", action="store_true", help="put the BOS token before every prompt")
+    command.add_argument(
+        "--chat", choices=("none", "user", "assistant"), default="none", help="put prompts into the chat template"
+    )
+    command.add_argument("--system", help="the system message, with --chat")
+    command.add_argument("--instruction", help="the user's message, with --chat assistant")
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME:PORT",
+        help="another address that the page is opened by, e.g. localhost:9000 behind ssh -L 9000:127.0.0.1:PORT",
+    )
     command.add_argument("--port", type=int, default=0, help="default: a free one")
     command.add_argument("--open", action="store_true", help="open the page in a browser")
 
@@ -49,9 +62,10 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         raise InputError("a student needs its teacher: workbench explore TEACHER --student STUDENT.")
     from workbench import storage
     from workbench.circuits.circuit import Circuit
-    from workbench.explorer.begin import session_of
+    from workbench.explorer.api import session_of
     from workbench.explorer.server import ExplorerServer
     from workbench.models.hooked_model import Teacher
+    from workbench.tasks.prompts import PromptSettings
 
     def loaded(source: str) -> Teacher:
         return Teacher.load(source, device=options.device, dtype=options.dtype)
@@ -68,10 +82,13 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         reference=options.reference,
         prompts=options.prompts,
         seed=options.seed,
+        settings=PromptSettings(
+            prepend_bos=options.prepend_bos, chat=options.chat, system=options.system, instruction=options.instruction
+        ),
         circuits=circuits,  # pyright: ignore[reportArgumentType]
         folder=options.folder,
     )
-    return ExplorerServer(session, port=options.port)
+    return ExplorerServer(session, port=options.port, allowed=options.allow_host)
 
 
 def explore(options: argparse.Namespace, settings: Mapping[str, Any], *, tell: Callable[[str], object]) -> None:

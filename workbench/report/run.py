@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from workbench import storage
 from workbench.distillation.reports import read_training
 from workbench.errors import InputError
-from workbench.experiment.results import ConditionResult, run_logs
+from workbench.experiment.results import read_results, run_logs
 from workbench.experiment.runs import RunFolder
 from workbench.plots.losses import loss_curves, run_of
 from workbench.plots.seeds import loss_bands, seeds_chart
@@ -33,7 +32,7 @@ def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
     file = folder.trial_path / "results.json"
     if not file.exists():
         return
-    results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
+    results = read_results(file)
     data = recipe["data"]
     assert isinstance(data, dict)
     is_boxed = data["pairs"] is None and data["task"] == "entity_tracking"

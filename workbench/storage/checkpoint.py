@@ -36,12 +36,14 @@ def load(
     """Restore the optimizer's state; returns (step, leaf values). Errors: `InputError` when damaged or of another
     run."""
     tensors, metadata = storage.read_tensors(path)
-    described: dict[str, Any] = json.loads(metadata.get("checkpoint", "{}"))
+    described = _described(path, metadata)
     _require_same(path, described.get("identity"), identity)
     values: dict[str, Tensor] = {}
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        kind, rest = name.split("|", 1)
+        kind, _, rest = name.partition("|")
+        if kind not in ("leaf", "state") or (kind == "state" and "|" not in rest):
+            raise _damaged(path)
         if kind == "leaf":
             values[rest] = value
         else:
@@ -50,7 +52,23 @@ def load(
     for key, leaf in leaves.items():
         if key in states:
             optimizer.state[leaf] = states[key]
-    return int(described["step"]), values
+    if not isinstance(described.get("step"), int):
+        raise _damaged(path)
+    return described["step"], values
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        described = json.loads(metadata.get("checkpoint", "{}"))
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise _damaged(path)
+    return described
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is no checkpoint, or a damaged one; delete it, and the training begins anew.")
 
 
 def _require_same(path: Path, found: Any, identity: Identity) -> None:
@@ -74,5 +92,4 @@ def _require_same(path: Path, found: Any, identity: Identity) -> None:
 
 def names_ingredients(path: Path) -> bool:
     """Whether a checkpoint says what it was made of, ingredient by ingredient (since 0.2.0)."""
-    described = json.loads(storage.read_metadata(path).get("checkpoint", "{}"))
-    return isinstance(described.get("identity"), dict)
+    return isinstance(_described(path, storage.read_metadata(path)).get("identity"), dict)

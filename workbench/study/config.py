@@ -74,6 +74,7 @@ def written_study(value: dict[str, Any]) -> StudyConfig:
     from workbench.storage.assets import short_name  # here: storage loads torch, which reading a recipe need not
 
     study = copy.deepcopy(value)
-    for student in study["students"].values():
-        student["source"] = short_name(student["source"])
+    for student in study["students"].values() if isinstance(study.get("students"), dict) else ():
+        if isinstance(student, dict) and isinstance(student.get("source"), str):
+            student["source"] = short_name(student["source"])
     return parse_config(StudyConfig, study)

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from workbench import storage
 from workbench.circuits import discovery
@@ -40,7 +40,15 @@ log = logging.getLogger("workbench")
 
 def opened_study(path: Path) -> "Study":
     """The study that a folder holds. Errors: `InputError` when it holds none."""
-    return Study(written_study(storage.read_json(path / "study.json")["study"]), path)
+    return Study(_described(path / "study.json"), path)
+
+
+def _described(file: Path) -> StudyConfig:
+    """The study that `study.json` describes. Errors: `InputError` when it describes none."""
+    found = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
+    if not isinstance(found, Mapping):
+        raise InputError(f"{file} is damaged (its study is no object); begin the study anew.")
+    return written_study(dict(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +71,7 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path) -> None:
         self.config, self.path = config, path
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
-        if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
+        if not self.recipe.data.sizes["validation"] or not self.recipe.training.evaluate_every:
             raise InputError(
                 "a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every "
                 "in `overrides`."
@@ -82,7 +90,7 @@ class Study:
             return
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
-        if written_study(storage.read_json(file)["study"]) != written_study(described):
+        if _described(file) != self.config:
             raise InputError(
                 f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another "
                 "--out."
@@ -202,7 +210,7 @@ class Study:
                 file,
                 {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}},
             )
-        return base.varied(self._at(base.recipe, scenes, storage.read_json(file)["weight"]), trial)
+        return base.varied(self._at(base.recipe, scenes, read_weight(file)["weight"]), trial)
 
     def _validated(self, base: Run, scenes: int, weight: float) -> list[float]:
         """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test
@@ -298,5 +306,24 @@ def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, f
             aligned_ckas(run, run.student, head_map_of(run, aligning, seed), run.prompts.discovery)
         )
         storage.write_json(file, {"cka": cka, "floor": floor})
-    start: Mapping[str, float] = storage.read_json(file)
-    return start["cka"], start["floor"]
+    found = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
+    return found["cka"], found["floor"]
+
+
+class Starting(TypedDict):
+    """Where the pairs of a training began."""
+
+    cka: float
+    floor: float
+
+
+class ChosenWeight(TypedDict):
+    """The chosen lambda, and what each trial gave on validation prompts."""
+
+    weight: float
+    validation_accuracy: dict[str, list[float]]
+
+
+def read_weight(file: Path) -> ChosenWeight:
+    """A cell's chosen lambda. Errors: `InputError` when the file is missing or damaged."""
+    return storage.read_typed(storage.read_json(file), ChosenWeight, what=f"a chosen lambda ({file})")

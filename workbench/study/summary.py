@@ -21,7 +21,7 @@ from workbench.experiment.distill import trainable_heads
 from workbench.experiment.results import ConditionResult, collect, in_columns, read_outcomes
 from workbench.experiment.transfer import read_outcomes as read_transfer
 from workbench.experiment.transfer import transfer_table, transfer_text
-from workbench.study.grid import Cell, Study, starting_similarity
+from workbench.study.grid import Cell, Study, read_weight, starting_similarity
 from workbench.values.statistics import compared, mean_interval
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
@@ -46,11 +46,12 @@ def summarise(study: Study) -> dict[str, Any]:
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
     rows = [row for row in collect(cell.run.folder) if row.seed in study.config.seeds or row.condition == TEACHER]
-    weight = storage.read_json(cell.path / "weight.json")
+    weight = read_weight(cell.path / "weight.json")
     by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
     target = _mean_end(cell, study, PLAIN)
     anew = {
-        file.stem: _without_circuit(storage.read_json(file)) for file in sorted((cell.path / "anew").glob("*.json"))
+        file.stem: _without_circuit(storage.read_typed(storage.read_json(file), dict, what=f"a circuit anew ({file})"))
+        for file in sorted((cell.path / "anew").glob("*.json"))
     }
     return {
         "student": cell.student,
@@ -153,7 +154,7 @@ def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
     """Every condition against another one: full accuracy and circuit accuracy."""
     second, scene = (
         _outcomes(study, cell, other),
-        len(cell.run.prompts.test) // cell.run.recipe.data.test_scenes,
+        len(cell.run.prompts.test) // cell.run.prompts.allotment.sizes["test"],
     )
     found = {}
     for condition in study.config.conditions:

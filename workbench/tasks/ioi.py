@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 from workbench import seeds
 from workbench.errors import InputError, nearest
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct, fitting
 from workbench.tasks.wording import words_of
 
 NAMES = tuple(
@@ -104,19 +105,13 @@ class IndirectObject:
                 f"IOI needs a dozen one-token names, places and things; this tokenizer has {len(names)}, {len(places)} "
                 f"and {len(things)} of ours."
             )
-        draw, seen = seeds.chooser(seed, self.name, split), set()
-        while len(seen) < scenes:
-            pair = self._pair(
-                draw,
-                split,
-                names,
-                places,
-                things,
-                swapped=len(seen) % 2 == 1 if self.order == "both" else self.order == "baba",
-            )
-            if pair.clean not in seen:
-                seen.add(pair.clean)
-                yield pair
+        draw = seeds.chooser(seed, self.name, split)
+
+        def make(place: int) -> Pair:
+            swapped = place % 2 == 1 if self.order == "both" else self.order == "baba"
+            return self._pair(draw, split, names, places, things, swapped=swapped)
+
+        yield from distinct(make, scenes=scenes, key=lambda pair: pair.clean, what=f"{self.name} ({split})")
 
     def _pair(
         self,
@@ -128,10 +123,11 @@ class IndirectObject:
         *,
         swapped: bool,
     ) -> Pair:
-        while True:
-            subject, recipient, *others = draw.sample(names, 5)
-            if split_of((subject, recipient)) == split:
-                break
+        subject, recipient, *others = fitting(
+            lambda: draw.sample(names, 5),
+            lambda five: split_of((five[0], five[1])) == split,
+            what=f"{self.name} ({split})",
+        )
         words = {"place": draw.choice(places), "thing": draw.choice(things)}
         template = draw.choice(TEMPLATES) if self.template is None else TEMPLATES[self.template]
         order = {"first": subject, "second": recipient} if swapped else {"first": recipient, "second": subject}
@@ -166,8 +162,12 @@ class IndirectObject:
             case "swapped":
                 return {"first": order["second"], "second": order["first"], "subject": subject}, f" {recipient}"
             case "random":
-                new = others[:2]
-                while split_of((new[0], new[1])) != split_of((subject, recipient)):
-                    new = draw.sample([name for name in names if name not in (subject, recipient)], 2)
+                new, home = others[:2], split_of((subject, recipient))
+                if split_of((new[0], new[1])) != home:
+                    new = fitting(
+                        lambda: draw.sample([name for name in names if name not in (subject, recipient)], 2),
+                        lambda two: split_of((two[0], two[1])) == home,
+                        what=f"{self.name} ({home})",
+                    )
                 renamed = {subject: new[0], recipient: new[1]}
                 return {**{place: renamed[name] for place, name in order.items()}, "subject": new[0]}, f" {new[1]}"

@@ -1,9 +1,10 @@
 """The stages of a task's circuit, apart from the task: a recipe can name its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from workbench.errors import InputError
+from workbench.errors import InputError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,3 +28,17 @@ class Stage:
             raise InputError(
                 f"stage {self.name!r}: `into` and `composition` go together (both, or neither for the logits)."
             )
+
+
+def require_stages(stages: Sequence[Stage]) -> None:
+    """Refuse stages that write into one that does not stand before them, and two of one name."""
+    names: list[str] = []
+    for stage in stages:
+        if stage.name in names:
+            raise InputError(f"there are two stages {stage.name!r}; give each a name of its own (key `stages`).")
+        if stage.into is not None and stage.into not in names:
+            known = nearest(stage.into, names) if names else "it is the first stage, which writes into the logits."
+            raise InputError(
+                f"stage {stage.name!r} writes into {stage.into!r}, which is no stage before it; {known} (key `stages`)"
+            )
+        names.append(stage.name)
