@@ -10,7 +10,8 @@ from workbench.experiment.conditions import BASELINES, CONDITIONS, TABLE, TITLES
 from workbench.experiment.recipe import RECIPES, parse_recipe, read_recipe, read_yaml, to_plain, written_recipe
 from workbench.experiment.results import ConditionResult
 from workbench.experiment.runs import RunFolder
-from workbench.study.grid import opened_study, read_study
+from workbench.study.config import read_study
+from workbench.study.grid import opened_study
 
 RESULTS = Path(__file__).parents[2] / "assets" / "results"
 RUNS = sorted(file.parent.name for file in RESULTS.glob("*/run.json"))

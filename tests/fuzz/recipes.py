@@ -14,7 +14,7 @@ from workbench.cli import main
 from workbench.errors import InputError
 from workbench.experiment.recipe import RECIPES, parse_config, read_recipe, read_yaml
 from workbench.pretraining.finetuning import FinetuningConfig
-from workbench.study.grid import read_study
+from workbench.study.config import read_study
 
 TEXTS = (
     "seeds: [0, 1, 0]\nseeds: [1]",
