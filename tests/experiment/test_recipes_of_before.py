@@ -10,7 +10,8 @@ from workbench.experiment.conditions import BASELINES, CONDITIONS, TABLE, TITLES
 from workbench.experiment.recipe import RECIPES, parse_recipe, read_recipe, read_yaml, to_plain, written_recipe
 from workbench.experiment.results import ConditionResult
 from workbench.experiment.runs import RunFolder
-from workbench.study.grid import opened_study, read_study
+from workbench.study.config import read_study
+from workbench.study.grid import opened_study
 
 RESULTS = Path(__file__).parents[2] / "assets" / "results"
 RUNS = sorted(file.parent.name for file in RESULTS.glob("*/run.json"))
@@ -58,10 +59,10 @@ def test_settings_of_before_are_those_of_today() -> None:
     nested = {"data.options.boxes": 5, "data.prompts.prepend_bos": True, "data.prompts.multi_token": True}
     assert read_recipe("demo", overrides=flat) == read_recipe("demo", overrides=nested)
     assert read_recipe("demo", overrides=flat).data.options == {"boxes": 5}
-    assert (
-        "boxes"
-        not in read_recipe("demo", overrides={"data.boxes": 5, "data.task": "ioi", "data.options": {}}).data.options
-    )
+    unboxed = {"data.boxes": 5, "data.task": "ioi", "data.options": {}}
+    assert read_recipe("demo", overrides=unboxed).data.options == {}
+    file = {"teacher": "none", "data": {"boxes": 5, "options": {"boxes": 4}, "chat": "none", "prompts": {}}}
+    assert parse_recipe(file).data.options == {"boxes": 4}, "as before"
     other = {"task": "entity_tracking", "scenes": 6}
     transfer = read_recipe("demo", overrides={"data.boxes": 5, "evaluation.transfer": [other]}).evaluation.transfer
     assert transfer[0].options == {"boxes": 5}, "other tasks took the recipe's boxes"

@@ -194,7 +194,7 @@ Parsed = TypeVar("Parsed")
 def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
     `InputError` naming the key and the nearest known one."""
-    recipe = parse_config(Recipe, upgraded_recipe(overridden(value, overrides)))
+    recipe = parse_config(Recipe, upgraded_recipe(overridden(upgraded_recipe(value), overrides), set_last=True))
     if recipe.data.pairs is None:
         _require_task(recipe.data)
     return recipe
