@@ -3,6 +3,7 @@ nothing that is not finite is ever written."""
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,15 @@ def test_a_checkpoint_of_before_is_refused_with_its_remedy(ingredients: dict[str
 
 
 @pytest.mark.parametrize("left", [0, 3, 5])
-def test_a_log_shorter_than_its_checkpoint_is_refused(ingredients: dict[str, Any], tmp_path: Path, left: int) -> None:
-    """Today's steps would be trained twice; with all of its lines the log is taken."""
+def test_a_log_shorter_than_its_checkpoint_is_refused(
+    ingredients: dict[str, Any], load_student: Loader, tmp_path: Path, left: int
+) -> None:
+    """The steps would be trained twice; with all of its lines the log is taken."""
     training(ingredients).run(tmp_path)
     log = tmp_path / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:left]))
+    ingredients["student"] = load_student(seed=2)
     with pytest.raises(InputError, match=rf"holds {left} of the 6 steps of checkpoint.safetensors.*Put it back"):
         training(ingredients).run(tmp_path, resume=True)
     log.write_text("".join(lines))
@@ -151,31 +155,38 @@ def finite(folder: Path) -> bool:
 def test_an_update_that_overflows_is_never_written(
     load_student: Loader, load_teacher: Loader, tmp_path: Path, steps: int, rate: float
 ) -> None:
-    """The last step too, whose loss was taken before its update."""
+    """Whatever is written is finite, after the last step too, whose loss was taken before its update."""
     outputs = computed(load_teacher(seed=1), PROMPTS, NAMES)
     config = replace(CONFIG, learning_rate=rate, steps=steps, checkpoint_every=1)
-    with pytest.raises(InputError, match=r"not finite|is nan|is inf"):
+    finite_so_far = rate == 1e30 and steps == 1  # norms bring even such weights back to finite logits, once
+    with nullcontext() if finite_so_far else pytest.raises(InputError, match="the last checkpoint is kept"):
         trained(load_student(), outputs, config, tmp_path)
     assert finite(tmp_path)
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == int(rate == 1e30)
 
 
+@pytest.mark.parametrize("value", [3e38, float("inf"), float("nan")])
 def test_a_last_update_that_overflows_keeps_the_checkpoint_before_it(
-    load_student: Loader, load_teacher: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load_student: Loader, load_teacher: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    outputs, step = computed(load_teacher(seed=1), PROMPTS, NAMES), Distillation.step
+    """Weights that are finite, of which no finite loss is left; and weights that are not."""
+    outputs, update = computed(load_teacher(seed=1), PROMPTS, NAMES), torch.optim.AdamW.step
+    taken: list[int] = []
 
-    def overflowing(self: Distillation, number: int) -> Any:
-        if number == 5:
+    def overflowing(self: torch.optim.AdamW) -> None:
+        update(self)
+        taken.append(1)
+        if len(taken) == CONFIG.steps:
             with torch.no_grad():
-                next(iter(self.slices.leaves.values())).fill_(3e38)
-        return step(self, number)
+                for leaf in self.param_groups[0]["params"]:
+                    leaf.fill_(value)
 
-    monkeypatch.setattr(Distillation, "step", overflowing)
-    with pytest.raises(InputError, match="the last checkpoint is kept"):
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(InputError, match=r"not finite.*the last checkpoint is kept"):
         trained(load_student(), outputs, CONFIG, tmp_path)
     assert finite(tmp_path)
     assert json.loads(storage.read_metadata(tmp_path / "checkpoint.safetensors")["checkpoint"])["step"] == 4
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
 
 
 def test_float16_is_refused_with_its_remedy(model_folder: Any, load_teacher: Loader, tmp_path: Path) -> None:

@@ -59,10 +59,10 @@ def test_settings_of_before_are_those_of_today() -> None:
     nested = {"data.options.boxes": 5, "data.prompts.prepend_bos": True, "data.prompts.multi_token": True}
     assert read_recipe("demo", overrides=flat) == read_recipe("demo", overrides=nested)
     assert read_recipe("demo", overrides=flat).data.options == {"boxes": 5}
-    assert (
-        "boxes"
-        not in read_recipe("demo", overrides={"data.boxes": 5, "data.task": "ioi", "data.options": {}}).data.options
-    )
+    unboxed = {"data.boxes": 5, "data.task": "ioi", "data.options": {}}
+    assert read_recipe("demo", overrides=unboxed).data.options == {}
+    file = {"teacher": "none", "data": {"boxes": 5, "options": {"boxes": 4}, "chat": "none", "prompts": {}}}
+    assert parse_recipe(file).data.options == {"boxes": 4}, "as before"
     other = {"task": "entity_tracking", "scenes": 6}
     transfer = read_recipe("demo", overrides={"data.boxes": 5, "evaluation.transfer": [other]}).evaluation.transfer
     assert transfer[0].options == {"boxes": 5}, "other tasks took the recipe's boxes"

@@ -142,9 +142,9 @@ class Distillation:
             start, values = checkpoint.load(
                 state, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity
             )
-            self.slices.load(values)
             reports = read_log(log, first=start)
-            require_whole(log, reports, start, state.name)
+            require_whole(log, reports, start, state.name)  # before the student is changed
+            self.slices.load(values)
         self.processes.wait()
         if self.processes.is_main:
             storage.write_text(log, "".join(report.line() for report in reports))
@@ -197,7 +197,12 @@ class Distillation:
         rate = self.config.learning_rate * self._share_of_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise InputError(_not_finite("update overflows", step)) from None
         self._require_finite_weights(step)
         self.slices.write_back()
         return StepReport(

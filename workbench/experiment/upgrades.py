@@ -40,15 +40,16 @@ DEFAULTS: Mapping[str, Any] = {
 """What they were where nobody had set them."""
 
 
-def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False) -> dict[str, Any]:
+def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False, set_last: bool = False) -> dict[str, Any]:
     """Plain values of a recipe of any age as those of one of today; what is not known stays, to be refused by name.
 
-    `written`: by a run, whose repeated keys of `training` are dropped whatever they say, as they had no effect. Errors:
-    `InputError` for such a key that a user has set.
+    `written`: by a run, whose repeated keys of `training` are dropped whatever they say, as they had no effect.
+    `set_last`: a key of before was set on top of a recipe of today, and so has the last word. Errors: `InputError` for
+    such a key of `training` that a user has set.
     """
     recipe = copy.deepcopy(dict(value))
     if isinstance(recipe.get("data"), dict):
-        recipe["data"] = _upgraded_data(recipe["data"])
+        recipe["data"] = _upgraded_data(recipe["data"], set_last=set_last)
     _state_sizes(recipe)
     if isinstance(value.get("data"), dict):
         boxes = value["data"].get("boxes")
@@ -79,17 +80,21 @@ def _state_sizes(recipe: dict[str, Any]) -> None:
                 data[f"{use}_scenes"] = size
 
 
-def _upgraded_data(data: Mapping[str, Any]) -> dict[str, Any]:
+def _upgraded_data(data: Mapping[str, Any], *, set_last: bool) -> dict[str, Any]:
     names = {field.name for field in fields(PromptConfig)}
     flat = {name: value for name, value in data.items() if name in names}
     found = {name: value for name, value in data.items() if name not in names}
     if flat:
-        found["prompts"] = {**flat, **(found.get("prompts") or {})}
+        found["prompts"] = _merged(flat, found.get("prompts") or {}, set_last=set_last)
     if "boxes" in found:
         boxes = found.pop("boxes")
         if found.get("task", BOXED) == BOXED:
-            found["options"] = {"boxes": boxes, **(found.get("options") or {})}
+            found["options"] = _merged({"boxes": boxes}, found.get("options") or {}, set_last=set_last)
     return found
+
+
+def _merged(before: Mapping[str, Any], today: Mapping[str, Any], *, set_last: bool) -> dict[str, Any]:
+    return {**today, **before} if set_last else {**before, **today}
 
 
 def _give_boxes(evaluation: Any, boxes: int) -> None:
