@@ -204,7 +204,7 @@ def read_yaml(source: str | Path) -> Settings:
 def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
     `InputError` naming the key and the nearest known one."""
-    plain = Settings(upgraded_recipe(value), file=getattr(value, "file", None), lines=getattr(value, "lines", {}))
+    plain = Settings(upgraded_recipe(value), file=getattr(value, "file", ""), lines=getattr(value, "lines", {}))
     given = overridden(plain, overrides)
     settings = Settings(upgraded_recipe(given, set_last=True), file=given.file, lines=given.lines)
     recipe = parse_config(Recipe, settings)
