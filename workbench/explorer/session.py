@@ -83,8 +83,8 @@ class Session:
             )
 
     def handle(self, command: Any, *, patience: float | None = None) -> dict[str, Any]:
-        """Carry out a command and return the view. Never raises, whatever it is given: the view's `error` says what was wrong
-        and what to do."""
+        """Carry out a command and return the view. Never raises, whatever it is given: the view's `error` says what was
+        wrong and what to do."""
         error, notice, command = None, None, command if isinstance(command, Mapping) else {}
         with self._lock:
             before = self.state
