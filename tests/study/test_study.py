@@ -147,7 +147,7 @@ def test_one_student_under_several_methods(
 
     monkeypatch.setattr(discovery, "backward_search", counting)
     path.write_text(
-        yaml.safe_dump(
+        json.dumps(
             {
                 **value,
                 "students": {"plain": plain, "other": other},
