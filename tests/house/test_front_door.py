@@ -19,10 +19,7 @@ def type_checked_names(package: str) -> set[str]:
     tree = ast.parse((ROOT / package / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     return {
-        alias.asname or alias.name
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.asname or alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
 
 
@@ -40,7 +37,8 @@ def test_a_lazy_name_is_what_the_types_say(module: Any, package: str) -> None:
     tree = ast.parse((ROOT / package / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     for node in block.body:
-        assert isinstance(node, ast.ImportFrom) and node.module
+        assert isinstance(node, ast.ImportFrom)
+        assert node.module
         for alias in node.names:
             home = __import__(node.module, fromlist=[alias.name])
             assert getattr(module, alias.asname or alias.name) is getattr(home, alias.name)

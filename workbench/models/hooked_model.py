@@ -20,7 +20,6 @@ from workbench import seeds
 from workbench.errors import InputError
 from workbench.models import hooks, sources
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
-from workbench.storage import located
 from workbench.values.refs import Head
 
 Matrix = Literal["q", "k", "v", "o"]
@@ -66,7 +65,7 @@ class HookedModel:
         one.
         """
         _require_available(device)
-        opened = sources.open_source(located(str(source)), dtype=getattr(torch, dtype))
+        opened = sources.open_source(source, dtype=getattr(torch, dtype))
         tokens, mask = _probe(opened.model.config.vocab_size)
         with torch.no_grad():
             expected = (
@@ -292,7 +291,10 @@ class Student(HookedModel):
 
     def copy(self) -> "Student":
         """Another student of the same weights; training one leaves the other as it is."""
-        other = type(self)(copy.deepcopy(self.model), name=self.name)
+        held = (value for module in cast(nn.Module, self.model).modules() for value in vars(module).values())
+        transient = {id(value): None for value in held if isinstance(value, Tensor) and not value.is_leaf}
+        # ^ TransformerBridge keeps some of the last forward, with its graph; every forward sets it anew
+        other = type(self)(copy.deepcopy(self.model, transient), name=self.name)
         other.tokenizer = self.tokenizer
         return other
 

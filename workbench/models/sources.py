@@ -75,8 +75,9 @@ def open_source(name: str | Path, *, dtype: torch.dtype) -> Source:
 
 
 def local_directory(name: str | Path) -> Path:
-    """The local directory behind a name: itself, a converted GGUF file, or a hub snapshot (downloaded when online)."""
-    path = Path(name).expanduser()
+    """The local directory behind a name: a bundled model's, itself, a converted GGUF file, or a hub snapshot
+    (downloaded when online)."""
+    path = Path(storage.located(name)).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{path} is not a file; give the path of a GGUF file.")
