@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ import workbench as wb
 
 teacher, student = wb.Teacher.load("./big"), wb.Student.load("./small")
 pairs = wb.read_pairs("pairs.jsonl", student)
-mine, training, test = pairs[:60], pairs[60:160], pairs[160:]
-theirs, ours = wb.find_circuit(teacher, mine), wb.find_circuit(student, mine)
+mine, training, test = pairs[:80], pairs[80:240], pairs[240:]
+theirs, ours = (wb.find_circuit(model, mine, heads=2, selection="top") for model in (teacher, student))
 report = wb.evaluate_circuit(teacher, test, theirs)
 matching = wb.match(student, teacher, ours, theirs, mine)
 trained = wb.distill(student, teacher, matching, training, steps=60, learning_rate=0.01, weight=0.1).student
@@ -49,19 +50,16 @@ print("FACTS", json.dumps({"rows": facts, "same": same, "shown": shown, "method"
 """
 
 
-def sentence(colour: str, first: str, second: str) -> str:
-    return f"{colour} {first} walks with {second} to"
-
-
 def rows() -> Iterator[dict[str, Any]]:
-    """The first word decides the last: its information has to be moved, which heads alone can do."""
+    """The first of two colours decides the last word: its information, and no other's, has to be moved there, which
+    heads alone can do."""
     draw = random.Random(0)
-    every = [(colour, first, second) for colour in COLOURS for first in ANIMALS for second in ANIMALS]
-    for colour, first, second in draw.sample(every, 240):
-        other = draw.choice([each for each in COLOURS if each != colour])
-        places = [f" {PLACES[COLOURS.index(each)]}" for each in (colour, other)]
-        prompts = sentence(colour, first, second), sentence(other, first, second)
-        yield {"clean": prompts[0], "corrupt": prompts[1], "answer": places[0], "distractor": places[1]}
+    colours = [(first, second) for first in COLOURS for second in COLOURS if first != second]
+    every = [(*pair, animal, other) for pair in colours for animal in ANIMALS for other in ANIMALS]
+    for first, second, animal, other in draw.sample(every, 400):
+        clean, corrupt = (f"{one} {animal} walks with {two} {other} to" for one, two in permutations((first, second)))
+        answer, distractor = (f" {PLACES[COLOURS.index(colour)]}" for colour in (first, second))
+        yield {"clean": clean, "corrupt": corrupt, "answer": answer, "distractor": distractor}
 
 
 def save_miniature(folder: Path, *, layers: int, steps: int, pairs: list[dict[str, Any]]) -> None:
@@ -90,8 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nothing but their two models and their file."""
     path, pairs = tmp_path_factory.mktemp("theirs"), list(rows())
     (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    save_miniature(path / "big", layers=2, steps=150, pairs=pairs)
-    save_miniature(path / "small", layers=1, steps=12, pairs=pairs)
+    save_miniature(path / "big", layers=2, steps=200, pairs=pairs)
+    save_miniature(path / "small", layers=1, steps=11, pairs=pairs)
     return path
 
 
@@ -122,9 +120,11 @@ def test_the_table_says_what_training_did(outcome: dict[str, Any]) -> None:
 def test_the_circuit_is_one_and_random_heads_are_none(outcome: dict[str, Any]) -> None:
     assert outcome["method"] == "mean_ablation"
     assert "corrupt prompts" in outcome["reference"]
-    assert 1 <= outcome["heads"] < 8
-    _, circuit, random_heads, _ = outcome["rows"]["teacher"]
-    assert outcome["report"] == circuit > random_heads + 0.1
+    assert outcome["heads"] == 2
+    assert outcome["report"] == outcome["rows"]["teacher"][1] > outcome["rows"]["teacher"][2]
+    full, circuit, random_heads, _ = outcome["rows"]["after"]  # trained on its two matched heads alone
+    assert full - 0.1 < circuit
+    assert circuit > random_heads + 0.3
 
 
 def test_what_was_saved_is_an_ordinary_model_that_loads_again(outcome: dict[str, Any], folder: Path) -> None:
