@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from workbench.values.refs import Head
     from workbench.values.scores import Scores
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Circuit",
     "Execution",

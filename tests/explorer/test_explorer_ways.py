@@ -14,10 +14,10 @@ from conftest import entity_pairs
 
 import workbench
 from workbench.errors import InputError
-from workbench.explorer.begin import forget, session_of
+from workbench.explorer.api import forget, session_of
 from workbench.explorer.server import ExplorerServer
 from workbench.explorer.widget import STATIC
-from workbench.explorer.work import Part, Worker
+from workbench.explorer.worker import Part, Worker
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
 from workbench.patching.ablation import ablate

@@ -13,10 +13,13 @@ import yaml
 from workbench.circuits import discovery
 from workbench.cli import main
 from workbench.errors import InputError
-from workbench.experiment import Experiment
+from workbench.experiment import arms
+from workbench.experiment.distill import distill, trained_heads
 from workbench.models.hooked_model import Student
 from workbench.report.study import study_report
-from workbench.study.grid import Study, lineage_overlap, read_study
+from workbench.study import grid
+from workbench.study.config import read_study
+from workbench.study.grid import Study, lineage_overlap
 from workbench.study.summary import summarise
 from workbench.values.refs import Head
 from workbench.values.statistics import mean_interval
@@ -103,15 +106,16 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(
     whole.run()
     expected = summarise(whole)
 
-    stopped, trained, distill = Study(read_study(recipe), tmp_path / "stopped"), [], Experiment.distill
+    stopped, trained = Study(read_study(recipe), tmp_path / "stopped"), []
 
-    def counting(self: Experiment, condition: str, seed: int, *, resume: bool) -> Any:
+    def counting(run: Any, condition: str, seed: int, *, resume: bool) -> Any:
         trained.append((condition, seed))
         if len(trained) == 9:
             raise KeyboardInterrupt
-        return distill(self, condition, seed, resume=resume)
+        return distill(run, condition, seed, resume=resume)
 
-    monkeypatch.setattr(Experiment, "distill", counting)
+    for module in (arms, grid):
+        monkeypatch.setattr(module, "distill", counting)
     stopped.begin(resume=False)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
@@ -121,8 +125,8 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(
     resumed.begin(resume=True)
     resumed.run()
     assert summarise(resumed) == expected
-    arms = 2 * (2 + 1 + 3 * 2)  # for each student: two lambdas, the base once, three conditions of two seeds
-    assert len(trained) == arms + 1, "only the one that was interrupted is begun again"
+    count = 2 * (2 + 1 + 3 * 2)  # for each student: two lambdas, the base once, three conditions of two seeds
+    assert len(trained) == count + 1, "only the one that was interrupted is begun again"
 
 
 def test_one_student_under_several_methods(
@@ -192,8 +196,8 @@ def test_a_few_heads_train_and_every_pair_is_aligned(value: dict[str, Any], tmp_
     study.begin(resume=False)
     study.run()
     (cell,) = study.cells()
-    folder = cell.experiment.folder
-    (head,), matched = cell.experiment.trained_heads(), [ours for ours, _ in folder.head_map().pairs]
+    folder = cell.run.folder
+    (head,), matched = trained_heads(cell.run), [ours for ours, _ in folder.head_map().pairs]
     impacts = folder.scores("student")["ablation-accuracy"].mean()
     assert float(impacts[head.layer, head.index]) == max(float(impacts[each.layer, each.index]) for each in matched)
     before, after = Student.load(source), Student.load(folder.condition("circuit_ce_cka", 1) / "student")

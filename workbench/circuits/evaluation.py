@@ -23,6 +23,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablated_logits, plain_logits
 from workbench.patching.reference import Reference, reading, replacement_of, require_model, require_pairs
 from workbench.patching.replacement import Kind, Replacement, replacement_named
+from workbench.storage import read_typed
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
 from workbench.values.scores import wilson_interval
@@ -64,12 +65,11 @@ class CircuitReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
-        """Read what `to_json` gave."""
-        pairs = ("full_interval", "circuit_interval", "random_circuit_range")
-        return cls(
-            **{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}}
-        )  # "mean": files from before there was a choice
+    def from_json(cls, value: Any) -> "CircuitReport":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        if isinstance(value, Mapping):
+            value = {"ablation": "mean", **value}  # files from before there was a choice
+        return read_typed(value, cls, what="the evaluation of a circuit")
 
 
 def circuit_logits(

@@ -10,9 +10,8 @@ from typing import Any, Literal
 from typing_extensions import TypedDict, Unpack
 
 from workbench.distillation.assembly import trained_slices
-from workbench.distillation.config import Tracker, TrainingConfig, WeightSchedule
+from workbench.distillation.config import AlignmentConfig, Pairs, TaskLoss, Tracker, TrainingConfig, WeightSchedule
 from workbench.distillation.loop import Distillation
-from workbench.distillation.losses import Pairs, TaskLoss
 from workbench.distillation.reports import StepReport, Validation
 from workbench.distillation.teacher_cache import computed
 from workbench.errors import InputError, nearest
@@ -30,6 +29,14 @@ from workbench.values.settings import configured
 from workbench.values.tables import html_table, number, text_table
 
 Trains = Literal["heads", "all"]
+ALIGNMENT = {
+    "estimator": "estimator",
+    "measure": "measure",
+    "measure_options": "options",
+    "pair_losses": "pairs",
+    "activation": "activation",
+}
+"""Settings of the alignment by name -> their name in `AlignmentConfig`."""
 ALWAYS = ("weight", "positions", "seed", "out")
 """Settings that `distill` names itself."""
 
@@ -54,7 +61,8 @@ class DistillSettings(TypedDict, total=False):
     estimator: Estimator
     measure: Measure
     measure_options: dict[str, Any]
-    pairs: Pairs
+    pair_losses: Pairs
+    """`sum` (the paper) or `mean` over the matched pairs."""
     activation: Activation
     lora_rank: int | None
     lora_alpha: float
@@ -147,13 +155,14 @@ def distill(
         raise InputError("no heads are matched, so there is nothing to train; match circuits that hold heads.")
     config, trains, train_kv, validation = _settings(dict(settings), weight, len(pairs))
     aligned = _aligned(matching, pairs, positions) if config.weight > 0 else ()
+    activation = (config.alignment or AlignmentConfig()).activation
     trained = student.copy()
     for ours, theirs in head_map.pairs:
         trained.checked(ours)
         teacher.checked(theirs)
     heads = None if trains == "all" else [ours for ours, _ in head_map.pairs]
     slices = trained_slices(trained, heads, config, train_kv=train_kv, seed=seed)
-    outputs = computed(teacher, pairs, hook_names([pair.teacher for pair in aligned], config.activation))
+    outputs = computed(teacher, pairs, hook_names([pair.teacher for pair in aligned], activation))
     run = Distillation(trained, slices, pairs, outputs, aligned, config, seed=seed, validation=validation)
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:
         reports = run.run(Path(folder), resume=True)
@@ -183,8 +192,10 @@ def _settings(
     if trains not in ("heads", "all"):
         raise InputError(f"trains={trains!r} is neither 'heads' (the matched ones) nor 'all'.")
     batch = {"batch": min(64, prompts)} if "batch" not in settings else {}
+    chosen = {ALIGNMENT[name]: settings.pop(name) for name in list(settings) if name in ALIGNMENT}
+    alignment = configured(AlignmentConfig, {"weight": weight, **chosen}, call="distill")
     return (
-        configured(TrainingConfig, {"weight": weight, **batch, **settings}, call="distill"),
+        configured(TrainingConfig, {"alignment": alignment, **batch, **settings}, call="distill"),
         trains,
         train_kv,
         validation,

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import InputError
-from workbench.experiment import Experiment
-from workbench.experiment.arms import run_study
+from workbench.experiment import arms
 from workbench.experiment.recipe import Recipe, read_recipe
 from workbench.experiment.results import ConditionResult, table
+from workbench.experiment.run import Run
 from workbench.experiment.runs import RunFolder
 from workbench.values.tables import accuracy_text, html_table, number
 
@@ -65,6 +65,6 @@ def run_recipe(
             raise InputError("overrides belong to a recipe that is read; change this one with `dataclasses.replace`.")
     else:
         recipe = read_recipe(recipe, overrides=dotted)
-    experiment = Experiment(recipe, RunFolder(Path(out)))
-    experiment.begin(resume=resume)
-    return RecipeResults(rows=tuple(run_study(experiment, resume=resume)), folder=Path(out))
+    run = Run(recipe, RunFolder(Path(out)))
+    run.begin(resume=resume)
+    return RecipeResults(rows=tuple(arms.run_recipe(run, resume=resume)), folder=Path(out))

@@ -1,12 +1,12 @@
 """`HeadMap`: which teacher head each student head goes to, and what there is to know about each match; JSON both
 ways."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.errors import InputError
 from workbench.matching.config import Rule
+from workbench.storage import read_typed
 from workbench.values.refs import Head
 
 Side = Literal["student", "teacher"]
@@ -102,18 +102,12 @@ class HeadMap:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "HeadMap":
+    def from_json(cls, value: Any) -> "HeadMap":
         """Read what `to_json` gave, now or before stability, noise and unmatched heads were kept. Errors: `InputError`
         on anything else."""
-        try:
-            matches = tuple(_match_of_json(match) for match in value["matches"])
-            unmatched = tuple(Head.parse(head) for head in value.get("unmatched", ()))
-            return cls(matches=matches, rule=value["rule"], one_to_one=value["one_to_one"], unmatched=unmatched)
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and "
-                "one_to_one."
-            ) from None
+        beside = ("teacher_heads_used", "ties", "stability", "within_noise")
+        what = "a head map (matches with student, teacher, distance, margin; rule; one_to_one)"
+        return read_typed(value, cls, what=what, beside=beside)
 
 
 def _match_to_json(match: Match) -> dict[str, Any]:
@@ -125,14 +119,3 @@ def _match_to_json(match: Match) -> dict[str, Any]:
         "stability": match.stability,
         "noise": list(match.noise),
     }
-
-
-def _match_of_json(value: Mapping[str, Any]) -> Match:
-    return Match(
-        student=Head.parse(value["student"]),
-        teacher=Head.parse(value["teacher"]),
-        distance=value["distance"],
-        margin=value["margin"],
-        stability=value.get("stability"),
-        noise=tuple(value.get("noise", ())),
-    )

@@ -17,7 +17,6 @@ the receivers' position on (`replay.py`).
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
+from workbench.patching.effects import Effect
 from workbench.patching.engine.chunks import in_chunks
 from workbench.patching.engine.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.engine.hooked import HookedPatcher
@@ -58,8 +58,6 @@ from workbench.values.refs import (
 )
 from workbench.values.scores import Scores
 
-Effect = Literal["difference", "relative"]
-"""clean - patched, or (clean - patched) / clean (Prakash's score for probabilities, with its sign turned)."""
 BATCH = 128
 """Default number of prompts in one forward."""
 

@@ -28,7 +28,7 @@ BATCH = 256
 Kind = Literal["mean", "resampled", "counterfactual", "zero"]
 Missing = Literal["refuse", "pool"]
 StandIn = Float[Tensor, "... _ _ _"]
-"""[batch pos head d_head], or [pos head d_head] for all prompts alike; 1 in place of an axis along which all is equal."""
+"""[batch pos head d_head], or [pos head d_head] for all prompts; an axis along which all is equal may have size 1."""
 
 
 @runtime_checkable
@@ -126,9 +126,9 @@ class ReferenceMeans:
         beyond = self._beyond(evaluated)
         if beyond and self.missing == "refuse":
             raise InputError(
-                f"{beyond} of the {len(evaluated)} evaluated prompts have tokens where no reference prompt has any (the "
-                f"longest reference prompt has {len(self.counts)} tokens, the longest evaluated "
-                f"one {int(evaluated.mask.sum(1).max())}), so there is no mean; use longer reference prompts, means over "
+                f"{beyond} of the {len(evaluated)} evaluated prompts have tokens where no reference prompt has any "
+                f"(the longest reference prompt has {len(self.counts)} tokens, the longest evaluated one "
+                f"{int(evaluated.mask.sum(1).max())}), so there is no mean; use longer reference prompts, means over "
                 "all tokens (`per_position=False`), or `missing='pool'` for these positions."
             )
         if beyond:

@@ -24,6 +24,9 @@ from workbench.values.refs import Head
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 """Configs of the bundled recipes' models: the sizes that their model cards state."""
 
+SAVABLE = ("q_proj.weight", "attn.c_attn.weight", "attention.query_key_value.weight")
+"""What the query matrices that `workbench.models.export` can write are called."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -44,6 +47,9 @@ class ModelShape:
     attention_bias: bool
     parallel: bool = False
     """The MLP of a block reads what enters the block (NeoX), not what attention leaves."""
+    savable: bool = True
+    """Whether a trained student of this architecture can be written back: its queries, keys and values are matrices of
+    their own, or fused as GPT-2 and GPT-NeoX do."""
 
     @property
     def query_weights(self) -> int:
@@ -117,6 +123,7 @@ def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelS
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         mlp_weights=(matrices - sum(embeddings.values())) // layers - attention,
         attention_bias=_has_attention_bias(model, heads * d_head),
+        savable=any(name.endswith(SAVABLE) for name, _ in model.named_parameters()),
         parallel=bool(getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)),
     )
 

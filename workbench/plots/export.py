@@ -64,7 +64,10 @@ def rendered(figure: go.Figure, form: str, *, scale: int | float = 2) -> bytes:
     """The picture's bytes. Errors: as `save_figure`."""
     found = browser()
     if find_spec("kaleido") is None:
-        raise InputError("pictures are rendered by kaleido, which is not installed: pip install kaleido.")
+        raise InputError(
+            "pictures are rendered by kaleido, which is not installed: pip install "
+            '"circuit-distillation-workbench[figures]".'
+        )
     if found is None:
         raise InputError(
             "pictures are rendered by Chromium, which is not on this machine: apt-get install -y chromium, or set "

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from workbench.circuits.circuit import Circuit
+from workbench.explorer.material import PLAIN
 from workbench.explorer.state import State
 from workbench.explorer.subject import Subject
 from workbench.tasks.pairs import Pair
@@ -25,6 +26,7 @@ IMPORTS = {
     "encode, to_dataset": "workbench.tasks.base",
     "Pair": "workbench.tasks.pairs",
     "numbered_pairs": "workbench.tasks.pairs",
+    "PromptSettings": "workbench.tasks.prompts",
     "task_named": "workbench.tasks.registry",
     "SharedWords": "workbench.tasks.tokenizers",
     "tokenizer_of": "workbench.tasks.vocabulary",
@@ -56,7 +58,13 @@ def _begin(state: State, subject: Subject) -> Iterator[str]:
     yield ""
     yield ""
     yield "def encoded(pairs):"
-    yield '    return encode(to_dataset(enumerate(pairs), tokenizer, source="the explorer"), tokenizer)'
+    settings = subject.material.settings
+    if settings == PLAIN:
+        yield '    return encode(to_dataset(enumerate(pairs), tokenizer, source="the explorer"), tokenizer)'
+    else:
+        yield f"    settings = {settings!r}"
+        yield '    dataset = settings.dataset(enumerate(pairs), tokenizer, source="the explorer")'
+        yield "    return settings.encode(dataset, tokenizer)"
     yield ""
     yield ""
     yield from _pair(state.pair)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
-from workbench.explorer.material import Given, Material, key_of, material_of_pairs, material_of_task
+from workbench.explorer.command import PROMPTS
+from workbench.explorer.material import PLAIN, Given, Material, key_of, material_of_pairs, material_of_task
 from workbench.explorer.session import Session
 from workbench.explorer.state import Side
 from workbench.matching import HeadMap
 from workbench.models.hooked_model import HookedModel, Teacher
 from workbench.tasks.base import Task
+from workbench.tasks.prompts import PromptSettings
 from workbench.tasks.tokenizers import SharedWords, refuse_token_indices, same_vocabulary
 
 if TYPE_CHECKING:
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 
 TASKS = ("entity_tracking", "ioi")
 """Tried in this order where neither a task nor pairs are given."""
-PROMPTS = 24
-"""How many pairs are drawn of a task."""
 _SESSIONS: dict[str, tuple[str, Session]] = {}
 """Name -> identity of what the session is about, and the session."""
 
@@ -38,6 +38,7 @@ def explore(
     seed: int = 0,
     head_map: HeadMap | None = None,
     circuits: Mapping[Side, Circuit] | None = None,
+    settings: PromptSettings = PLAIN,
     folder: str | Path = ".",
     name: str = "explorer",
     theme: Literal["auto", "light", "dark"] = "auto",
@@ -47,16 +48,17 @@ def explore(
 
     The prompts come from a `task` (by name with `options`, or as an object) or are your own `pairs` (a file, a dataset,
     or `Pair`s), with `reference` pairs for mean ablation. `head_map`: the matches to show as partners. `circuits`: what
-    to begin with. Saved circuits go to `folder`. The state is kept under `name`: running the cell again goes on where
-    it was, as long as models and prompts are the same. While the explorer computes in the background, other calls of
-    the workbench on the same models wait for it. Errors: `InputError` for what can't be explored.
+    to begin with. `settings`: BOS and chat template. Saved circuits go to `folder`. The state is kept under `name`:
+    running the cell again goes on where it was, as long as models and prompts are the same. While the explorer computes
+    in the background, other calls of the workbench on the same models wait for it. Errors: `InputError` for what can't
+    be explored.
     """
     try:
         from workbench.explorer.widget import Explorer
     except ImportError:
         raise InputError(
-            'the explorer in Jupyter needs anywidget: pip install ".[explorer]"; without Jupyter use `workbench '
-            "explore`."
+            'the explorer in Jupyter needs anywidget: pip install "circuit-distillation-workbench[explorer]"; without '
+            "Jupyter use `workbench explore`."
         ) from None
     session = session_of(
         teacher,
@@ -70,6 +72,7 @@ def explore(
         seed=seed,
         head_map=head_map,
         circuits=circuits,
+        settings=settings,
         folder=folder,
         name=name,
     )
@@ -89,6 +92,7 @@ def session_of(
     seed: int = 0,
     head_map: HeadMap | None = None,
     circuits: Mapping[Side, Circuit] | None = None,
+    settings: PromptSettings = PLAIN,
     folder: str | Path = ".",
     name: str | None = None,
 ) -> Session:
@@ -99,9 +103,9 @@ def session_of(
     if pairs is not None and task is not None:
         raise InputError("give either a task or pairs of your own, not both.")
     if pairs is None:
-        material = _of_task(task, options or {}, list(models.values()), prompts, seed)
+        material = _of_task(task, options or {}, list(models.values()), prompts, seed, settings)
     else:
-        material = _readable(material_of_pairs(pairs, reference), list(models.values()))
+        material = _readable(material_of_pairs(pairs, reference, settings), list(models.values()))
     if name is None:
         return Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
     identity = _identity(models, material)
@@ -127,10 +131,15 @@ def _model(model: HookedModel | str | Path) -> HookedModel:
 
 
 def _of_task(
-    task: Task | str | None, options: Mapping[str, Any], models: Sequence[HookedModel], prompts: int, seed: int
+    task: Task | str | None,
+    options: Mapping[str, Any],
+    models: Sequence[HookedModel],
+    prompts: int,
+    seed: int,
+    settings: PromptSettings = PLAIN,
 ) -> Material:
     """Prompts of a task in words that all models know."""
-    how: dict[str, Any] = {"prompts": prompts, "seed": seed}
+    how: dict[str, Any] = {"prompts": prompts, "seed": seed, "settings": settings}
     tokenizer = models[0].tokenizer
     if _several_tokenizers(models):
         tokenizer = SharedWords(*(model.tokenizer for model in models))
@@ -156,7 +165,7 @@ def _several_tokenizers(models: Sequence[HookedModel]) -> bool:
 def _readable(material: Material, models: Sequence[HookedModel]) -> Material:
     """A user's own pairs, unless their positions are token indices for models that have different tokens."""
     if _several_tokenizers(models):
-        for number, pair in enumerate(material.shown.pairs):
+        for number, pair in enumerate(material.shown.pairs, 1):
             refuse_token_indices(number, pair)
     return material
 
@@ -167,4 +176,5 @@ def _identity(models: Mapping[Side, HookedModel], material: Material) -> str:
     return repr(
         [(side, model.fingerprint()) for side, model in models.items()]
         + [[key_of(pair) for pair in each.pairs] for each in drawn]
+        + [material.settings]
     )

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from workbench.explorer import view
+from workbench.explorer.labels import METHODS
 from workbench.explorer.material import key_of
 from workbench.explorer.state import Side, State
 from workbench.explorer.subject import LISTED, Subject, nearest_heads
-from workbench.explorer.words import METHODS
-from workbench.explorer.work import Outcome, Part
+from workbench.explorer.worker import Outcome, Part
 from workbench.matching import HeadMap
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
