@@ -8,6 +8,7 @@ from workbench.errors import InputError
 from workbench.matching.config import Rule
 from workbench.storage import read_typed
 from workbench.values.refs import Head
+from workbench.values.tables import html_table, number, text_table
 
 Side = Literal["student", "teacher"]
 
@@ -86,6 +87,26 @@ class HeadMap:
             f"matched {len(self.matches)} student heads to {len(self.teacher_heads)} teacher heads "
             f"({'; '.join(remarks)})"
         )
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        rows = [
+            (
+                str(match.student),
+                str(match.teacher),
+                number(match.distance),
+                number(match.margin),
+                number(match.stability, 2),
+                "" if not match.noise else f"impact within noise: {', '.join(match.noise)}",
+            )
+            for match in self.matches
+        ]
+        return ("student", "teacher", "distance", "margin", "stability", "note"), rows
+
+    def __repr__(self) -> str:
+        return text_table(*self._table(), title=self.summary())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), title=self.summary())
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back. The counts and means beside the matches are for the

@@ -54,6 +54,8 @@ class Matching:
     """The teacher's."""
     pairs: tuple[AlignedPair, ...]
     """Each match with the positions at which both heads are read."""
+    positions: str
+    """`own`, or the one position at which all are read."""
     ckas: tuple[PairCka, ...]
     """Debiased CKA of each pair, with the floor that shuffled prompts give."""
     impacts: Mapping[Literal["student", "teacher"], Scores]
@@ -74,6 +76,11 @@ class Matching:
         """Why alignment will probably hurt: the pairs' CKA is at its floor. None where it is not."""
         return floor_warning(self.ckas)
 
+    @property
+    def _title(self) -> str:
+        place = "at their own positions" if self.positions == "own" else f"at {self.positions}"
+        return f"{self.head_map.summary()}; read {place}"
+
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
         rows = [
             (
@@ -88,7 +95,7 @@ class Matching:
             )
             for match, cka in zip(self.head_map.matches, self.ckas, strict=True)
         ]
-        return ("student", "role", "teacher", "role", "distance", "CKA", "floor", "note"), rows, self.head_map.summary()
+        return ("student", "role", "teacher", "role", "distance", "CKA", "floor", "note"), rows, self._title
 
     def __repr__(self) -> str:
         head, rows, title = self._table()
@@ -107,7 +114,7 @@ def match(
     pairs: PromptPairs,
     *,
     rule: Rule = "paper",
-    positions: str = "own",
+    positions: str | None = None,
     **settings: Unpack[MatchSettings],
 ) -> Matching:
     """Match every head of the student's circuit to a head of the teacher's.
@@ -115,14 +122,18 @@ def match(
     `rule`: `paper` (eq 5: equal ablated performance), `similarity` (CKA of the heads' outputs), ..., and the controls
     `random` and `shuffled`; see `MatchingConfig`. Impacts are of mean ablation over the pairs' corrupt prompts.
     `positions`: where pairs are read, `own` (where each head acts in its circuit) or a named position (`last` is the
-    paper's). Errors: `InputError` for an unknown rule, setting or position, an empty circuit, one of another model, and
-    pairs in one model's tokens alone.
+    paper's). None: `own`, but `last` where a head acts at all positions (circuits of mean ablation), for over whole
+    prompts CKA sees mostly what all prompts share. Errors: `InputError` for an unknown rule, setting or position, an
+    empty circuit, one of another model, and pairs in one model's tokens alone.
     """
     require_model(student, Student, role="student")
     require_model(teacher, Teacher, role="teacher")
     require_pairs(pairs, student, teacher)
     circuits = circuit_of(ours, student), circuit_of(theirs, teacher)
     config, metric, seed = _config(rule, dict(settings))
+    if positions is None:
+        everywhere = any(member.position == "all" for each in circuits for member in each.members)
+        positions = "last" if everywhere else "own"
     if positions != "own":
         pairs.position(positions)
     empty = next((name for name, each in zip(("student", "teacher"), circuits, strict=True) if not each.heads), None)
@@ -162,7 +173,15 @@ def matching_of(
     """A head map with the positions and the CKA of its pairs on these prompts."""
     aligned = aligned_pairs(head_map, *circuits, pairs, positions=positions)
     ckas = tuple(pair_ckas(student, teacher, pairs, aligned))
-    return Matching(head_map=head_map, ours=circuits[0], theirs=circuits[1], pairs=aligned, ckas=ckas, impacts=impacts)
+    return Matching(
+        head_map=head_map,
+        ours=circuits[0],
+        theirs=circuits[1],
+        pairs=aligned,
+        positions=positions,
+        ckas=ckas,
+        impacts=impacts,
+    )
 
 
 def _config(rule: Rule, settings: dict[str, Any]) -> tuple[MatchingConfig, Metric, int]:
