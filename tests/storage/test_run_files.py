@@ -365,3 +365,14 @@ def test_a_folder_in_a_files_place(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"can't be written"):
         storage.write_json(tmp_path / "a.json", 1)
     shutil.rmtree(tmp_path / "a.json")
+
+
+def test_a_model_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workbench.models.sources import replace_directory
+
+    def fill(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match=r"model can't be written \(No space left on device\)"):
+        replace_directory(tmp_path / "model", fill)
+    assert list(tmp_path.iterdir()) == []

@@ -165,10 +165,11 @@ class Distillation:
 
             def log(report: StepReport, durable: bool) -> None:
                 if file is not None:
-                    file.write(report.line())
-                if file is not None and durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+                    with storage.writing(folder / LOG):
+                        file.write(report.line())
+                        if durable:
+                            file.flush()
+                            os.fsync(file.fileno())
                 trackers.log(report)
                 bar.update()
                 bar.set_postfix(task=report.task_loss, alignment=report.alignment_loss)

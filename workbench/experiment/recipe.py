@@ -209,18 +209,18 @@ def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | Non
     settings = Settings(upgraded_recipe(given, set_last=True), file=given.file, lines=given.lines)
     recipe = parse_config(Recipe, settings)
     if recipe.data.pairs is None:
-        _require_task(recipe.data)
+        _require_task(recipe.data, yaml.located(("data",), settings.lines, settings.file))
     return recipe
 
 
-def _require_task(data: DataConfig) -> None:
+def _require_task(data: DataConfig, where: str) -> None:
     """Refuse a task that is not there, or that does not take these options: last, because a task loads torch."""
     from workbench.tasks.registry import task_named
 
     try:
         task_named(data.task, data.options)
     except InputError as error:
-        raise InputError(f"recipe key data: {error}") from None
+        raise InputError(f"{where}recipe key data: {error}") from None
 
 
 def written_recipe(value: Mapping[str, Any]) -> Recipe:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.storage.assets import located
     from workbench.storage.checksums import discard, sha256
-    from workbench.storage.digest import digest
+    from workbench.storage.digests import digest
     from workbench.storage.directories import recovered, replace_directory, require_replaceable
     from workbench.storage.files import (
         json_value,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "command": "process",
-    "digest": "digest",
+    "digest": "digests",
     "discard": "checksums",
     "hold": "process",
     "json_value": "files",

@@ -18,6 +18,8 @@ from workbench.errors import InputError
 MARKS = ("run.json", "study.json")
 """A folder with one of these is a run's, with all folders in it."""
 DEPTH = 6
+APPENDED = ".jsonl"
+"""Logs grow line by line and have no sum."""
 LARGEST = 64 << 20
 """Bytes of a file that is summed at most: checkpoints and caches are larger, and have identities of their own."""
 
@@ -46,7 +48,7 @@ def in_run(path: Path) -> bool:
 def note_of(path: Path, content: Path, made_from: Sequence[Path]) -> str | None:
     """What is to be kept of a file that will be `path`, with its content elsewhere; None outside a run, and for large
     files."""
-    if not in_run(path) or content.stat().st_size > LARGEST:
+    if path.suffix == APPENDED or not in_run(path) or content.stat().st_size > LARGEST:
         return None
     sources = {os.path.relpath(source, path.parent): sha256(source) for source in made_from if source.exists()}
     return json.dumps({"sha256": sha256(content), "made_from": sources}) + "\n"

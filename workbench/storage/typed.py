@@ -82,7 +82,7 @@ def _plain(value: Any, kind: Any, place: str) -> Any:
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         raise _Unfit(f"{_at(place)} is {_shown(value)}, not {WORDS.get(kind, 'null')}")
-    return value
+    return float(value) if kind is float else value
 
 
 def _one_of(value: Any, kinds: Sequence[Any], place: str) -> Any:

@@ -188,7 +188,7 @@ def parse_config(kind: type[Parsed], value: Mapping[str, Any], *, overrides: Map
         return TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
         problems = [
-            _located(tuple(problem["loc"]), plain.lines, plain.file) + _explain(kind, problem)
+            located(tuple(problem["loc"]), plain.lines, plain.file) + _explain(kind, problem)
             for problem in error.errors()
         ]
         more = [f"... and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
@@ -255,7 +255,7 @@ def _as_json(value: Any, place: Place) -> Any:
     raise InputError(f"recipe key {key}: {value!r:.60} is a {type(value).__name__}; write a plain value.")
 
 
-def _located(place: Place, lines: Mapping[Place, int], where: str) -> str:
+def located(place: Place, lines: Mapping[Place, int], where: str) -> str:
     if not where:
         return ""
     known = next((lines[place[:depth]] for depth in range(len(place), 0, -1) if place[:depth] in lines), None)
