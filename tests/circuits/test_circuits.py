@@ -30,6 +30,7 @@ from workbench.tasks import ioi
 from workbench.tasks.base import encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.tasks.registry import task_named, task_names
+from workbench.values.metrics import Metric
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
