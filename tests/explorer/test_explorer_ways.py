@@ -5,6 +5,7 @@ import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from conftest import entity_pairs
 
 import workbench
 from workbench.errors import InputError
-from workbench.explorer.begin import forget, session_of
+from workbench.explorer.api import forget, session_of
 from workbench.explorer.server import ExplorerServer
 from workbench.explorer.widget import STATIC
-from workbench.explorer.work import Part, Worker
+from workbench.explorer.worker import Part, Worker
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
 from workbench.patching.ablation import ablate
@@ -210,14 +211,13 @@ class TestServer:
         headers |= {name.replace("_", "-"): value for name, value in changed.items() if value is not None}
         sent = {name: value for name, value in headers.items() if changed.get(name.replace("-", "_"), "") is not None}
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-        connection.putrequest(method, path, skip_host=True)
-        for name, value in {**sent, "Content-Length": str(len(body or b""))}.items():
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        found = answer.status, dict(answer.getheaders()), answer.read()
-        connection.close()
-        return found
+        with closing(connection):
+            connection.putrequest(method, path, skip_host=True)
+            for name, value in {**sent, "Content-Length": str(len(body or b""))}.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
 
     def test_a_command_is_answered(self, server: ExplorerServer) -> None:
         assert server.server_address[0] == "127.0.0.1"

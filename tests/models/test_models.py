@@ -24,6 +24,8 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
     Qwen2Config,
 )
 
@@ -1056,6 +1058,9 @@ def test_a_saved_student_is_an_ordinary_directory_with_the_same_logits(
         (LlamaConfig, {"head_dim": 16}),
         (Qwen2Config, {}),  # grouped, with biases on q, k and v
         (GemmaConfig, {"head_dim": 8}),
+        (Phi3Config, {}),  # q, k, v in one matrix, the MLP's gate and input in another
+        (Phi3Config, {"tie_word_embeddings": True}),
+        (MixtralConfig, {"num_local_experts": 4}),
     ],
 )
 def test_other_configurations_load_and_save(config: type, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -1081,7 +1086,9 @@ def test_other_configurations_load_and_save(config: type, settings: dict[str, An
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Gemma 2 normalizes the attention output before it is added, so that its heads' outputs are not what enters the
     residual stream."""
-    with pytest.raises(InputError, match="heads' outputs do not sum to the attention output of layer 0"):
+    with pytest.raises(
+        InputError, match="heads' outputs do not sum to the attention output of layer 0; choose a model"
+    ):
         Teacher.load(tiny_folder(tmp_path, Gemma2Config, head_dim=8))
 
 
@@ -1090,11 +1097,12 @@ def test_saving_replaces_a_saved_student_but_no_other_folder(load_student: Load,
     student = load_student()
     student.save(tmp_path / "student")
     (tmp_path / "student" / "model.safetensors").write_bytes(b"old")
+    (tmp_path / "student" / "accuracies.json").write_text("{}")
     student.save(tmp_path / "student")
     assert Student.load(tmp_path / "student").fingerprint() == student.fingerprint()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not a saved model; choose another directory"):
+    with pytest.raises(InputError, match=r"has not written .*choose another folder"):
         student.save(tmp_path / "notes")
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 

@@ -6,38 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from miniatures import SUPPORTED, WIDE_HEADS, miniature
 
 from workbench.cli import main
 from workbench.errors import InputError
-from workbench.models.sources import quiet
 from workbench.patching import conformance
 from workbench.patching.conformance import check_model
 from workbench.patching.path import PathPatcher
-from workbench.pretraining import word_tokenizer
 
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-WIDE_HEADS: dict[str, Any] = {"head_dim": 16}
-SUPPORTED: dict[str, dict[str, Any]] = {
-    "Llama": {"rope_scaling": LLAMA_3, "rope_theta": 5e5},
-    "Mistral": {},
-    "Qwen2": {},  # biases on q, k and v
-    "Qwen3": WIDE_HEADS,  # a norm on every query and key
-    "Gemma": WIDE_HEADS,
-    "Phi": {"num_key_value_heads": 4},  # parallel blocks, rotary on a part of the head
-    "Phi3": {},  # q, k and v in one matrix
-    "Olmo": {},  # norms without weights
-    "GPT2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256},
-    "GPTNeoX": {"num_key_value_heads": 4},  # parallel blocks
-}
 WINDOW: dict[str, Any] = {"sliding_window": 4}
 REFUSED: dict[str, dict[str, Any]] = {
     "Gemma2": {**WIDE_HEADS, **WINDOW},
@@ -47,42 +23,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 """A norm stands between their attention and the residual stream, so that heads' outputs do not add up in it."""
 
 
-def miniature(family: str, settings: dict[str, Any], folder: Path) -> Path:
-    """Three layers of a family's own config class, grouped-query attention where it has any."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "sliding_window": None,
-    }
-    chosen = {**({} if family == "GPT2" else sizes), **settings}
-    tokenizer = word_tokenizer()
-    special: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    config = getattr(transformers, f"{family}Config")(**chosen, **special)
-    with torch.random.fork_rng(), quiet():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name or ".ln_" in name:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_known_family_passes_and_is_fast(family, tmp_path):
     found = check_model(miniature(family, SUPPORTED[family], tmp_path / family))
     assert found.passed, found.text()
+    assert not found.precision
     assert found.engine == "replay"
     assert len(found.checks) == 6
     assert all(check.effect > 100 * check.difference for check in found.checks)
@@ -94,6 +39,53 @@ def test_a_sliding_window_is_exact_through_hooks(family, tmp_path):
     found = check_model(miniature(family, WINDOW, tmp_path / family))
     assert found.passed, found.text()
     assert found.engine == "hooks"
+
+
+def test_what_the_replay_does_not_take_is_answered_by_hooks_and_says_so_once(tmp_path, caplog):
+    """A mixture of experts takes three axes, and the replay's tensors have four: its probe raised."""
+    found = check_model(miniature("Mixtral", {"num_local_experts": 4}, tmp_path))
+    assert found.passed, found.text()
+    assert found.engine == "hooks"
+    said = [record.getMessage() for record in caplog.records if "hooked forwards" in record.getMessage()]
+    assert len(said) == 1
+    assert "more than the replay knows (ValueError" in said[0]
+
+
+@pytest.mark.parametrize("spread", [0.02, 2e-4])
+def test_an_untrained_model_is_no_fault(spread, tmp_path, capsys):
+    """Its q and k paths have no effect to compare; a path that has a small one counts."""
+    folder = miniature("GPT2", SUPPORTED["GPT2"], tmp_path, initializer_range=spread)
+    found = check_model(folder)
+    verdicts = [check.verdict for check in found.checks]
+    assert verdicts[0] == "ok"
+    assert {"ok", "inconclusive"} == set(verdicts)
+    assert not found.wrong
+    assert main(["check-model", str(folder)]) == 0
+    assert "inconclusive is no fault" in capsys.readouterr().out
+
+
+def test_a_wrong_engine_is_seen_at_the_smallest_effect_that_counts(tmp_path, monkeypatch):
+    """On a default-initialised model, whose paths change the logits by some 1e-3: paths that do nothing are not ok."""
+    folder = miniature("GPT2", SUPPORTED["GPT2"], tmp_path, initializer_range=0.02)
+    monkeypatch.setattr(PathPatcher, "logits", lambda self, *given, **named: self.clean_logits)
+    found = check_model(folder)
+    assert not any(check.passed for check in found.checks)
+    assert len(found.wrong) >= 4
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [("bfloat16", 1e-3), ("float16", 1e-4)])
+def test_half_precision_is_judged_in_float32_and_its_loss_is_said(dtype, apart):
+    found = check_model("assets/models/teacher", dtype=dtype)
+    assert found.passed, found.text()
+    assert f"judged in float32: in {dtype} the same logits" in found.text()
+    said = float(found.precision.split("come out up to ")[1].split()[0])
+    assert apart < said < 100 * apart
+
+
+def test_float64_is_judged_in_float64(tmp_path):
+    found = check_model(miniature("GPT2", SUPPORTED["GPT2"], tmp_path), dtype="float64")
+    assert found.passed, found.text()
+    assert all(check.difference < 1e-12 for check in found.checks)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -115,6 +107,6 @@ def test_a_model_that_is_patched_wrongly_fails(model_folder: Callable[..., Path]
     right = PathPatcher.logits
     monkeypatch.setattr(PathPatcher, "logits", lambda self, *given, **named: right(self, *given, **named) + 1e-3)
     found = conformance.check_model(model_folder("llama"))
-    assert not any(check.passed for check in found.checks)
+    assert {check.verdict for check in found.checks} == {"WRONG"}
     assert main(["check-model", str(model_folder("llama"))]) == 2
     assert "not supported exactly" in capsys.readouterr().err

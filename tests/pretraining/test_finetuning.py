@@ -198,6 +198,22 @@ def test_it_stops_when_good_enough_and_is_not_trained_again(
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("place", ["notes", "notes/notes.txt/below", "link", "bundled"])
+def test_an_out_that_can_not_be_written_is_refused_before_anything_is_loaded(
+    place: str, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    (tmp_path / "bundled").mkdir()
+    (tmp_path / "bundled" / "training.json").write_text('{"size": {}, "steps": 3}')
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("workbench.pretraining.finetuning.Finetuning", lambda config: pytest.fail("it was begun"))
+    with pytest.raises(InputError, match=r"has not written|is a file|is a link|trained with other settings"):
+        finetune(tuning(model_folder("llama")), tmp_path / place, tmp_path / "work")
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_from_the_fine_tuned_models_to_the_table(
     model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ from workbench.circuits.comparison import compare
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.circuits.discovery import Discovery
 from workbench.circuits.evaluation import CircuitReport
-from workbench.values.display import html_table, text_table
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -53,7 +52,7 @@ def test_scores_show_shape_unit_and_their_strongest_entries() -> None:
     scores = Scores.of_heads(VALUES, unit="fall of x", baseline=1.5)
     lines = repr(scores).splitlines()
     assert lines[0] == "Scores (layer 2 x head 4): fall of x, baseline 1.5"
-    assert [line.split() for line in lines[2:]] == [
+    assert [line.split() for line in lines[3:]] == [
         ["L1H2", "+3"],
         ["L0H1", "-2"],
         ["L0H0", "+0.5"],
@@ -104,9 +103,3 @@ def test_empty_circuits_and_undefined_faithfulness_show_themselves() -> None:
     assert "8 of 8 heads" in repr(whole_model((2, 4)))
     undefined = CircuitReport.from_json({**REPORT.to_json(), "faithfulness": None})
     assert "faithfulness undefined" in repr(undefined)
-
-
-def test_tables_align_numbers_to_the_right() -> None:
-    lines = text_table("title", ("name", "value"), [("a", "+1.5"), ("longer", "-10.25")]).splitlines()
-    assert lines == ["title", "  name    value", "  a         +1.5", "  longer  -10.25"]
-    assert 'style="text-align: right">+1.5<' in html_table("title", ("name", "value"), [("a", "+1.5")])

@@ -6,6 +6,7 @@ from typing import Any
 
 from workbench import seeds
 from workbench.errors import InputError
+from workbench.storage import read_typed
 from workbench.values.display import Row, Shown
 from workbench.values.refs import Head, Position, head_named, heads_named
 
@@ -121,15 +122,20 @@ class Circuit(Shown):
         return {"members": members, "shape": list(self.shape), "method": self.method}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Circuit":
+    def from_json(cls, value: Any) -> "Circuit":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            members = [Member(Head.parse(m["head"]), m["role"], m["position"]) for m in value["members"]]
-            return cls.of(members, shape=(int(value["shape"][0]), int(value["shape"][1])), method=value["method"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise InputError(
-                f"this is not a circuit ({error!r}); it needs members (head, role, position), shape and method."
-            ) from None
+        found = read_typed(value, _Written, what="a circuit (members with head, role, position; shape; method)")
+        members = [Member(member.head, member.role, member.position) for member in found.members]
+        return cls.of(members, shape=found.shape, method=found.method)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A circuit as it is written."""
+
+    members: tuple[Member, ...]
+    shape: tuple[int, int]
+    method: str
 
 
 def whole_model(shape: tuple[int, int]) -> Circuit:

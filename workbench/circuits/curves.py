@@ -9,7 +9,7 @@ Everything outside a circuit is ablated: by its mean over reference prompts, or 
 does it; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablated_logits
 from workbench.patching.execution import Execution
 from workbench.patching.progress import identity, progress_bar
-from workbench.patching.replacement import BATCH, Replacement, replacement_named
+from workbench.patching.replacement import BATCH, Kind, Replacement, replacement_named
 from workbench.tasks.base import PromptPairs
 from workbench.values.display import Row, Shown
 from workbench.values.metrics import Metric, metric_named
@@ -35,7 +35,7 @@ class FaithfulnessCurve(Shown):
     """Faithfulness of the first k heads of a ranking, and of k random heads."""
 
     metric: str
-    ablation: str
+    ablation: Kind
     """What stands in for the heads outside: `mean`, `resampled`, `counterfactual` or `zero`."""
     sizes: tuple[int, ...]
     total_heads: int
@@ -50,6 +50,11 @@ class FaithfulnessCurve(Shown):
     """The metric of the whole model."""
     empty: float
     """The metric with every head ablated."""
+
+    def __post_init__(self) -> None:
+        curves = (self.faithfulness, self.without, *self.random, *self.random_without)
+        if self.total_heads < 1 or any(len(curve) != len(self.sizes) for curve in curves):
+            raise InputError("a faithfulness curve has a value for each of its sizes, of at least one head.")
 
     def _title(self) -> str:
         return (
@@ -95,19 +100,12 @@ class FaithfulnessCurve(Shown):
         return {**asdict(self), **areas}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "FaithfulnessCurve":
+    def from_json(cls, value: Any) -> "FaithfulnessCurve":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            return cls(
-                sizes=tuple(value["sizes"]),
-                faithfulness=tuple(value["faithfulness"]),
-                without=tuple(value["without"]),
-                **{name: tuple(tuple(curve) for curve in value[name]) for name in ("random", "random_without")},
-                **{name: value[name] for name in ("metric", "total_heads", "full", "empty")},
-                ablation=value.get("ablation", "mean"),  # files from before there was a choice
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a faithfulness curve ({error!r}); compute it again.") from None
+        if isinstance(value, Mapping):
+            value = {"ablation": "mean", **value}  # files from before there was a choice
+        beside = ("cpr", "cmd", "random_cpr", "random_cmd")
+        return storage.read_typed(value, cls, what="a faithfulness curve", beside=beside)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -173,7 +171,7 @@ class Faithfulness:
         return (self._metric(heads, complement=False) - self.empty) / (self.full - self.empty) if heads else 1.0
 
     @property
-    def ablation(self) -> str:
+    def ablation(self) -> Kind:
         """What stands in for an ablated head, in a word."""
         return self.replacement.kind
 

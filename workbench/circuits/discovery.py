@@ -9,46 +9,25 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits import selection
 from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.config import DiscoveryConfig
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
-from workbench.patching.path import Effect, activation_baselines, prepared, sweep_heads
-from workbench.tasks.base import PromptPairs, Stage
+from workbench.patching.path import activation_baselines, prepared, sweep_heads
+from workbench.tasks.base import PromptPairs
+from workbench.tasks.stages import Stage, require_stages
 from workbench.values.display import Row, Shown
-from workbench.values.metrics import METRICS
+from workbench.values.metrics import METRICS, Metric
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class DiscoveryConfig:
-    """How a circuit is searched for."""
-
-    method: Literal["path_patching", "mean_ablation"] = "path_patching"
-    metric: Literal["log_probability", "probability", "logit_difference", "accuracy"] = "log_probability"
-    effect: Effect = "difference"
-    """`relative` with `probability` is Prakash's score; the default is the distillation paper's log-probability."""
-    heads: Annotated[int, Field(ge=1)] = 6
-    """Most heads of one group, or the size of the circuit with `mean_ablation`."""
-    least_effect: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are
-    left out."""
-    selection: Literal["interval", "top", "threshold", "elbow", "significance"] = "interval"
-    """How many of the ranked heads: at most `heads` in each case; `interval` and `threshold` those of at least
-    `least_effect` (`interval`: with their confidence interval above 0), `elbow` those in front of the bend,
-    `significance` those that pass a sign-flip test."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """`interval`: a head is taken only if this confidence interval of its mean effect lies wholly above 0;
-    `significance`: 1 minus the false-discovery rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, config=ConfigDict(arbitrary_types_allowed=True))
@@ -79,6 +58,7 @@ def backward_search(
     stages: Sequence[Stage],
     config: DiscoveryConfig,
     *,
+    metric: Metric | None = None,
     execution: Execution = Execution(),
     files: Mapping[str, str | Path] | None = None,
 ) -> Discovery:
@@ -86,11 +66,13 @@ def backward_search(
 
     A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's
     scores are kept, in place of `execution.file`, and read if they are there; an interrupted search resumes inside the
-    stage. Errors: `InputError` for a position that the prompts don't name, and another search's files.
+    stage. `metric` takes the place of the configuration's. Errors: `InputError` for a position that the prompts don't
+    name, and another search's files.
     """
+    require_stages(stages)
     if execution.file is not None:
         raise InputError("a search has a file a stage: give `files` (stage -> file) in place of one file.")
-    metric = METRICS[config.metric]
+    metric = metric or METRICS[config.metric]
     start, seconds = time.perf_counter(), {}
     patchers = prepared(model, pairs, execution=execution)
     clean, corrupt = activation_baselines(patchers, metric)
@@ -120,7 +102,7 @@ def backward_search(
     circuit = Circuit.of(
         members,
         shape=(model.n_layers, model.n_heads),
-        method=f"path patching, {config.metric}, stages {' '.join(position_of)}",
+        method=f"path patching, {metric.name}, stages {' '.join(position_of)}",
     )
     return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 

@@ -11,15 +11,19 @@ result says which.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.circuits.circuit import Circuit, random_circuit
+from workbench.circuits.search_result import CircuitSearch, circuit_of
+from workbench.errors import InputError, nearest
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablated_logits, plain_logits
+from workbench.patching.reference import Reference, reading, replacement_of, require_model, require_pairs
 from workbench.patching.replacement import Kind, Replacement, replacement_named
+from workbench.storage import read_typed
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
 from workbench.values.display import Row, Shown
@@ -86,12 +90,11 @@ class CircuitReport(Shown):
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
-        """Read what `to_json` gave."""
-        pairs = ("full_interval", "circuit_interval", "random_circuit_range")
-        return cls(
-            **{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}}
-        )  # "mean": files from before there was a choice
+    def from_json(cls, value: Any) -> "CircuitReport":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        if isinstance(value, Mapping):
+            value = {"ablation": "mean", **value}  # files from before there was a choice
+        return read_typed(value, cls, what="the evaluation of a circuit")
 
 
 def circuit_logits(
@@ -127,8 +130,8 @@ def circuit_ends(
 def evaluate_circuit(
     model: HookedModel,
     pairs: PromptPairs,
-    circuit: Circuit,
-    replacement: Replacement | Literal["zero"],
+    circuit: Circuit | CircuitSearch,
+    reference: Reference = None,
     *,
     scope: EvaluationScope = "positions",
     random_circuits: int = 5,
@@ -138,9 +141,18 @@ def evaluate_circuit(
     """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test
     prompts.
 
-    `ends`: from `circuit_ends`, where many circuits are evaluated. Errors: `InputError` when prompts overlap the
-    reference.
+    Heads outside take their mean over the pairs' corrupt prompts (never the evaluated clean ones), or what `reference`
+    says, as in `ablate`. `scope="positions"` keeps each circuit head where it acts, `everywhere` at all positions.
+    `random_circuits`: how many, of equal size (0: none). `ends`: from `circuit_ends`, where many are evaluated.
+    Errors: `InputError` for a circuit of another model, and a reference that does not fit the prompts.
     """
+    require_model(model)
+    require_pairs(pairs)
+    circuit = circuit_of(circuit, model)
+    if scope not in get_args(EvaluationScope):
+        raise InputError(f"no scope {scope!r}; {nearest(str(scope), get_args(EvaluationScope))}")
+    pairs = reading(model, pairs)
+    replacement, _ = replacement_of(model, pairs, reference)
     return evaluate_with_outcomes(
         model, pairs, circuit, replacement, scope=scope, random_circuits=random_circuits, seed=seed, ends=ends
     )[0]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from workbench import seeds
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import EvaluationScope, circuit_logits
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablated_logits
+from workbench.patching.progress import progress_bar
 from workbench.patching.replacement import Replacement, replacement_named
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, metric_named
@@ -84,7 +84,7 @@ def minimality(knockouts: Knockouts, *, draws: int = 5, seed: int = 0) -> dict[H
     (the empty set among them)."""
     circuit, draw = knockouts.circuit, seeds.chooser(seed, "minimality")
     scores: dict[Head, float] = {}
-    for head in tqdm(circuit.heads, desc="minimality", unit="head", leave=False):
+    for head in progress_bar(circuit.heads, desc="minimality", unit="head"):
         group = sorted({other for heads in circuit.roles.values() if head in heads for other in heads} - {head})
         sets: list[list[Head]] = [[]] + [draw.sample(group, draw.randint(1, len(group))) for _ in range(draws) if group]
         scores[head] = max(_fall(knockouts.of_circuit(gone), knockouts.of_circuit([*gone, head])) for gone in sets)
@@ -109,7 +109,7 @@ def completeness(knockouts: Knockouts, *, draws: int = 10, seed: int = 0) -> tup
     sets += [tuple(head for head in circuit.heads if draw.random() < 0.5) for _ in range(draws)]
     return tuple(
         Knockout(heads=tuple(map(str, gone)), circuit=knockouts.of_circuit(gone), model=knockouts.of_model(gone))
-        for gone in tqdm([(), *sets], desc="completeness", unit="set", leave=False)
+        for gone in progress_bar([(), *sets], desc="completeness", unit="set")
     )
 
 

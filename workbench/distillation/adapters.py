@@ -97,9 +97,10 @@ def save_adapter(slices: LowRankSlices, directory: Path, *, base: str | Path) ->
     """Write the factors as a peft LoRA directory for the untrained student at `base`; a matrix with k trained heads has
     rank k * rank.
 
-    Errors: `InputError` without peft, and for an architecture that stores queries, keys and values in one matrix (save
-    the student instead).
+    Errors: `InputError` without peft, for an architecture that stores queries, keys and values in one matrix (save the
+    student instead), and for a directory that holds what this program has not written.
     """
+    storage.require_replaceable(Path(directory))
     sources.require_package("peft", "adapters")
     from peft import LoraConfig
 
@@ -126,7 +127,7 @@ def save_adapter(slices: LowRankSlices, directory: Path, *, base: str | Path) ->
         config.save_pretrained(str(temporary))
         storage.write_tensors(temporary / "adapter_model.safetensors", tensors, metadata={"format": "pt"})
 
-    sources.replace_directory(directory, fill)
+    storage.replace_directory(Path(directory), fill)
 
 
 def _stacked(slices: LowRankSlices, keys: list[str]) -> tuple[Float[Tensor, "ranks inner"], Float[Tensor, "out ranks"]]:

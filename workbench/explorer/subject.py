@@ -62,17 +62,20 @@ class Subject:
         """The pair in view as tensors."""
         return self.once(
             ("pair", key_of(pair)),
-            lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model),
+            lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model, self.material.settings),
             room=64,
         )
 
+    def _encoded(self, pairs: Sequence[Pair]) -> PromptPairs:
+        return encoded(pairs, self.model, self.material.settings)
+
     def listed(self) -> PromptPairs:
         """All pairs of the list."""
-        return self.once(("listed",), lambda: encoded(self.material.shown.pairs, self.model))
+        return self.once(("listed",), lambda: self._encoded(self.material.shown.pairs))
 
     def evaluated(self) -> PromptPairs:
         """The prompts that circuits are evaluated on."""
-        return self.once(("evaluated",), lambda: encoded(self.material.evaluated.pairs, self.model))
+        return self.once(("evaluated",), lambda: self._encoded(self.material.evaluated.pairs))
 
     def reference(self) -> PromptPairs:
         """The prompts of the mean. Errors: `InputError` when there are none."""
@@ -82,7 +85,7 @@ class Subject:
                 "counterfactual."
             )
         reference = self.material.reference
-        return self.once(("reference",), lambda: encoded(reference.pairs, self.model))
+        return self.once(("reference",), lambda: self._encoded(reference.pairs))
 
     def replacement(self, kind: Outside, pairs: PromptPairs, key: Key | tuple[str, ...]) -> Replacement:
         """What stands in for an ablated head on these prompts. Means are by position where a reference prompt is as

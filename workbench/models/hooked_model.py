@@ -4,25 +4,30 @@ head's own weights.
 Everything above is written against `HookedModel`. Loading runs `self_check`, which refuses a mis-wired model.
 """
 
+import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from workbench import seeds
-from workbench.errors import InputError
-from workbench.models import hooks, sources
+from workbench import seeds, storage
+from workbench.errors import InputError, nearest
+from workbench.models import folders, hooks, sources
+from workbench.models.devices import require_device
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
 from workbench.values.refs import Head
 
 Matrix = Literal["q", "k", "v", "o"]
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+FUSED = re.compile(r"\.qkv\.|\.gate_up_proj\.")
+"""Matrices that a bridge has split, and no longer uses: of queries, keys and values, and of an MLP's gate and input."""
 Loaded = TypeVar("Loaded", bound="HookedModel")
 
 
@@ -49,38 +54,51 @@ class HookedModel:
         self.model = model
         self.name = name
         self.tokenizer: Any = model.tokenizer
+        self.context = _context(model.cfg)
         self._parameter_names = {id(parameter): key for key, parameter in model.named_parameters()}
         model.eval()
 
     @classmethod
     def load(
-        cls: type[Loaded], source: str | Path, *, device: str = "cpu", dtype: Dtype = "float32", check: bool = True
+        cls: type[Loaded],
+        source: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: Dtype | str = "float32",
+        check: bool = True,
     ) -> Loaded:
-        """Load from a hub id, a Hugging Face directory, a PEFT/LoRA adapter directory (merged) or a GGUF file.
+        """Load a bundled model by its name (`teacher`, `student`, ...), or from a hub id, a Hugging Face directory, a
+        PEFT/LoRA adapter directory (merged) or a GGUF file.
 
         `check=False` skips the self-check (it costs a forward of the plain model; skip it for a model loaded before).
-        Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one.
+        Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one, and for a
+        device or a dtype that there is not.
         """
-        opened = sources.open_source(source, dtype=getattr(torch, dtype))
-        tokens, mask = _probe(opened.model.config.vocab_size)
-        with torch.no_grad():
-            expected = (
-                opened.model(tokens, attention_mask=mask.long(), position_ids=_position_ids(mask)).logits
-                if check
-                else None
-            )
+        require_device(device)
+        precision = _dtype_named(dtype)
+        opened = sources.open_source(source, dtype=precision)
+        tokens, mask = _probe(opened.model.get_input_embeddings().weight.shape[0], _context(opened.model.config))
+        expected = None
+        if check:
+            remedy = "compare its config.json with that of the model that it was made from"
+            with torch.no_grad(), folders.refusing(f"{source} does not run in `transformers` in {dtype}", remedy):
+                expected = opened.model(tokens, attention_mask=mask.long(), position_ids=_position_ids(mask)).logits
         if expected is not None and not bool(expected[mask].isfinite().all()):
             raise InputError(
                 f"{source} has no finite logits on a padded batch in {dtype}, in `transformers` itself; load it in "
                 "float32."
             )
-        hooked = hooked_model(opened, getattr(torch, dtype), device)
+        hooked = hooked_model(opened, precision, device)
         loaded = cls(hooked, name=str(source))
         loaded.tokenizer = (
             opened.tokenizer
         )  # TransformerLens' own copy adds a BOS token and names missing special tokens
+        loaded.context = _context(opened.model.config)
         if expected is not None:
-            self_check(loaded, tokens, mask, expected)
+            with folders.refusing(
+                f"{source} does not run in TransformerLens", "compare its config.json with the weights"
+            ):
+                self_check(loaded, tokens, mask, expected)
         return loaded
 
     @property
@@ -142,11 +160,43 @@ class HookedModel:
         if self.model.training:
             raise InputError(f"{self.name} is in training mode; call .eval() before patching, ablating or evaluating.")
 
+    def require_prompts(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> None:
+        """Refuse prompts that are longer than the model's context, and tokens that it has no embedding of (padding
+        too). Errors: `InputError`."""
+        if tokens.is_meta:
+            return
+        if self.context is not None and tokens.shape[1] > self.context:
+            longest = int(mask.sum(1).max())
+            if longest > self.context:
+                raise InputError(
+                    f"a prompt has {longest} tokens, and {self.name} reads {self.context}; shorten the prompts, or "
+                    "take a "
+                    "model with a longer context."
+                )
+        rows = self.embeddings
+        highest = int(tokens.max()) if tokens.numel() else 0
+        if highest >= rows:
+            row, column = divmod(int(tokens.argmax()), tokens.shape[1])
+            what = "" if bool(mask[row, column]) else " (padding)"
+            raise InputError(
+                f"prompt {row} has the token {highest}{what}, and {self.name} has {rows} embeddings; make the prompts "
+                "with "
+                "the model's own tokenizer, and pad with a token that it has."
+            )
+
+    @property
+    def embeddings(self) -> int:
+        """How many tokens the model has an embedding of."""
+        embed: Any = getattr(self.model, "embed", None)
+        weight = getattr(getattr(embed, "original_component", embed), "weight", getattr(embed, "W_E", None))
+        return self.d_vocab if weight is None else int(weight.shape[0])
+
     def final_logits(
         self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch d_vocab"]:
         """Logits at the last real token of each prompt, the only ones that are computed. `mask` is True on real tokens
         (left or right padding)."""
+        self.require_prompts(tokens, mask)
         with hooks.locked(self.model), _only_last(self.model.unembed, mask):
             logits = self.model(
                 tokens, attention_mask=mask.long()
@@ -171,6 +221,7 @@ class HookedModel:
         self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], names: Sequence[str]
     ) -> dict[str, Tensor]:
         """Activations by hook name from a forward that ends where the last of them is computed."""
+        self.require_prompts(tokens, mask)
         with hooks.capture_and_stop(self.model, names) as found:
             self.model(tokens, attention_mask=mask.long())
         return found
@@ -258,19 +309,17 @@ class HookedModel:
         return parameters.get(f"_{name}", parameters.get(name))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter that the forward uses, by name (a fused qkv matrix that the bridge has split is not among
+        """Every parameter that the forward uses, by name (a fused matrix that the bridge has split is not among
         them)."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if ".qkv." not in name}
+        return {name: parameter for name, parameter in self.model.named_parameters() if not FUSED.search(name)}
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values of all parameters: the key of anything computed with this model."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.parameters().items()):
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        named = sorted(self.parameters().items())
+        return storage.digest(
+            *(part for name, value in named for part in (f"{name}{tuple(value.shape)}{value.dtype}", value)),
+            separator="",
+        )
 
 
 class Teacher(HookedModel):
@@ -285,6 +334,16 @@ class Teacher(HookedModel):
 class Student(HookedModel):
     """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
 
+    def copy(self) -> "Student":
+        """Another student of the same weights; training one leaves the other as it is."""
+        held = (value for module in cast(nn.Module, self.model).modules() for value in vars(module).values())
+        # TransformerBridge keeps some of the last forward, with its graph; every forward sets it anew
+        transient = {id(value): None for value in held if isinstance(value, Tensor) and not value.is_leaf}
+        other = type(self)(copy.deepcopy(self.model, transient), name=self.name)
+        other.tokenizer = self.tokenizer
+        other.context = self.context
+        return other
+
     @contextmanager
     def training(self) -> Iterator[None]:
         """Training mode (dropout on) inside the context, eval mode after it."""
@@ -294,27 +353,19 @@ class Student(HookedModel):
         finally:
             self.model.eval()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer) that `transformers` loads to the same logits.
 
-        A model saved there before is replaced. Errors: `InputError` for a hooked transformer that was not made from a
-        `transformers` model, and for a directory that holds anything else.
+        A model that this program saved there before is replaced. Errors: `InputError` for a hooked transformer that was
+        not made from a `transformers` model, and for a directory that holds anything that this program has not written.
         """
-        from workbench.models.export import plain_model
+        from workbench.models.export import plain_model, save_plain
 
-        if directory.exists() and not (directory / "config.json").exists() and any(directory.iterdir()):
-            raise InputError(
-                f"{directory} is not a saved model; choose another directory to save to, so that its files are not "
-                "replaced."
-            )
+        directory = Path(directory)
+        storage.require_replaceable(directory)
         plain = plain_model(self.model)
 
-        def fill(temporary: Path) -> None:
-            with sources.quiet():
-                plain.save_pretrained(temporary, safe_serialization=True)
-                self.tokenizer.save_pretrained(temporary)
-
-        sources.replace_directory(directory, fill)
+        storage.replace_directory(directory, lambda temporary: save_plain(plain, self.tokenizer, temporary))
 
 
 @contextmanager
@@ -338,12 +389,30 @@ def _position_ids(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _probe(vocabulary: int) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+def _probe(vocabulary: int, context: int | None) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Two random prompts, the second left-padded, for the self-check."""
-    tokens = torch.randint(0, vocabulary, (2, 12), generator=seeds.generator(0, "self-check"))
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[1, :4] = False
+    length = min(12, context or 12)
+    tokens = torch.randint(0, vocabulary, (2, length), generator=seeds.generator(0, "self-check"))
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, : length // 3] = False
     return tokens, mask
+
+
+def _context(config: Any) -> int | None:
+    """How many positions a model reads, where its config says so."""
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    values = (getattr(inner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _dtype_named(dtype: str) -> torch.dtype:
+    known = get_args(Dtype)
+    if dtype not in known:
+        raise InputError(
+            f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}"
+        )
+    return getattr(torch, dtype)
 
 
 def self_check(

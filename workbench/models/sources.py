@@ -6,77 +6,70 @@ once.
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from workbench import storage
 from workbench.errors import InputError
+from workbench.models import merging
+from workbench.models.folders import (
+    Source,
+    config_of,
+    plain_model,
+    quiet,
+    refusing,
+    require_complete,
+    require_fitting,
+    require_package,
+    tokenizer_in,
+)
+from workbench.models.transformer_lens import refuse_architecture
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "tokenizer.model"]
+__all__ = ["Source", "cache_root", "local_directory", "open_source", "plain_model", "quiet", "require_package"]
+
+CONFIG_FILES = ["*.json", "*.txt", "tokenizer.model"]
+"""What is downloaded first of a hub repository: enough to refuse it."""
+HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
 """What is downloaded of a hub repository: no code, no pickled weights."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Source:
-    """A `transformers` model in eager attention, its tokenizer, and the local directory of its config."""
-
-    directory: Path
-    model: Any
-    tokenizer: Any
 
 
 def open_source(name: str | Path, *, dtype: torch.dtype) -> Source:
     """Load from a hub id, a model directory, an adapter directory or a `.gguf` file.
 
     Errors: `InputError` when the name is neither a path nor cached and the hub can't be reached, or the directory is
-    incomplete.
+    incomplete, damaged, or of an architecture that can't be supported exactly.
     """
     directory = local_directory(name)
-    adapter = directory if (directory / "adapter_config.json").exists() else None
+    adapter = directory if _is_adapter(directory) else None
     if adapter is not None:
         directory = _base_directory(adapter)
-    if not (directory / "config.json").exists():
-        raise InputError(
-            f"{directory} has no config.json; give a Hugging Face model directory, an adapter directory or a .gguf "
-            "file."
-        )
-    _require_safetensors(directory)
-    with quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype,
-                attn_implementation="eager",
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"{directory} could not be loaded by transformers: {error}") from error
-        if adapter is not None:
-            model = _merged(model, adapter)
-        tokenizer = _tokenizer(adapter, directory)
+    refuse_architecture(config_of(directory), str(name))
+    model = plain_model(directory, dtype=dtype)
+    if adapter is not None:
+        model = merging.merged(model, adapter)
+    tokenizer = tokenizer_in(*filter(None, (adapter, directory)))
+    require_fitting(adapter or directory, tokenizer, model.get_input_embeddings().weight.shape[0])
     return Source(directory=directory, model=model.eval(), tokenizer=tokenizer)
 
 
+def _is_adapter(directory: Path) -> bool:
+    return (directory / merging.CONFIG).exists() or (directory / merging.CONFIG).is_symlink()
+
+
 def local_directory(name: str | Path) -> Path:
-    """The local directory behind a name: itself, a converted GGUF file, or a hub snapshot (downloaded when online)."""
-    path = Path(name).expanduser()
+    """The local directory behind a name: a bundled model's, itself, a converted GGUF file, or a hub snapshot
+    (downloaded when online)."""
+    path = storage.recovered(Path(storage.located(name)).expanduser())
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{path} is not a file; give the path of a GGUF file.")
@@ -106,7 +99,12 @@ def _hub_snapshot(name: str) -> Path:
         raise InputError(f"{name!r} is neither a local path nor in the hub cache, and HF_HUB_OFFLINE is set; {remedy}.")
     try:
         HfApi().model_info(name, timeout=5)
+        known = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
+        if (known / "config.json").exists():
+            refuse_architecture(config_of(known), name)
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except InputError:
+        raise
     except HfHubHTTPError as error:
         raise InputError(f"the hub does not give {name!r} ({error}); check the name and your access to it.") from None
     except (
@@ -119,62 +117,20 @@ def _hub_snapshot(name: str) -> Path:
 
 
 def _base_directory(adapter: Path) -> Path:
-    require_package("peft", "adapters")
-    _require_safetensors(adapter)
-    base = storage.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise InputError(
-            f"{adapter / 'adapter_config.json'} does not name its base model; set base_model_name_or_path in it."
-        )
+    base = merging.base_name(adapter)
     try:
-        return local_directory(base)
+        directory = local_directory(base)
     except InputError as error:
         raise InputError(
             f"the base model of the adapter {adapter} can't be had; mend base_model_name_or_path in its config: {error}"
         ) from None
-
-
-def _require_safetensors(directory: Path) -> None:
-    if not any(directory.glob("*.safetensors")):
+    if _is_adapter(directory):
         raise InputError(
-            f"{directory} has no .safetensors weights. Pickled weights are never loaded, because loading them can run "
-            "code: "
-            "where they come from, save them with save_pretrained(..., safe_serialization=True)."
+            f"the base model of the adapter {adapter} is itself an adapter ({directory}); merge that one first and "
+            "name "
+            "the merged model as base_model_name_or_path."
         )
-
-
-def require_package(package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f'this needs the package {package}: pip install "circuit-distillation-workbench[{extra}]".')
-
-
-def _merged(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=[]),
-    ):  # it draws initial weights, which are then replaced
-        warnings.filterwarnings(
-            "ignore", "`is_gradient_checkpointing`", FutureWarning
-        )  # peft still asks transformers under the old name
-        adapted = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
-    if not hasattr(adapted, "merge_and_unload"):
-        raise InputError(
-            f"the adapter {adapter} changes no weights (it is of type {adapted.peft_type}); give one that can be "
-            "merged, such as LoRA."
-        )
-    return adapted.merge_and_unload()
-
-
-def _tokenizer(adapter: Path | None, directory: Path) -> Any:
-    for place in filter(None, (adapter, directory)):
-        if any(
-            (place / name).exists()
-            for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-        ):
-            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    raise InputError(f"{directory} has no tokenizer; save one beside the model (tokenizer.save_pretrained).")
+    return directory
 
 
 def cache_root() -> Path:
@@ -185,18 +141,42 @@ def cache_root() -> Path:
 
 
 def converted_gguf(path: Path) -> Path:
-    """A GGUF file as a plain Hugging Face directory in float32, converted once and kept by the file's content."""
-    target = cache_root() / "gguf" / storage.sha256(path)[:24]
+    """A GGUF file as a plain Hugging Face directory in float32, converted once and kept by the file's content.
+
+    Errors: `InputError` for a file that is none, lacks weights, or is of an architecture that would be refused
+    afterwards.
+    """
+    _require_gguf(path)
+    target = storage.recovered(cache_root() / "gguf" / storage.sha256(path)[:24])
     if not (target / "config.json").exists():
-        replace_directory(target, lambda temporary: _convert_gguf(path, temporary))
+        storage.replace_directory(target, lambda temporary: _convert_gguf(path, temporary), keep_existing=True)
     return target
+
+
+def _require_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); give the path of a GGUF file.") from None
+    if begin != b"GGUF":
+        raise InputError(f"{path} is no GGUF file (it does not begin with GGUF); download or copy it again.")
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
     require_package("gguf", "gguf")
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _alone(path) as folder, quiet():
+        where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+        with refusing(
+            f"{path} could not be read by transformers", "download or copy it again, or give the model itself"
+        ):
+            refuse_architecture(AutoConfig.from_pretrained(folder, **where), str(path))
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, **where, dtype=torch.float32, output_loading_info=True
+            )
+            model, report = loaded
+        require_complete(path, model, report)
     if hasattr(model.config, "quantization_config"):
         del (
             model.config.quantization_config
@@ -211,29 +191,12 @@ def _convert_gguf(path: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def replace_directory(target: Path, fill: Any) -> None:
-    """Fill a new directory beside `target` and rename it into place, so that a reader never sees half a directory."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        fill(temporary)
-        temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back the loading chatter of transformers; restored on exit."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+def _alone(path: Path) -> Iterator[Path]:
+    """A folder with nothing but a file in it: no config or adapter beside it is taken for its own."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            (Path(place) / path.name).symlink_to(path.resolve())
+        except OSError:
+            shutil.copy(path, Path(place) / path.name)
+        yield Path(place)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from workbench import storage
 from workbench.errors import InputError
-from workbench.models import hooks, sources
+from workbench.models import folders, hooks
 
 
 @runtime_checkable
@@ -59,11 +59,61 @@ def refuse_unfit(model: HookedTransformerLike) -> None:
         )
 
 
-def hooked_model(opened: sources.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
-    """The hooked transformer of the installed TransformerLens around a loaded `transformers` model."""
+def refuse_architecture(config: Any, name: str) -> None:
+    """Refuse by its config alone, before any weight is read, what can't be supported exactly.
+
+    Errors: `InputError` for an architecture that TransformerLens does not know, and one in which a norm stands between
+    attention and the residual stream, so that heads' outputs do not add up in it.
+    """
+    remedy = "choose a model of a family that `workbench check-model` passes, such as Llama, Qwen, Mistral or GPT-2"
+    if importlib.util.find_spec("transformer_lens.HookedTransformer") is not None:
+        return  # 3.9 knows three architectures, and says so when it converts them
+    try:
+        from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+    except ImportError:  # a later version keeps them elsewhere: the self-check refuses the same, after loading
+        return
+    kind = _architecture(config)
+    try:
+        known = build_bridge_config_from_hf(copy.deepcopy(config), kind, name, torch.float32)
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(known)
+        blocks = (adapter.component_mapping or {})["blocks"].submodules
+    except Exception as error:
+        raise InputError(
+            f"{name} is a {kind}, which the installed TransformerLens does not take ({type(error).__name__}: {error}); "
+            f"{remedy}."
+        ) from None
+    if "attn" in blocks and "ln1_post" in blocks:
+        raise InputError(
+            f"{name} is a {kind}, which is not supported: a norm stands between its attention and the residual stream, "
+            "so "
+            f"that its heads' outputs do not sum to the attention output of layer 0; {remedy}."
+        )
+
+
+def _architecture(config: Any) -> str:
+    from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+
+    try:
+        return str(determine_architecture_from_hf_config(config))
+    except Exception:  # whatever it says: the model's type says as much
+        return str(getattr(config, "model_type", "model of no known type"))
+
+
+def hooked_model(opened: folders.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
+    """The hooked transformer of the installed TransformerLens around a loaded `transformers` model.
+
+    Errors: `InputError` for a config that TransformerLens does not read, or does not fit the weights.
+    """
+    what = f"{opened.directory} could not be hooked by TransformerLens"
+    with folders.refusing(what, "compare its config.json with that of the model that it was made from"):
+        return _hooked_model(opened, dtype, device)
+
+
+def _hooked_model(opened: folders.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
     # 3.9 prints where it puts the model; both draw random initial weights that are then replaced
     with (
-        sources.quiet(),
+        folders.quiet(),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         torch.random.fork_rng(devices=[]),
@@ -84,7 +134,7 @@ def hooked_model(opened: sources.Source, dtype: torch.dtype, device: str) -> Hoo
         return cast(HookedTransformerLike, bridge)
 
 
-def _hooked_transformer(opened: sources.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
+def _hooked_transformer(opened: folders.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
     """TransformerLens 3.9's HookedTransformer, which knows hub names only: its config is read from a neutrally named
     copy of ours."""
     lens, loading = import_module("transformer_lens"), import_module("transformer_lens.loading_from_pretrained")

@@ -22,6 +22,7 @@ from workbench.patching.engine.replay import Replay
 from workbench.patching.engine.sites import replaced
 from workbench.patching.execution import Execution
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep_all, progress_bar
+from workbench.patching.reference import Reference, reading, replacement_of, require_model, require_pairs
 from workbench.patching.replacement import (
     BATCH,
     CounterfactualOutputs,
@@ -129,18 +130,26 @@ def plain_logits(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) 
 def ablate(
     model: HookedModel,
     pairs: PromptPairs,
-    replacement: Replacement | Literal["zero"],
+    reference: Reference = None,
     *,
-    metric: str | Metric,
+    metric: str | Metric = "log_probability",
     heads: Iterable[Head | str] | None = None,
     position: Position = "all",
     execution: Execution = Execution(),
 ) -> Scores:
-    """Impact of ablating each head on its own at a position: `ablation_profiles` in one metric, [layer head example].
+    """Impact of ablating each head on its own: metric of the whole model minus metric without the head (eq 3, 4).
 
-    Errors: as there.
+    Returns [layer head example], positive = the head helps; NaN for heads that were not asked for. An ablated head's
+    output becomes its mean over the pairs' corrupt prompts (never the evaluated clean ones), or what `reference` says:
+    pairs whose clean prompts are averaged, `"counterfactual"` (its output on the prompt's own corrupt counterpart),
+    `"zero"`, or a replacement made beforehand. Errors: `InputError` for an unknown metric, head or position, a
+    reference that does not fit the prompts, and a file of another sweep. Several metrics at once: `ablation_profiles`.
     """
     measured = metric_named(metric)
+    require_model(model)
+    require_pairs(pairs)
+    pairs = reading(model, pairs)
+    replacement, _ = replacement_of(model, pairs, reference)
     files = None if execution.path is None else {measured.name: execution.path}
     profiles = ablation_profiles(
         model,

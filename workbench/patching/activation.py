@@ -22,6 +22,7 @@ from workbench.patching.engine.replay import Replay
 from workbench.patching.engine.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
 from workbench.patching.execution import Execution
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Position
@@ -48,7 +49,7 @@ def activation_patch(
     pairs: PromptPairs,
     site: str,
     *,
-    metric: str | Metric,
+    metric: str | Metric = "log_probability",
     positions: Sequence[Position] | Literal["each"] = ("all",),
     execution: Execution = Execution(),
 ) -> Scores:
@@ -60,8 +61,10 @@ def activation_patch(
     training mode, and when the file is another sweep's. Source: Heimersheim & Nanda 2024, "How to use and interpret
     activation patching".
     """
+    require_model(model)
+    require_pairs(pairs)
     model.require_eval()
-    measured = metric_named(metric)
+    pairs, measured = reading(model, pairs), metric_named(metric)
     if site not in SITES:
         raise InputError(f"no site {site!r} to patch; {nearest(site, SITES)}")
     if site == "resid_mid" and model.has_parallel_blocks:

@@ -33,6 +33,7 @@ from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
 from workbench.patching.path import PathPatcher
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender, sender_named
@@ -86,7 +87,7 @@ def attribute_edges(
     model: HookedModel,
     pairs: PromptPairs,
     *,
-    metric: str | Metric,
+    metric: str | Metric = "log_probability",
     steps: int = 1,
     execution: Execution = Execution(),
 ) -> Scores:
@@ -97,8 +98,10 @@ def attribute_edges(
     `InputError` in training mode, for an unknown metric, a model whose blocks `parts.py` does not know, and another
     sweep's file. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
     """
+    require_model(model)
+    require_pairs(pairs)
     model.require_eval()
-    measured = metric_named(metric)
+    pairs, measured = reading(model, pairs), metric_named(metric)
     if steps < 1:
         raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
     return load_or_sweep(

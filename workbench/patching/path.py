@@ -17,7 +17,6 @@ the receivers' position on (`replay.py`).
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
+from workbench.patching.effects import Effect
 from workbench.patching.engine.chunks import in_chunks
 from workbench.patching.engine.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.engine.hooked import HookedPatcher
@@ -41,6 +41,7 @@ from workbench.patching.engine.passage import (
 from workbench.patching.engine.window import Spots
 from workbench.patching.execution import Engine, Execution
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, MetricFunction, metric_named, relative_fall
 from workbench.values.refs import (
@@ -57,8 +58,6 @@ from workbench.values.refs import (
 )
 from workbench.values.scores import Scores
 
-Effect = Literal["difference", "relative"]
-"""clean - patched, or (clean - patched) / clean (Prakash's score for probabilities, with its sign turned)."""
 BATCH = 128
 """Default number of prompts in one forward."""
 
@@ -358,7 +357,7 @@ def path_patch(
     model: HookedModel,
     pairs: PromptPairs,
     *,
-    metric: str | Metric,
+    metric: str | Metric = "log_probability",
     position: Position = "last",
     receivers: Sequence[PathEnd | str] = (),
     receiver_position: Position = "all",
@@ -373,7 +372,9 @@ def path_patch(
     head or position, and when the file is another sweep's. Source: Wang et al. 2022, section 3.1; Prakash et al. 2024,
     appendix D.
     """
-    ends = _several(receivers)
+    require_model(model)
+    require_pairs(pairs)
+    pairs, ends = reading(model, pairs), _several(receivers)
     _refuse_unknown(model, ends)
     route = Route(position=position, receivers=ends, receiver_position=receiver_position)
     measured = metric_named(metric)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workbench import storage
+from workbench import seeds, storage
 from workbench.models import sources
+from workbench.models.export import save_plain
 from workbench.pretraining.config import SizeConfig
 
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
@@ -36,8 +37,7 @@ def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausal
         eos_token_id=None,
         pad_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeds.seeded(seed):
         model = LlamaForCausalLM(config)
     if size.embedding_std is not None:
         with torch.no_grad():
@@ -65,7 +65,7 @@ def with_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalL
     """A copy of the model with those of its layers."""
     config = model.config.to_dict()
     config.pop("layer_types", None)
-    with torch.random.fork_rng(devices=[]):  # the initial values are drawn and thrown away
+    with seeds.local(0):  # the initial values are drawn and thrown away
         smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept), **EAGER}))
     renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
     state = {}
@@ -81,10 +81,10 @@ def with_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalL
 
 def finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:
     """The model of a directory, trained first where there is none."""
-    if not (target / "config.json").exists():
+    if not (storage.recovered(target) / "config.json").exists():
+        storage.require_replaceable(target)
         train()
-    with sources.quiet():
-        return LlamaForCausalLM.from_pretrained(target, local_files_only=True, use_safetensors=True)
+    return sources.plain_model(target, dtype=torch.float32, attention="sdpa")
 
 
 def save_model(
@@ -93,10 +93,8 @@ def save_model(
     """Write a Hugging Face directory with `training.json` (what made it) and `training_log.jsonl`."""
 
     def fill(temporary: Path) -> None:
-        with sources.quiet():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        save_plain(model, tokenizer, temporary)
         storage.write_json(temporary / "training.json", {**made, "steps": len(log)})
         storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
-    sources.replace_directory(target, fill)
+    storage.replace_directory(target, fill)

@@ -2,6 +2,7 @@
 circuits do alone."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
@@ -11,12 +12,19 @@ from workbench.circuits.evaluation import CircuitReport
 from workbench.experiment.runs import RunFolder
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
-from workbench.plots.heads import head_importance
+from workbench.plots.importance import head_importance
 from workbench.plots.looks import looks_figure
 from workbench.report.page import Section
 from workbench.values.scores import Scores
 
 MODELS = ("teacher", "student")
+
+
+class Examined(TypedDict):
+    """A circuit's evaluation as a run writes it."""
+
+    report: Any
+    curve: Any
 
 
 def circuit_sections(folder: RunFolder) -> Iterator[Section]:
@@ -89,7 +97,13 @@ def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Sco
 
 def _evaluation(folder: RunFolder) -> Iterator[Section]:
     found = {
-        name: storage.read_json(folder.examined_file(name)) for name in MODELS if folder.examined_file(name).exists()
+        name: storage.read_typed(
+            storage.read_json(folder.examined_file(name)),
+            Examined,
+            what=f"an evaluation ({folder.examined_file(name)})",
+        )
+        for name in MODELS
+        if folder.examined_file(name).exists()
     }
     if not found:
         return

@@ -11,12 +11,11 @@ stated result is 0, with zero gradient; so it is for the debiased estimator wher
 it takes for no structure at all.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.similarity.names import Estimator
 from workbench.similarity.rows import (
     Count,
     Features,
@@ -29,9 +28,6 @@ from workbench.similarity.rows import (
     rows_counted,
     standardised,
 )
-
-Estimator = Literal["biased", "debiased"]
-
 
 ROWS = 64
 """Rows of a Gram matrix that are computed at a time for all sets."""

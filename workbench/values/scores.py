@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -239,8 +239,23 @@ class Scores(Shown):
         tensors, metadata = storage.read_tensors(Path(path))
         if "scores" not in metadata or "values" not in tensors:
             raise InputError(f"{path} holds no scores; it was written by something else.")
-        described: dict[str, Any] = json.loads(metadata["scores"])
-        written = described.get("format", 1)
+        try:
+            described = storage.read_typed(json.loads(metadata["scores"]), _Described, what="a description of scores")
+            if not tensors["values"].is_floating_point():
+                raise InputError(f"their values are {tensors['values'].dtype}, not floating-point numbers.")
+            scores = cls(
+                values=tensors["values"],
+                axes=described.axes,
+                labels=described.labels,
+                unit=described.unit,
+                baseline=described.baseline,
+            )
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} holds no scores that can be read: {str(error).rstrip('.')}; delete it and run the stage that "
+                "writes it again."
+            ) from None
+        written = described.format
         if written > FORMAT:
             raise InputError(f"{path} was written by a later version of the workbench (format {written}); update it.")
         if identity is not None and metadata.get("identity") != identity:
@@ -248,15 +263,18 @@ class Scores(Shown):
             if written < FORMAT:
                 what = "an earlier version of the workbench, which did not say enough of what they were computed from"
             raise InputError(f"{path} holds scores of {what}; delete it, or keep these scores elsewhere.")
-        labels = {axis: tuple(names) for axis, names in described["labels"].items()}
-        scores = cls(
-            values=tensors["values"],
-            axes=tuple(described["axes"]),
-            labels=labels,
-            unit=described["unit"],
-            baseline=described["baseline"],
-        )
         return scores if written >= FORMAT else upgraded(scores)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    """What is written of scores beside their values."""
+
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
+    unit: str
+    baseline: float | None
+    format: int = 1
 
 
 CHANGE = re.compile(r"^(relative )?change of ")

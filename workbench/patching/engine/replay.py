@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
 from workbench.models.parts import BlockParts, DecoderParts, decoder_parts
@@ -418,11 +419,15 @@ def replay_of(model: HookedModel, pairs: PromptPairs) -> Replay | None:
     """The clean run of some prompts to replay, or None where the replay does not reproduce this model (patch through
     hooks then)."""
     model.require_eval()
-    parts = decoder_parts(model)
-    replay = None if parts is None else Replay.of(model, parts, pairs)
-    if replay is not None and replay.agrees():
-        return replay
-    log.warning(
-        "%s: patching goes through hooked forwards, which is slow: its blocks do more than the replay knows", model.name
-    )
+    because = "its blocks do more than the replay knows"
+    try:
+        parts = decoder_parts(model)
+        replay = None if parts is None else Replay.of(model, parts, pairs)
+        if replay is not None and replay.agrees():
+            return replay
+    except InputError:
+        raise
+    except Exception as error:  # arithmetic that a part of the model does not take, such as a mixture of experts
+        because += f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
+    log.warning("%s: patching goes through hooked forwards, which is slow: %s", model.name, because)
     return None
