@@ -5,8 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
+# Threads that wait sleep: on a machine that others use too, waiting in a loop slows everybody down.
+export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-tl3 browser ray notebooks figures tables docs check lint types bench models clean
+.PHONY: demo test test-tl3 browser ray notebooks figures tables docs check lint types bench models dist resolve clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
@@ -33,11 +35,11 @@ ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, 
 figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
 
-tables: $(READY)  ## the README's tables anew from the committed results
+tables: $(READY)  ## the tables of README and site anew from the committed results
 	$(BIN)/python -m docs.tables
 
 docs: $(READY)  ## the site with reference and notebooks -> site/index.html; a warning is an error, nothing is fetched
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 check: test  ## the only gate: the same as `make test`
 
@@ -52,7 +54,15 @@ bench: $(READY)  ## all benchmarks -> benchmarks/results.json
 	$(BIN)/python -m benchmarks all
 
 models: $(READY)  ## train the bundled models anew (about half an hour)
-	$(BIN)/workbench pretrain
+	$(BIN)/workbench pretrain --out assets/models
+
+dist: $(READY)  ## the distribution -> dist/: built, its metadata and long description checked
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+resolve: $(READY)  ## whether the pins have a resolution on every supported Python; nothing is installed
+	$(BIN)/python .ci/resolve.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,4 +78,4 @@ $(READY3): pyproject.toml constraints-tl3.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV3) runs site
+	rm -rf $(VENV) $(VENV3) runs site dist

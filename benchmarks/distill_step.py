@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.subjects import llama, random_pairs
 from benchmarks.timing import medians
-from workbench.distillation.config import TrainingConfig
+from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, TeacherOutputs, computed
@@ -81,7 +81,7 @@ def _steps(outputs: TeacherOutputs, weight: float) -> Callable[[], object]:
     """The next step of a run of its own, on the same prompts and heads."""
     student = Student(llama(layers=6, heads=8, kv_heads=8, d_model=256, d_head=32).model)
     slices = TrainedSlices(student, slices_of_heads(student, [pair.student for pair in PAIRS]))
-    config = TrainingConfig(batch=BATCH, weight=weight, steps=100_000)
+    config = TrainingConfig(batch=BATCH, alignment=AlignmentConfig(weight=weight), steps=100_000)
     training = Distillation(
         student, slices, random_pairs(PROMPTS, TOKENS), outputs, PAIRS if weight else (), config, seed=0
     )

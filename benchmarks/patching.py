@@ -30,11 +30,12 @@ from benchmarks import subjects
 from benchmarks.timing import Product, compared
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
-from workbench.patching.ablation import ablated_logits, ablation_profiles, reference_means
+from workbench.patching.ablation import ablate, ablated_logits, reference_means
 from workbench.patching.engine.passage import Route
-from workbench.patching.path import Engine, PathPatcher, path_patch, prepared, sweep_heads
+from workbench.patching.execution import Engine, Execution
+from workbench.patching.path import PathPatcher, path_patch, prepared, sweep_heads
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric, log_probability, logit_difference
+from workbench.values.metrics import MetricFunction, log_probability, logit_difference
 from workbench.values.refs import Head, Receiver
 
 LAYERS = HEADS = 12
@@ -54,7 +55,7 @@ def patch_to_logits() -> dict[str, Any]:
     )
 
     def ours() -> Tensor:
-        return path_patch(model, pairs, metric=logit_difference, unit="", position="all").values
+        return path_patch(model, pairs, metric="logit_difference", position="all").values
 
     def reference() -> Tensor:
         names = [hooks.z(layer) for layer in range(LAYERS)]
@@ -179,9 +180,9 @@ def discover_groups() -> dict[str, Any]:
         routes.append(Route(position=places[name][0], receivers=receivers, receiver_position=places[name][1]))
 
     def search(engine: Engine | None) -> Tensor:
-        patchers = prepared(model, pairs, engine=engine)
+        patchers = prepared(model, pairs, execution=Execution(engine=engine))
         return torch.stack(
-            [sweep_heads(patchers, route, metric=logit_difference, unit="").values for route in routes]
+            [sweep_heads(patchers, route, metric="logit_difference").values for route in routes]
         ).nan_to_num(0.0)
 
     products = 2 * 8 * _block(model, pairs.clean.numel())
@@ -228,12 +229,12 @@ def _ablation(name: str, position: str) -> dict[str, Any]:
     means = reference_means(model, pairs.swapped())
 
     def ours() -> Tensor:
-        return ablation_profiles(model, pairs, means, metrics={"m": log_probability}, position=position)["m"].values
+        return ablate(model, pairs, means, metric="log_probability", position=position).values
 
     def reference() -> Tensor:
         values, logits = torch.empty(LAYERS, HEADS, len(pairs)), model.final_logits(pairs.clean, pairs.mask)
         for head in model.heads:
-            values[head.layer, head.index] = -_effect(
+            values[head.layer, head.index] = _effect(
                 log_probability, ablated_logits(model, pairs, {head: (position,)}, means), logits, pairs
             )
         return values
@@ -251,14 +252,13 @@ def _into_each_query(model: Teacher, pairs: PromptPairs, sender: Head, position:
     patcher, values = PathPatcher(model, pairs), torch.zeros(LAYERS, HEADS, len(pairs))
     clean = logit_difference(patcher.clean_logits, pairs.answers, pairs.distractors)
     route = Route(position="all", receiver_position=position, freeze_mlps=True)
-    values[1:] = (
-        patcher.effects_on_each([frozenset([sender])], range(1, LAYERS), "q", route, logit_difference)[0] - clean
-    )
+    patched = patcher.effects_on_each([frozenset([sender])], range(1, LAYERS), "q", route, logit_difference)[0]
+    values[1:] = clean - patched
     return values
 
 
-def _effect(metric: Metric, patched: Tensor, clean: Tensor, pairs: PromptPairs) -> Tensor:
-    return metric(patched, pairs.answers, pairs.distractors) - metric(clean, pairs.answers, pairs.distractors)
+def _effect(metric: MetricFunction, patched: Tensor, clean: Tensor, pairs: PromptPairs) -> Tensor:
+    return metric(clean, pairs.answers, pairs.distractors) - metric(patched, pairs.answers, pairs.distractors)
 
 
 def _constant(value: Tensor) -> hooks.Edit:

@@ -41,7 +41,7 @@ def compared(
     """One result. `products` are the matrix products that the question needs at least; their bare time here is the
     floor.
 
-    `reference` gives the same effects (patched minus clean) as `ours`; it runs once for the numbers and `repeats` times
+    `reference` gives the same effects (clean minus patched) as `ours`; it runs once for the numbers and `repeats` times
     for the clock.
     """
     found, expected = ours(), reference()

@@ -1,12 +1,16 @@
-"""The README's tables, from the committed results: `make tables` writes them anew, a test compares.
+"""The tables of README and site, from the committed results: `make tables` writes them anew, a test compares.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` says how each is made.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or a page of docs/; `TABLES` says how each
+is made.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from workbench import storage
 from workbench.experiment.results import TITLES
@@ -17,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, MODELS = ROOT / "assets/results", ROOT / "assets/models"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 METHOD, RANDOM = "circuit_ce_cka", "circuit_ce_random_cka"
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+DASH, MINUS, HARD = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 BENCHMARKS = {
     "patch-to-logits": "a loop over 144 heads, two hooked forwards each",
     "patch-to-heads": "TransformerLens 4.3 `get_act_patch_direct_path`",
@@ -39,6 +43,22 @@ LINEAGE = {
     "checkpoint-3-boxes": "the early checkpoint itself",
     "checkpoint-4-boxes": "its checkpoint at 4 boxes",
     "unrelated": "an unrelated student",
+}
+GAINS = {
+    "[one query a scene][scenes]": ("study_scenes", ("sibling", 70)),
+    "[six heads of 32 trained][few]": ("study_few_heads", ("sibling", 70)),
+    "[an unrelated student][lineage]": ("study_lineage", ("unrelated", 70)),
+    "[theory of mind][mind]": ("study_mind", ("sibling", 1000)),
+}
+"""Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
+FORECASTS = {
+    "every scene asked at all its boxes": ("study_entity", "shared and unrelated lineage"),
+    "lineage": ("study_lineage", "five"),
+    "lineage, more data": ("study_lineage_data", "shared and unrelated lineage"),
+    "one query a scene": ("study_scenes", "one"),
+    "six heads trained": ("study_few_heads", "one"),
+    "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
+    "theory of mind": ("study_mind", "shared and unrelated lineage"),
 }
 VARIANTS = {
     "as-it-is": "the method as it is",
@@ -67,7 +87,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def with_interval(found: Mapping[str, Any], digits: int = 3) -> str:
     """`0.123 [0.10, 0.14]` of a mean over seeds; without an interval where there was nothing to repeat."""
-    reach = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    reach = "" if found["low"] is None else f" [{found['low']:.2f},{HARD}{found['high']:.2f}]"
     return number(found["mean"], digits) + reach
 
 
@@ -84,7 +104,7 @@ def over_floor(cka: float | None, floor: float | None) -> str:
 
 def difference(found: Mapping[str, Any]) -> str:
     """`+0.012 [0.003, 0.021]`, with real minus signs."""
-    return f"{found['mean']:+.3f} [{found['low']:.3f}, {found['high']:.3f}]".replace("-", MINUS)
+    return f"{found['mean']:+.3f} [{found['low']:.3f},{HARD}{found['high']:.3f}]".replace("-", MINUS)
 
 
 def titled(condition: str) -> str:
@@ -116,7 +136,8 @@ def demo() -> str:
 
     def row(found: Mapping[str, Any]) -> list[str]:
         parts = [
-            f"{found[f'{part}_accuracy']:.3f} [{found[f'{part}_interval'][0]:.2f}, {found[f'{part}_interval'][1]:.2f}]"
+            f"{found[f'{part}_accuracy']:.3f} "
+            f"[{found[f'{part}_interval'][0]:.2f},{HARD}{found[f'{part}_interval'][1]:.2f}]"
             for part in ("full", "circuit")
         ]
         cka = over_floor(found["mean_cka"], found["cka_floor"])
@@ -132,30 +153,18 @@ def demo() -> str:
     return markdown(head, map(row, storage.read_json(RESULTS / "demo/results.json")))
 
 
-def study(name: str, cells: Mapping[tuple[str, int], str]) -> str:
-    """Conditions of a study's cells side by side, each cell under its words."""
-    found = summary(name)
-    columns = [
-        [
-            f"{words}: full" if part == "full" else part
-            for part in ("full", "circuit alone", "random circuit", "CKA (floor)")
-        ]
-        for words in cells.values()
-    ]
-    conditions = [condition for condition in TITLES if condition in found[next(iter(cells))]["conditions"]]
+def study(name: str, which: tuple[str, int]) -> str:
+    """The conditions of one cell of a study."""
+    conditions = summary(name)[which]["conditions"]
 
-    def entries(condition: str, cell: Mapping[str, Any]) -> list[str]:
-        values = cell["conditions"][condition]
+    def row(condition: str) -> list[str]:
+        values = conditions[condition]
         cka = over_floor(*(None if values[name] is None else values[name]["mean"] for name in ("cka", "cka_floor")))
-        return [
-            with_interval(values["full"]),
-            with_interval(values["circuit"]),
-            number(values["random_circuit"]["mean"]),
-            cka,
-        ]
+        accuracies = [with_interval(values[part]) for part in ("full", "circuit")]
+        return [titled(condition), *accuracies, number(values["random_circuit"]["mean"]), cka]
 
-    rows = [[titled(name), *(entry for cell in cells for entry in entries(name, found[cell]))] for name in conditions]
-    return markdown(["condition", *(title for each in columns for title in each)], rows)
+    head = ("condition", "full", "circuit alone", "random circuit", "CKA (floor)")
+    return markdown(head, [row(condition) for condition in TITLES if condition in conditions])
 
 
 def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
@@ -194,6 +203,52 @@ def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
     controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
     head = [each for each in head if controlled or each != "CE + random CKA"]
     return markdown(head, [row(which) for which in words])
+
+
+def gains_and_losses() -> str:
+    """What alignment gained or lost over training the same heads on cross-entropy, a row a study."""
+    head = ("study", "prompts", "circuit / CE", "CE + CKA", "difference", "circuit alone")
+
+    def row(words: str, name: str, which: tuple[str, int]) -> list[str]:
+        cell = summary(name)[which]
+        accuracies = [number(cell["conditions"][arm]["full"]["mean"]) for arm in ("circuit_ce", METHOD)]
+        gained = cell["comparisons"]["circuit_ce"][METHOD]
+        parts = [difference(gained[part]["over_seeds"]) for part in ("full", "circuit")]
+        return [words, f"{cell['train_prompts']:,}", *accuracies, *parts]
+
+    return markdown(head, [*(row(words, *where) for words, where in GAINS.items()), boxes_row()])
+
+
+def boxes_row() -> list[str]:
+    """The row of SmolLM2-135M, a run of three seeds without a summary: differences seed by seed."""
+    folder = RESULTS / "smollm2_boxes"
+    rows = storage.read_json(folder / "results.json")
+    arms = {arm: {each["seed"]: each for each in rows if each["condition"] == arm} for arm in ("circuit_ce", METHOD)}
+    plain, aligned = arms.values()
+    accuracies = [number(mean([each["full_accuracy"] for each in arm.values()])) for arm in (plain, aligned)]
+    parts = [
+        difference(statistics.mean_interval([aligned[seed][key] - plain[seed][key] for seed in plain]).to_json())
+        for key in ("full_accuracy", "circuit_accuracy")
+    ]
+    data = storage.read_json(folder / "run.json")["recipe"]["data"]
+    return ["[SmolLM2-135M, boxes][boxes]", f"{data['train_scenes'] * data['boxes']}", *accuracies, *parts]
+
+
+def forecast() -> str:
+    """How the pairs' CKA before training ranks the gains of every study: over all its trainings, as stored, and over
+    those of the matched arm alone."""
+    head = ("study", "students", "trainings", "rank correlation", "trainings with matched partners", "rank correlation")
+
+    def row(words: str, name: str, students: str) -> list[str]:
+        found = storage.read_json(RESULTS / name / "summary.json")["diagnostic"]
+        matched = [point for point in found["points"] if point["condition"] == METHOD]
+        starts, gained = [point["cka"] - point["floor"] for point in matched], [point["gain"] for point in matched]
+        alone = float(spearmanr(starts, gained).statistic) if len(set(starts)) > 1 else None
+        counts = [str(len(points)) for points in (found["points"], matched)]
+        whole, part = (number(value, 2).replace("-", MINUS) for value in (found["rank_correlation"], alone))
+        return [words, students, counts[0], whole, counts[1], part]
+
+    return markdown(head, [row(words, *of) for words, of in FORECASTS.items()])
 
 
 def transfer(name: str, cell: tuple[str, int]) -> str:
@@ -243,7 +298,7 @@ def mixture() -> str:
     ]
 
     def entry(of: Mapping[str, Any]) -> str:
-        return f"{of['accuracy']:.3f} [{of['interval'][0]:.3f}, {of['interval'][1]:.3f}]"
+        return f"{of['accuracy']:.3f} [{of['interval'][0]:.3f},{HARD}{of['interval'][1]:.3f}]"
 
     rows = [
         [f"{words} ({found[0][task]['chance']:.2f})", *(entry(each[task]) for each in found)]
@@ -273,12 +328,17 @@ def plans() -> str:
     return markdown(head, rows)
 
 
+SIZES = (70, 280, 1050)
+STUDENTS = ("sibling", "unrelated")
 TABLES: Mapping[str, Callable[[], str]] = {
+    "gains-and-losses": gains_and_losses,
+    "forecast": forecast,
     "demo": demo,
-    "study-scenes": lambda: study(
-        "study_scenes",
-        {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"},
-    ),
+    **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
+    **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
+    **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
+    **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
+    "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
     "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),
     "study-lineage-data": lambda: gains(
         "study_lineage_data",
@@ -292,17 +352,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-methods": lambda: gains(
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
-    "study-few-heads": lambda: study(
-        "study_few_heads",
-        {("sibling", 70): "70 prompts", ("sibling", 280): "280 prompts", ("sibling", 1050): "1,050 prompts"},
-    ),
-    "study-mind": lambda: study(
-        "study_mind", {("sibling", 1000): "student of the teacher's lineage", ("unrelated", 1000): "unrelated student"}
-    ),
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
-    "study-entity": lambda: study(
-        "study_entity", {("sibling", 10): "student of the teacher's lineage", ("unrelated", 10): "unrelated student"}
-    ),
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
     "two-tokenizers": lambda: run("smollm2_to_bundled"),
@@ -316,5 +366,12 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block['name']]()}\n{block[3]}", text)
 
 
+def pages() -> list[Path]:
+    """README and every page of docs/ that holds a table."""
+    there = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in there if BLOCK.search(path.read_text())]
+
+
 if __name__ == "__main__":
-    storage.write_text(ROOT / "README.md", filled((ROOT / "README.md").read_text()))
+    for page in pages():
+        storage.write_text(page, filled(page.read_text()))

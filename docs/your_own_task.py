@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct
 from workbench.tasks.wording import fill, split_by_hash, words_of
 
 THINGS = tuple("cup hat book ball key lamp coat bag".split())
@@ -55,20 +56,18 @@ class Colours:
                 f"colours needs {self.things} one-token things and {2 * self.things} colours; use a tokenizer with "
                 "more whole words."
             )
-        draw, seen = seeds.chooser(seed, self.name, self.things, split), set()
-        while len(seen) < scenes:
+        draw = seeds.chooser(seed, self.name, self.things, split)
+
+        def make(place: int) -> Pair | None:
             named, painted = draw.sample(things, self.things), draw.sample(colours, 2 * self.things)
             if split_by_hash(f"{thing}:{colour}" for thing, colour in zip(named, painted, strict=False)) != split:
-                continue  # the scene belongs to another split, whatever the seed
-            asked = len(seen) % self.things  # in turns: no place is right more often than another
+                return None  # the scene belongs to another split, whatever the seed
+            asked = place % self.things  # in turns: no place is right more often than another
             template = " ".join(f"The {{thing{i}}} is {{colour{i}}}." for i in range(self.things)) + f" {QUESTION}"
             words = {f"thing{i}": thing for i, thing in enumerate(named)} | {"asked": named[asked]}
             clean, spans = fill(template, **words, **{f"colour{i}": painted[i] for i in range(self.things)})
             corrupt, _ = fill(template, **words, **{f"colour{i}": painted[self.things + i] for i in range(self.things)})
-            if clean in seen:
-                continue
-            seen.add(clean)
-            yield Pair(
+            return Pair(
                 clean=clean,
                 corrupt=corrupt,
                 answer=f" {painted[asked]}",
@@ -76,3 +75,6 @@ class Colours:
                 corrupt_answer=f" {painted[self.things + asked]}",
                 positions={"thing": spans[f"thing{asked}"], "colour": spans[f"colour{asked}"], "asked": spans["asked"]},
             )
+
+        # ends with an error where the task has fewer scenes than are asked for
+        yield from distinct(make, scenes=scenes, key=lambda pair: pair.clean, what=f"{self.name} ({split})")

@@ -17,11 +17,11 @@ from workbench.matching.pair_cka import PairCka, pair_ckas
 from workbench.models.hooked_model import HookedModel, Teacher
 from workbench.patching.ablation import ablation_profiles, reference_means
 from workbench.patching.attribution import exact_edges
-from workbench.plots.attention import attention_maps, attention_text
 from workbench.plots.export import save_figure
 from workbench.plots.graph import circuit_graph
 from workbench.plots.lens import lens_curves, lens_figure
 from workbench.plots.logit_attribution import attribution_figure
+from workbench.plots.patterns import attention_maps, attention_text
 from workbench.plots.similarity import cka_matrix, impact_scatter
 from workbench.plots.theme import DARK, LIGHT, Theme
 from workbench.readouts.logit_attribution import direct_logit_attribution

@@ -10,7 +10,7 @@ from pathlib import Path
 from workbench import storage
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.looks import attention_to_positions
-from workbench.experiment import Experiment
+from workbench.experiment import Run
 from workbench.experiment.recipe import read_recipe
 from workbench.experiment.runs import RunFolder
 from workbench.plots.export import save_figure
@@ -21,7 +21,7 @@ ASSETS = Path(__file__).parents[1]
 if __name__ == "__main__":
     folder = ASSETS / "results/smollm2_ioi_circuit"
     circuit = Circuit.from_json(storage.read_json(folder / "teacher.json"))
-    experiment = Experiment(read_recipe("smollm2_ioi_circuit", overrides={"teacher": sys.argv[1]}), RunFolder(folder))
+    experiment = Run(read_recipe("smollm2_ioi_circuit", overrides={"teacher": sys.argv[1]}), RunFolder(folder))
     scores = attention_to_positions(experiment.teacher, experiment.prompts.discovery, circuit.members)
     scores.save(folder / "teacher-looks.safetensors")
     save_figure(

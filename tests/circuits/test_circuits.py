@@ -23,13 +23,13 @@ from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.patching.ablation import counterfactual_outputs, reference_means
 from workbench.patching.attribution import attribute_edges
+from workbench.patching.execution import Execution
 from workbench.patching.path import PathPatcher
 from workbench.pretraining import word_tokenizer
 from workbench.tasks import ioi
 from workbench.tasks.base import encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.tasks.registry import task_named, task_names
-from workbench.values.metrics import logit_difference
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -43,16 +43,16 @@ def scores_with(means: dict[Head, float], *, noise: float = 0.1, examples: int =
     return Scores.of_heads(values, unit="effect")
 
 
-STRONG = {Head(2, 1): -2.0, Head(1, 3): -1.5, Head(0, 0): -1.2}
+STRONG = {Head(2, 1): 2.0, Head(1, 3): 1.5, Head(0, 0): 1.2}
 
 
 def test_every_rule_finds_the_heads_that_stand_out():
-    scores = scores_with({**STRONG, Head(0, 2): 1.0})
+    scores = scores_with({**STRONG, Head(0, 2): -1.0})
     assert selection.by_count(scores, 2) == [Head(2, 1), Head(1, 3)]
-    assert selection.by_count(scores, 1, needed="positive") == [Head(0, 2)]
+    assert scores.top(1, by="lowest") == [Head(0, 2)]
     assert selection.by_threshold(scores, 1.3) == [Head(2, 1), Head(1, 3)]
     assert selection.by_significance(scores) == list(STRONG)
-    noisy = scores_with({**STRONG, **{Head(1, index): -0.05 for index in range(3)}})
+    noisy = scores_with({**STRONG, **{Head(1, index): 0.05 for index in range(3)}})
     assert selection.by_elbow(noisy) == list(STRONG)
     for rule, expected in (("top", 2), ("threshold", 2), ("elbow", 2), ("significance", 2), ("interval", 2)):
         config = DiscoveryConfig(selection=rule, heads=2)
@@ -86,7 +86,7 @@ def test_permutation_p_values_are_what_scipy_finds():
 @pytest.fixture(scope="module")
 def knockouts(known, unseen, reference) -> Knockouts:  # noqa: F811
     """The true circuit of the known model."""
-    return Knockouts(known, unseen, TRUE_CIRCUIT, reference_means(known, reference), metric=logit_difference)
+    return Knockouts(known, unseen, TRUE_CIRCUIT, reference_means(known, reference), metric="logit_difference")
 
 
 def test_every_head_of_the_known_circuit_is_needed_and_a_passenger_is_not(knockouts, known, unseen, reference):  # noqa: F811
@@ -96,7 +96,7 @@ def test_every_head_of_the_known_circuit_is_needed_and_a_passenger_is_not(knocko
     assert minimal(knockouts, draws=2) == TRUE_CIRCUIT
     passenger = next(head for head in known.heads if head not in CIRCUIT)
     more = Circuit.of([*TRUE_CIRCUIT.members, Member(passenger, "A", "last")], shape=TRUE_CIRCUIT.shape, method="")
-    larger = Knockouts(known, unseen, more, reference_means(known, reference), metric=logit_difference)
+    larger = Knockouts(known, unseen, more, reference_means(known, reference), metric="logit_difference")
     assert minimal(larger, draws=2).heads == TRUE_CIRCUIT.heads
 
 
@@ -113,7 +113,7 @@ def test_a_circuit_with_a_hole_is_not_complete(known, unseen, reference):  # noq
     """A circuit without its value fetchers does nothing; the model without further heads still does."""
     role = TRUE_CIRCUIT.roles["A"]
     holed = Knockouts(
-        known, unseen, TRUE_CIRCUIT.without(role), reference_means(known, reference), metric=logit_difference
+        known, unseen, TRUE_CIRCUIT.without(role), reference_means(known, reference), metric="logit_difference"
     )
     nothing_gone = completeness(holed, draws=3)[0]
     assert nothing_gone.heads == ()
@@ -126,8 +126,8 @@ def test_the_curve_reaches_the_model_and_random_heads_come_late(known, pairs, un
     )
     order = ranking(found.scores)
     assert set(order[: len(CIRCUIT)]) == set(CIRCUIT)
-    whole = Faithfulness(known, unseen, reference_means(known, reference), metric=logit_difference)
-    curve = faithfulness_curve(whole, order, unit="logit difference", random_rankings=3)
+    whole = Faithfulness(known, unseen, reference_means(known, reference), metric="logit_difference")
+    curve = faithfulness_curve(whole, order, random_rankings=3)
     assert curve.faithfulness[0] == 0.0
     assert curve.faithfulness[-1] == pytest.approx(1.0)
     assert curve.without[0] == 1.0
@@ -147,19 +147,19 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_left(known, unseen, refe
         reference_means(known, reference),
         [Head(4, 1), Head(5, 3), Head(3, 1)],
     )
-    expected = [Faithfulness(known, unseen, means, metric=logit_difference).of(order[:size]) for size in (1, 2, 3)]
-    begun = Faithfulness(known, unseen, means, metric=logit_difference, file=file)
+    expected = [Faithfulness(known, unseen, means, metric="logit_difference").of(order[:size]) for size in (1, 2, 3)]
+    begun = Faithfulness(known, unseen, means, metric="logit_difference", execution=Execution(file=file))
     assert begun.of(order[:2]) == expected[1]
     runs: list[int] = []
     whole = curves.ablated_logits
     monkeypatch.setattr(
         curves, "ablated_logits", lambda *given, **named: [runs.append(len(given[2])), whole(*given, **named)][1]
     )
-    resumed = Faithfulness(known, unseen, means, metric=logit_difference, file=file)
+    resumed = Faithfulness(known, unseen, means, metric="logit_difference", execution=Execution(file=file))
     assert [resumed.of(order[:size]) for size in (1, 2, 3)] == expected
     assert runs == [1, 3]
-    with pytest.raises(InputError, match="another ablation"):
-        Faithfulness(known, unseen, "zero", metric=logit_difference, file=file)
+    with pytest.raises(InputError, match="metric or ablation"):
+        Faithfulness(known, unseen, "zero", metric="logit_difference", execution=Execution(file=file))
 
 
 def test_counterfactual_ablation_takes_each_prompts_own_corrupt_run(known, unseen):  # noqa: F811
@@ -208,16 +208,16 @@ def test_areas_are_those_of_the_definition():
 def test_nothing_to_recover_is_refused(known, unseen, reference):  # noqa: F811
     constant: Any = lambda logits, answers, distractors: torch.zeros(len(logits))  # noqa: E731
     with pytest.raises(InputError, match="nothing to recover"):
-        Faithfulness(known, unseen, reference_means(known, reference), metric=constant)
+        Faithfulness(known, unseen, reference_means(known, reference), metric=Metric("constant", "nothing", constant))
     with pytest.raises(InputError, match="also reference prompts"):
-        Faithfulness(known, reference, reference_means(known, reference), metric=logit_difference)
+        Faithfulness(known, reference, reference_means(known, reference), metric="logit_difference")
 
 
 def test_integrated_gradients_put_the_known_circuit_on_top(known, pairs):  # noqa: F811
     """All heads of the known circuit rank before every other one by the size of their edges; a single gradient misses
     some of them."""
     for steps, found in ((16, True), (1, False)):
-        edges = attribute_edges(known, pairs, metric=logit_difference, unit="logit difference", steps=steps)
+        edges = attribute_edges(known, pairs, metric="logit_difference", steps=steps)
         strength = dict(zip(edges.labels["sender"], edges.mean().abs().nansum(1).tolist(), strict=True))
         heads = sorted(known.heads, key=lambda head: -strength[str(head)])
         assert (set(heads[: len(CIRCUIT)]) == set(CIRCUIT)) is found

@@ -1,5 +1,6 @@
 """A small distillation that several test files run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import entity_pairs
-from workbench.distillation.config import TrainingConfig
+from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
 from workbench.matching.aligned_pairs import AlignedPair
@@ -23,8 +24,22 @@ PAIRS = tuple(
     ]
 )
 HEADS = [pair.student for pair in PAIRS]
-CONFIG = TrainingConfig(steps=6, batch=8, weight=0.5, learning_rate=1e-2, weight_decay=0.1, checkpoint_every=2)
+CONFIG = TrainingConfig(
+    steps=6,
+    batch=8,
+    alignment=AlignmentConfig(weight=0.5),
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    checkpoint_every=2,
+)
+PLAIN = replace(CONFIG, alignment=None)
+"""The same without alignment."""
 PROMPTS = entity_pairs(split="train", scenes=8)
+
+
+def aligning(config: TrainingConfig = CONFIG, **settings: Any) -> TrainingConfig:
+    """A configuration with another alignment."""
+    return replace(config, alignment=replace(config.alignment or AlignmentConfig(), **settings))
 
 
 def values(student: Student) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Training by any measure: the loss by hand, what it trains and what not, and the default as it always was."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,9 +9,11 @@ import torch
 from scipy import special
 
 from tests.conftest import entity_pairs
+from tests.distillation.distilling import aligning
 from workbench import seeds
 from workbench.distillation import losses, teacher_cache
-from workbench.distillation.loop import Distillation, TrainingConfig
+from workbench.distillation.config import AlignmentConfig, TrainingConfig
+from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
 from workbench.errors import InputError
 from workbench.experiment.recipe import parse_recipe
@@ -32,7 +33,13 @@ PAIRS = tuple(
     for student, teacher, position in [((1, 0), (2, 1), "last"), ((2, 3), (1, 2), "labels")]
 )
 CONFIG = TrainingConfig(
-    task_loss="none", weight=1.0, steps=12, batch=24, learning_rate=1e-2, weight_decay=0.0, clip=10.0
+    task_loss="none",
+    alignment=AlignmentConfig(),
+    steps=12,
+    batch=24,
+    learning_rate=1e-2,
+    weight_decay=0.0,
+    clip=10.0,
 )
 Loader = Callable[..., Any]
 
@@ -83,7 +90,7 @@ def test_options_reach_the_measure() -> None:
 def test_training_by_a_measure_raises_it(
     load_student: Loader, load_teacher: Loader, tmp_path: Path, measure: Any
 ) -> None:
-    config = replace(CONFIG, measure=measure, activation="pattern" if measure == "attention_kl" else "z")
+    config = aligning(CONFIG, measure=measure, activation="pattern" if measure == "attention_kl" else "z")
     reports = distillation(load_student("llama"), load_teacher("llama", seed=1), config).run(tmp_path)
     assert reports[-1].loss < reports[0].loss - 0.02
     assert all(reports[-1].ckas[str(pair)] > reports[0].ckas[str(pair)] for pair in PAIRS), (
@@ -95,7 +102,9 @@ def test_attention_kl_by_hand_and_trains_queries_and_keys_only(
     load_student: Loader, load_teacher: Loader, architecture: str
 ) -> None:
     student, teacher = load_student(architecture), load_teacher(architecture, seed=1)
-    run = distillation(student, teacher, replace(CONFIG, measure="attention_kl", activation="pattern"), everything=True)
+    run = distillation(
+        student, teacher, aligning(CONFIG, measure="attention_kl", activation="pattern"), everything=True
+    )
     with run.slices.gradients():
         _, alignment, values = run.losses(torch.arange(24))
         assert alignment is not None
@@ -123,12 +132,12 @@ def test_attention_kl_by_hand_and_trains_queries_and_keys_only(
 
 def test_refusals_come_before_training(load_student: Loader, load_teacher: Loader) -> None:
     with pytest.raises(InputError, match="activation: pattern"):
-        distillation(load_student("llama"), load_teacher("llama"), replace(CONFIG, measure="attention_kl"))
+        distillation(load_student("llama"), load_teacher("llama"), aligning(CONFIG, measure="attention_kl"))
     with pytest.raises(InputError, match="fraction"):
         distillation(
             load_student("llama"),
             load_teacher("llama"),
-            replace(CONFIG, measure="rbf_cka", measure_options={"width": 1.0}),
+            aligning(CONFIG, measure="rbf_cka", options={"width": 1.0}),
         )
     with pytest.raises(InputError, match=r"alignment\.measure"):
         parse_recipe({"teacher": "x", "alignment": {"measure": "cka"}})

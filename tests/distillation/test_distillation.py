@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS, inside, trained, values
+from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PLAIN, PROMPTS, inside, trained, values
 from workbench import seeds
 from workbench.distillation import losses, teacher_cache
 from workbench.distillation.loop import Distillation, TrainingConfig, read_log
@@ -94,7 +94,7 @@ def test_lambda_zero_equals_plain_head_only_fine_tuning_to_the_bit(
 ) -> None:
     """The plain loop is written out here: AdamW on copies of the slices, cross-entropy on the teacher's labels."""
     ours: Student = load_student(architecture)
-    config = replace(CONFIG, weight=0.0)
+    config = PLAIN
     trained(ours, cache, config, tmp_path)
     plain: Student = load_student(architecture)
     parts = {f"{part.parameter}{part.index}": part for part in slices_of_heads(plain, HEADS)}
@@ -225,7 +225,7 @@ def test_refusals(load_student: Loader, load_teacher: Loader, tmp_path: Path) ->
     with pytest.raises(InputError, match="no heads are matched"):
         make(pairs=())
     with pytest.raises(InputError, match="neither"):
-        make(config=replace(CONFIG, weight=0.0, task_loss="none"))
+        make(config=replace(PLAIN, task_loss="none"))
     with pytest.raises(InputError, match="lower `batch`"):
         make(config=replace(CONFIG, batch=4000))
     with pytest.raises(InputError, match="build it for these prompts"):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import entity_pairs
-from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS, furthest, trained, values
+from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PLAIN, PROMPTS, aligning, furthest, trained, values
 from workbench import seeds
 from workbench.distillation import losses, schedules, teacher_cache
 from workbench.distillation.backward import backward
-from workbench.distillation.config import TrainingConfig
+from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.processes import Processes
@@ -55,7 +55,7 @@ def lambdas(config: TrainingConfig) -> list[float]:
 
 
 def test_schedules_of_lambda() -> None:
-    plain = TrainingConfig(steps=8, weight=2.0)
+    plain = TrainingConfig(steps=8, alignment=AlignmentConfig(weight=2.0))
     assert lambdas(plain) == [2.0] * 8
     assert lambdas(replace(plain, weight_schedule="linear_warmup", weight_steps=4)) == pytest.approx(
         [0, 0.5, 1, 1.5, 2, 2, 2, 2]
@@ -89,9 +89,7 @@ def test_lambda_that_is_always_0_equals_plain(load_student: Loader, load_teacher
     outputs, students = outputs_of(load_teacher, "llama"), [load_student() for _ in range(3)]
     start = values(students[0])
     schedule = replace(CONFIG, weight_schedule="linear_warmup", weight_steps=10**9)
-    for number, (student, config) in enumerate(
-        zip(students, (schedule, replace(CONFIG, weight=0.0), CONFIG), strict=True)
-    ):
+    for number, (student, config) in enumerate(zip(students, (schedule, PLAIN, CONFIG), strict=True)):
         trained(student, outputs, config, tmp_path / str(number))
     risen, plain, aligned = map(values, students)
     assert furthest(risen, plain) < 1e-5
@@ -124,7 +122,7 @@ def test_split_equals_whole(
 ) -> None:
     """Losses, CKAs and gradients of both terms to rounding, for positions of one token and of several."""
     outputs, student = outputs_of(load_teacher, architecture), load_student(architecture)
-    config = replace(CONFIG, batch=16, activation=activation, estimator="debiased")
+    config = aligning(replace(CONFIG, batch=16), activation=activation, estimator="debiased")
     whole, expected = gradients_of(student, outputs, config)
     split, found = gradients_of(student, outputs, replace(config, accumulate=pieces))
     scale = max(float(gradient.abs().max()) for gradient in whole.values())
@@ -133,7 +131,7 @@ def test_split_equals_whole(
         torch.testing.assert_close(
             getattr(found, name).detach(), getattr(expected, name).detach(), rtol=1e-4, atol=1e-5
         )
-    alone, _ = gradients_of(student, outputs, replace(config, weight=1e-9))
+    alone, _ = gradients_of(student, outputs, aligning(config, weight=1e-9))
     assert furthest(alone, whole) > 100 * 1e-4 * scale, (
         "the alignment is a part of this gradient that a mistake would show"
     )
@@ -172,7 +170,7 @@ def test_split_with_dropout_equals_one_graph_over_the_pieces(load_student: Loade
             rows.append(mine)
         joined = [torch.cat(list(parts)) for parts in zip(*rows, strict=True)]
         alignment, _ = losses.alignment_loss(
-            list(zip(joined, run.objective.teacher_rows(run.batch_index(0)), strict=True)), estimator=config.estimator
+            list(zip(joined, run.objective.teacher_rows(run.batch_index(0)), strict=True)), estimator="biased"
         )
         (torch.stack(tasks).mean() + config.weight * alignment).backward()
         run.slices.collect_gradients()
@@ -190,8 +188,8 @@ def test_trajectory_2_x_4_accumulated_equals_8(
 ) -> None:
     outputs, whole, split = outputs_of(load_teacher, "llama"), load_student(), load_student()
     start = values(whole)
-    expected = trained(whole, outputs, replace(CONFIG, weight=weight), tmp_path / "whole")
-    found = trained(split, outputs, replace(CONFIG, weight=weight, accumulate=2), tmp_path / "split")
+    expected = trained(whole, outputs, aligning(weight=weight), tmp_path / "whole")
+    found = trained(split, outputs, aligning(replace(CONFIG, accumulate=2), weight=weight), tmp_path / "split")
     assert [report.loss for report in found] == pytest.approx([report.loss for report in expected], rel=1e-4)
     assert furthest(values(split), values(whole)) < 1e-4
     assert furthest(start, values(whole)) > 100 * 1e-4
@@ -354,7 +352,7 @@ def test_bf16_computes_the_forward_in_bfloat16_and_the_losses_in_float32(
 
     monkeypatch.setattr(losses, "alignment_loss", watching)
     expected = trained(full, outputs, CONFIG, tmp_path / "full")
-    found = trained(half, outputs, replace(CONFIG, precision="bf16", activation="result"), tmp_path / "half")
+    found = trained(half, outputs, aligning(replace(CONFIG, precision="bf16"), activation="result"), tmp_path / "half")
     assert set(seen) == {torch.float32}
     assert {parameter.dtype for parameter in half.parameters().values()} == {torch.float32}
     run = run_of(half, outputs, replace(CONFIG, precision="bf16"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS
+from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS, aligning
 from workbench import storage
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.loop import Distillation
@@ -18,20 +18,19 @@ from workbench.matching.head_rows import hook_names
 from workbench.models.hooked_model import Student, Teacher
 
 VALIDATION = PROMPTS.rows(slice(0, 6))
-BASE = replace(CONFIG, batch=8, steps=4, weight=2.0)
+BASE = aligning(replace(CONFIG, batch=8, steps=4), weight=2.0)
 CASES: dict[str, TrainingConfig] = {
-    "plain": replace(BASE, weight=0.0),
+    "plain": replace(BASE, alignment=None),
     "aligned": BASE,
     "accumulated": replace(
-        BASE,
+        aligning(BASE, activation="result"),
         accumulate=2,
-        activation="result",
         weight_schedule="linear_decay",
         task_loss="jsd_teacher",
         evaluate_every=1,
         restore_best=True,
     ),
-    "alignment only": replace(BASE, task_loss="none", batch=16, estimator="debiased"),
+    "alignment only": aligning(replace(BASE, task_loss="none", batch=16), estimator="debiased"),
     "micro": replace(BASE, alignment_batch="micro"),
 }
 """All but the last have the same trajectory on any number of processes."""
@@ -47,7 +46,7 @@ def main(teacher: str, student: str, out: Path) -> None:
         if processes.shards and config.task_loss == "none":
             continue  # refused
         if processes.shards and config.activation == "result":
-            config = replace(config, activation="z")
+            config = aligning(config, activation="z")
         model = Student.load(student, check=False)
         slices = TrainedSlices(model, slices_of_heads(model, HEADS))
         pairs = PAIRS if config.weight else ()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from workbench.experiment import Experiment
+from workbench.experiment import Run
 from workbench.experiment.arms import run_arms
+from workbench.experiment.match import match
 from workbench.experiment.recipe import parse_recipe
 from workbench.experiment.runs import RunFolder
 from workbench.experiment.transfer import read_outcomes, transfer_table, transfer_text
@@ -24,7 +25,7 @@ OTHER = {"task": "entity_tracking", "options": {"boxes": 4}, "scenes": 6, "seed"
 
 
 @pytest.fixture
-def experiment(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+def experiment(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     recipe: dict[str, Any] = {
         "teacher": str(model_folder("llama", seed=1)),
@@ -34,7 +35,7 @@ def experiment(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: p
         "training": {"steps": 12, "batch": 6, "learning_rate": 0.02},
         "evaluation": {"random_circuits": 1, "curve": False, "transfer": [OTHER]},
     }
-    made = Experiment(parse_recipe(recipe), RunFolder(tmp_path / "run"))
+    made = Run(parse_recipe(recipe), RunFolder(tmp_path / "run"))
     made.begin(resume=False)
     return made
 
@@ -56,8 +57,8 @@ def asked_again(folder: Path) -> float:
     ) / len(said)
 
 
-def test_accuracy_on_another_task(experiment: Experiment) -> None:
-    experiment.match()
+def test_accuracy_on_another_task(experiment: Run) -> None:
+    match(experiment)
     run_arms(experiment, [("base", 0), ("full_ce", 0), ("full_ce", 1)])
     folders = {
         name: [experiment.folder.condition(name, seed) for seed in seeds]

@@ -5,6 +5,7 @@ import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,19 @@ from conftest import entity_pairs
 
 import workbench
 from workbench.errors import InputError
-from workbench.explorer.begin import forget, session_of
+from workbench.explorer.api import forget, session_of
 from workbench.explorer.server import ExplorerServer
 from workbench.explorer.widget import STATIC
-from workbench.explorer.work import Part, Worker
+from workbench.explorer.worker import Part, Worker
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
-from workbench.patching.ablation import ablation_profiles
+from workbench.patching.ablation import ablate
+from workbench.patching.execution import Execution
 from workbench.patching.path import path_patch
 from workbench.patching.progress import Progress, watched
-from workbench.values.metrics import METRICS
 from workbench.values.refs import Head, Receiver
 
-METRIC = {"metric": METRICS["logit_difference"], "unit": "logit difference"}
+METRIC: dict[str, str] = {"metric": "logit_difference"}
 
 
 class TestSweepsForAWatcher:
@@ -35,8 +36,8 @@ class TestSweepsForAWatcher:
     def test_shares_rise_to_one(self, load_teacher: Callable[..., Teacher]) -> None:
         teacher, pairs = load_teacher(), entity_pairs()
         for sweep in (
-            lambda: path_patch(teacher, pairs, **METRIC, batch=5),
-            lambda: ablation_profiles(teacher, pairs, "zero", metrics={"m": METRIC["metric"]}),
+            lambda: path_patch(teacher, pairs, **METRIC, execution=Execution(batch=5)),
+            lambda: ablate(teacher, pairs, "zero", **METRIC),
         ):
             shares: list[float] = []
             with watched(shares.append):
@@ -54,7 +55,7 @@ class TestSweepsForAWatcher:
             raise KeyError("enough")
 
         with watched(once), pytest.raises(KeyError):
-            path_patch(teacher, pairs, **METRIC, engine="hooks")
+            path_patch(teacher, pairs, **METRIC, execution=Execution(engine="hooks"))
         assert len(heard) == 1
         path_patch(teacher, pairs, **METRIC)
         assert len(heard) == 1, "outside the context nobody is told"
@@ -77,9 +78,9 @@ class TestSweepsForAWatcher:
         self, load_teacher: Callable[..., Teacher], tmp_path: Path
     ) -> None:
         teacher, pairs, file = load_teacher(), entity_pairs(), tmp_path / "scores.safetensors"
-        path_patch(teacher, pairs, **METRIC, senders=[Head(0, 0)], file=file)
+        path_patch(teacher, pairs, **METRIC, senders=[Head(0, 0)], execution=Execution(file=file))
         with pytest.raises(InputError, match="another"):
-            path_patch(teacher, pairs, **METRIC, file=file)
+            path_patch(teacher, pairs, **METRIC, execution=Execution(file=file))
 
 
 def test_one_thread_at_a_time_runs_a_model(load_teacher: Callable[..., Teacher]) -> None:
@@ -210,14 +211,13 @@ class TestServer:
         headers |= {name.replace("_", "-"): value for name, value in changed.items() if value is not None}
         sent = {name: value for name, value in headers.items() if changed.get(name.replace("-", "_"), "") is not None}
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-        connection.putrequest(method, path, skip_host=True)
-        for name, value in {**sent, "Content-Length": str(len(body or b""))}.items():
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        found = answer.status, dict(answer.getheaders()), answer.read()
-        connection.close()
-        return found
+        with closing(connection):
+            connection.putrequest(method, path, skip_host=True)
+            for name, value in {**sent, "Content-Length": str(len(body or b""))}.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
 
     def test_a_command_is_answered(self, server: ExplorerServer) -> None:
         assert server.server_address[0] == "127.0.0.1"

@@ -8,16 +8,24 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' shared modules
 
-import torch  # noqa: E402
+import torch
 
-from . import DOORS, figures  # noqa: E402
+from . import DOORS, figures
 
-torch.set_num_threads(1)
-made = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-made.add_argument("door", choices=sorted(DOORS), help="; ".join(f"{name}: {what}" for name, what in DOORS.items()))
-made.add_argument("--seed", type=int, default=0)
-made.add_argument("--count", type=int, default=200)
-options = made.parse_args()
-found = figures(options.door, seed=options.seed, count=options.count, limit=60)
-print(found.text())  # noqa: T201
-sys.exit(bool(found.harmful))
+
+def main() -> int:
+    """Prints the counts and each harmful case; exits with 1 where there was one."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    doors = "; ".join(f"{name}: {what}" for name, what in DOORS.items())
+    parser.add_argument("door", choices=sorted(DOORS), help=doors)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    counted = figures(options.door, seed=options.seed, count=options.count, limit=60)
+    print(counted.text())
+    return int(bool(counted.harmful))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

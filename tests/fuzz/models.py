@@ -1,4 +1,5 @@
-"""The door of a model's folder: a saved miniature with one thing broken is loaded right or refused, never anything else.
+"""The door of a model's folder: a saved miniature with one thing broken is loaded right or refused, never anything
+else.
 
 Broken: a JSON value of the wrong type, null, huge or a string; a key removed; a file truncated, emptied, removed,
 replaced by a directory, by an LFS pointer or by other bytes; keys of the weights renamed, removed, added or cut short.
@@ -46,9 +47,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
     draw = random.Random(f"models {seed}")
     kinds, families = sorted(MUTATIONS), list(FAMILIES)
     for number in range(count):
-        yield Case(
-            family=draw.choice(families), mutation=kinds[number % len(kinds)], seed=f"{seed}-{number}"
-        )
+        yield Case(family=draw.choice(families), mutation=kinds[number % len(kinds)], seed=f"{seed}-{number}")
 
 
 def outcome(case: Case) -> tuple[str, str]:

@@ -20,7 +20,6 @@ from workbench.matching.head_similarity import head_similarity
 from workbench.matching.pair_cka import floor_warning, pair_ckas
 from workbench.models.hooked_model import Teacher
 from workbench.patching.ablation import ablation_profiles, reference_means
-from workbench.values.metrics import METRICS
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -166,9 +165,9 @@ def test_a_student_of_permuted_heads_is_matched_back(load_teacher: Callable[...,
     student = Teacher.load(tmp_path)
     prompts, reference = entity_pairs(split="test", scenes=8), entity_pairs(split="calibration", scenes=8)
     impacts = [
-        ablation_profiles(
-            model, prompts, reference_means(model, reference), metrics={"log_probability": METRICS["log_probability"]}
-        )["log_probability"]
+        ablation_profiles(model, prompts, reference_means(model, reference), metrics="log_probability")[
+            "log_probability"
+        ]
         for model in (student, teacher)
     ]
     everyone = Circuit.of((Member(head, "A", "last") for head in teacher.heads), shape=(2, 4), method="all")

@@ -4,6 +4,7 @@ model in every respect."""
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def test_weights_that_do_not_fit_are_refused_by_name(family: str, tmp_path: Path
     folder = miniature(family, FAMILIES[family], tmp_path / "model")
     for name, change in WRONG.items():
         rewrite(copied(folder, tmp_path / name), change)
-        with pytest.raises(InputError, match=r"do not fit its config|could not be loaded|but the weights have") as refused:
+        with pytest.raises(
+            InputError, match=r"do not fit its config|could not be loaded|but the weights have"
+        ) as refused:
             Student.load(tmp_path / name)
         assert str(tmp_path / name) in str(refused.value)
 
@@ -126,7 +129,9 @@ def test_a_tied_unembedding_may_be_left_out_or_equal_but_not_another(tmp_path: P
     rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding].clone()})
     assert Student.load(folder).fingerprint() == fingerprint
     rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding] + 1})
-    with pytest.raises(InputError, match=r"lm_head.weight is not the embedding, and config.json says tie_word_embeddings"):
+    with pytest.raises(
+        InputError, match=r"lm_head.weight is not the embedding, and config.json says tie_word_embeddings"
+    ):
         Student.load(folder)
     untied = miniature("Llama", {}, tmp_path / "untied")
     change_json(untied / "config.json", tie_word_embeddings=True)
@@ -137,11 +142,13 @@ def test_a_tied_unembedding_may_be_left_out_or_equal_but_not_another(tmp_path: P
 def test_quantised_weights_are_refused(model_folder: ModelFolder, tmp_path: Path) -> None:
     folder = copied(model_folder("llama"), tmp_path / "model")
     change_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(InputError, match=r"quantised weights \(quantization_config: gptq\).*give the model that they were"):
+    with pytest.raises(
+        InputError, match=r"quantised weights \(quantization_config: gptq\).*give the model that they were"
+    ):
         Student.load(folder)
     whole = copied(model_folder("llama"), tmp_path / "whole")
     rewrite(whole, lambda tensors: {**tensors, middle(tensors): tensors[middle(tensors)].to(torch.int8)})
-    with pytest.raises(InputError, match="holds whole numbers for .*quantised weights"):
+    with pytest.raises(InputError, match=r"holds whole numbers for .*quantised weights"):
         Student.load(whole)
 
 
@@ -151,11 +158,9 @@ def test_quantised_weights_are_refused(model_folder: ModelFolder, tmp_path: Path
 def lora(base: Path, target: Path, modules: list[str], **settings: Any) -> Tensor:
     """A LoRA adapter whose B is not zero, and peft's own logits with it."""
     peft = pytest.importorskip("peft")
-    with torch.random.fork_rng(), quiet(), pytest.warns():
+    with torch.random.fork_rng(), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of tied weights, or does not
         torch.manual_seed(0)
-        import warnings
-
-        warnings.warn("peft warns of tied weights, or does not", stacklevel=1)
         plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
         config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **settings)
         model = peft.get_peft_model(plain, config)
@@ -205,7 +210,7 @@ def test_an_adapter_on_an_adapter_and_one_that_imports_are_refused(model_folder:
     lora(model_folder("llama"), tmp_path / "adapter", ["q_proj"])
     second = copied(tmp_path / "adapter", tmp_path / "second")
     change_json(second / "adapter_config.json", base_model_name_or_path=str(tmp_path / "adapter"))
-    with pytest.raises(InputError, match="is itself an adapter .*merge that one first"):
+    with pytest.raises(InputError, match=r"is itself an adapter .*merge that one first"):
         Student.load(second)
     change_json(tmp_path / "adapter" / "adapter_config.json", megatron_config={"a": 1}, megatron_core="antigravity")
     with pytest.raises(InputError, match="names a module to import"):
@@ -359,7 +364,11 @@ def test_a_saved_copy_generates_the_same(family: str, tmp_path: Path) -> None:
     assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours.get_added_vocab() == theirs.get_added_vocab()
     chat = [{"role": "user", "content": "apple box"}]
-    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False) == "apple box "
+    assert (
+        ours.apply_chat_template(chat, tokenize=False)
+        == theirs.apply_chat_template(chat, tokenize=False)
+        == "apple box "
+    )
     configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "saved")]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert configs[0][key] == configs[1][key]
@@ -426,7 +435,11 @@ def test_an_unfit_architecture_is_refused_before_its_weights_are_read(
     settings = {"head_dim": 16} if family == "Gemma2" else {}
     folder = miniature(family, settings, tmp_path)
     monkeypatch.setattr(sources, "plain_model", lambda *_, **__: pytest.fail("the weights were read"))
-    with pytest.raises(InputError, match="a norm stands between its attention and the residual stream.*choose a model"):
+    with pytest.raises(
+        InputError,
+        match=r"a norm stands between its attention and the residual stream.*choose a "
+        r"model",
+    ):
         Teacher.load(folder)
 
 
@@ -453,7 +466,9 @@ def test_an_unfit_gguf_file_is_refused_before_its_conversion(tmp_path: Path, mon
     assert not list((tmp_path / "cache" / "gguf").iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"GGU", b"GGUF", b"GGUF" + bytes(40), b"GGUF" + b"\xff" * 40, b"version https://git-lfs"])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGU", b"GGUF", b"GGUF" + bytes(40), b"GGUF" + b"\xff" * 40, b"version https://git-lfs"]
+)
 def test_a_malformed_gguf_file_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))

@@ -1086,7 +1086,9 @@ def test_other_configurations_load_and_save(config: type, settings: dict[str, An
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Gemma 2 normalizes the attention output before it is added, so that its heads' outputs are not what enters the
     residual stream."""
-    with pytest.raises(InputError, match="heads' outputs do not sum to the attention output of layer 0; choose a model"):
+    with pytest.raises(
+        InputError, match="heads' outputs do not sum to the attention output of layer 0; choose a model"
+    ):
         Teacher.load(tiny_folder(tmp_path, Gemma2Config, head_dim=8))
 
 
@@ -1100,7 +1102,7 @@ def test_saving_replaces_a_saved_student_but_no_other_folder(load_student: Load,
     assert Student.load(tmp_path / "student").fingerprint() == student.fingerprint()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="has not written .*choose another folder"):
+    with pytest.raises(InputError, match=r"has not written .*choose another folder"):
         student.save(tmp_path / "notes")
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 

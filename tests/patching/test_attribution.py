@@ -18,7 +18,7 @@ from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import logit_difference
 from workbench.values.refs import Embedding, Head, Mlp, Receiver
 
-METRIC: dict[str, Any] = {"metric": logit_difference, "unit": "logit difference"}
+METRIC: dict[str, Any] = {"metric": "logit_difference"}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def model(request: pytest.FixtureRequest, model_folder: Callable[..., Path]) -> 
 
 @pytest.mark.parametrize("architecture", ["llama-mha", "gpt2"])
 def test_edges_equal_transformer_lens_where_it_can(model_folder, pairs, architecture):
-    """TransformerLens scores each position of a reader; ours sum over positions. Its clean run is our corrupt one."""
+    """TransformerLens scores each position of a reader; ours sum over positions. Its clean run is our corrupt one, and
+    it counts the change of the metric, we its fall."""
     attribution = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
     model = Teacher.load(model_folder(architecture))
     for _, parameter in model.model.named_parameters():
@@ -52,7 +53,7 @@ def test_edges_equal_transformer_lens_where_it_can(model_folder, pairs, architec
     expected: dict[tuple[str, str], float] = {}
     for (writer, reader), score in theirs.edge_scores.items():
         edge = (_name(writer), _name(reader))
-        expected[edge] = expected.get(edge, 0.0) + score
+        expected[edge] = expected.get(edge, 0.0) - score
     found = {
         (sender, receiver): float(ours.values[i, j, 0])
         for i, sender in enumerate(ours.labels["sender"])
@@ -99,7 +100,7 @@ def test_a_senders_edges_sum_to_the_slope_of_its_total_effect(model, pairs, send
                     ends.append(
                         logit_difference(model.final_logits(pairs.clean, pairs.mask), pairs.answers, pairs.distractors)
                     )
-            return (ends[0] - ends[1]) / (2 * step)
+            return (ends[1] - ends[0]) / (2 * step)
 
         slope = (4 * slope_over(0.01) - slope_over(0.02)) / 3  # Richardson: without the curve's cubic part
     found = attribute_nodes(attribute_edges(model, pairs, **METRIC))
@@ -160,7 +161,7 @@ def test_exact_edges_are_exact_paths(model, pairs):
     for sender in (Head(0, 1), Mlp(0), Embedding()):
         for receiver in (Receiver(Head(1, 2), "q"), Receiver(Head(2, 0), "v")):
             logits = slow.logits([sender], receivers=[receiver], freeze_mlps=True)
-            expected = logit_difference(logits, pairs.answers, pairs.distractors) - clean
+            expected = clean - logit_difference(logits, pairs.answers, pairs.distractors)
             place = exact.labels["sender"].index(str(sender)), exact.labels["receiver"].index(str(receiver))
             assert torch.allclose(exact.values[place], expected, atol=1e-5)
 

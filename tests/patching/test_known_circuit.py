@@ -38,7 +38,7 @@ from workbench.patching.path import activation_baselines, prepared
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.entity_tracking import OBJECTS, EntityTracking
-from workbench.values.metrics import METRICS, accuracy, log_probability
+from workbench.values.metrics import METRICS, accuracy
 from workbench.values.refs import Head
 
 LAYERS, HEADS, WIDTH = 6, 4, 128
@@ -231,7 +231,7 @@ def mean_accuracy(logits: Tensor, pairs: PromptPairs) -> float:
 
 def gap(model: Teacher, pairs: PromptPairs) -> float:
     """Mean log-probability of the answer, clean minus corrupt."""
-    clean, corrupt = activation_baselines(prepared(model, pairs), log_probability)
+    clean, corrupt = activation_baselines(prepared(model, pairs), "log_probability")
     return clean - corrupt
 
 
@@ -297,7 +297,7 @@ def assert_scores_are_clear_cut(found: Discovery, *, unit: float) -> None:
     for role, scores in found.scores.items():
         for head in scores.ranked():
             effect = float(scores.at(head).mean()) / unit
-            assert effect < -0.3 if role == TRUE_CIRCUIT.role_of(head) else abs(effect) < 0.01
+            assert effect > 0.3 if role == TRUE_CIRCUIT.role_of(head) else abs(effect) < 0.01
 
 
 def test_the_circuit_alone_does_the_task_and_random_heads_do_not(known, reference, unseen):
@@ -330,9 +330,9 @@ def test_redundant_heads_are_found_by_path_patching_where_single_ablation_is_bli
     twins = [Head(4, 1), Head(5, 3)]
     model = write(dict.fromkeys(twins, value_fetcher(ANSWER, WHOLE)))
     means = reference_means(model, reference)
-    profile = ablation_profiles(
-        model, unseen, means, metrics={"accuracy": accuracy}, heads=[*CIRCUIT, *CONSTANT, Head(5, 0)]
-    )["accuracy"]
+    profile = ablation_profiles(model, unseen, means, metrics="accuracy", heads=[*CIRCUIT, *CONSTANT, Head(5, 0)])[
+        "accuracy"
+    ]
     assert [float(profile.at(head).abs().max()) for head in twins] == [0.0, 0.0]
     assert set(top_by_ablation(profile, DiscoveryConfig(heads=24)).heads) == set(CIRCUIT) - set(twins)
     assert mean_accuracy(ablated_logits(model, unseen, dict.fromkeys(twins, ("last",)), means), unseen) <= 0.1
@@ -341,7 +341,7 @@ def test_redundant_heads_are_found_by_path_patching_where_single_ablation_is_bli
     assert set(found.circuit.heads) == set(twins)
     clean, corrupt = activation_baselines(prepared(model, pairs), METRICS["logit_difference"])
     for head in twins:
-        assert float(found.scores["A"].at(head).mean()) == pytest.approx((corrupt - clean) / 2, rel=0.1)
+        assert float(found.scores["A"].at(head).mean()) == pytest.approx((clean - corrupt) / 2, rel=0.1)
 
 
 def test_a_backup_head_hides_a_head_from_ablation_but_not_from_path_patching(write, pairs, unseen):
@@ -349,9 +349,9 @@ def test_a_backup_head_hides_a_head_from_ablation_but_not_from_path_patching(wri
     ablated."""
     first, backup = Head(4, 1), Head(5, 3)
     model = write({first: value_fetcher(ANSWER, WHOLE), backup: replace(value_fetcher(ANSWER, WHOLE), unless=ANSWER)})
-    impacts = ablation_profiles(
-        model, unseen, "zero", metrics={"log_probability": log_probability}, heads=[first, backup]
-    )["log_probability"]
+    impacts = ablation_profiles(model, unseen, "zero", metrics="log_probability", heads=[first, backup])[
+        "log_probability"
+    ]
     assert float(impacts.values.nan_to_num(0).abs().max()) < 0.02 * gap(model, unseen)
     assert (
         mean_accuracy(ablated_logits(model, unseen, dict.fromkeys([first, backup], ("last",)), "zero"), unseen) <= 0.1
@@ -359,5 +359,5 @@ def test_a_backup_head_hides_a_head_from_ablation_but_not_from_path_patching(wri
 
     found = backward_search(model, pairs, EntityTracking.stages[:1], DiscoveryConfig())
     assert found.circuit.heads == (first,)
-    assert float(found.scores["A"].at(first).mean()) < -0.9 * gap(model, pairs)
+    assert float(found.scores["A"].at(first).mean()) > 0.9 * gap(model, pairs)
     assert abs(float(found.scores["A"].at(backup).mean())) < 0.01 * gap(model, pairs)

@@ -9,7 +9,6 @@ from workbench.models.hooked_model import Teacher
 from workbench.patching.attribution import attribute_edges, exact_edges
 from workbench.patching.path import activation_baselines, prepared
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import logit_difference
 from workbench.values.scores import Scores
 
 Edge = tuple[str, str]
@@ -57,7 +56,7 @@ def strongest(found: dict[Edge, float], count: int) -> set[Edge]:
 
 
 def gap(model: Teacher, pairs: PromptPairs) -> float:
-    clean, corrupt = activation_baselines(prepared(model, pairs), logit_difference)
+    clean, corrupt = activation_baselines(prepared(model, pairs), "logit_difference")
     return clean - corrupt
 
 
@@ -66,18 +65,18 @@ def test_the_list_names_every_head_of_the_circuit():
 
 
 def test_exact_paths_find_every_edge_and_no_other(known, pairs):  # noqa: F811
-    found, whole = means(exact_edges(known, pairs, metric=logit_difference, unit="logit difference")), gap(known, pairs)
+    found, whole = means(exact_edges(known, pairs, metric="logit_difference")), gap(known, pairs)
     assert len(found) > 500
     for edge, effect in found.items():
         if edge in TRUE:
-            assert effect < -0.3 * whole
+            assert effect > 0.3 * whole
         elif edge in AGAINST:
-            assert effect > 0.04 * whole
+            assert effect < -0.04 * whole
         else:
             assert abs(effect) < 0.02 * whole
 
 
 def test_integrated_gradients_rank_the_edges_of_the_circuit_on_top(known, pairs):  # noqa: F811
-    found = means(attribute_edges(known, pairs, metric=logit_difference, unit="logit difference", steps=16))
+    found = means(attribute_edges(known, pairs, metric="logit_difference", steps=16))
     assert strongest(found, len(TRUE | AGAINST)) == TRUE | AGAINST
-    assert max(found[edge] for edge in TRUE) < 0 < min(found[edge] for edge in AGAINST)
+    assert max(found[edge] for edge in AGAINST) < 0 < min(found[edge] for edge in TRUE)

@@ -27,7 +27,7 @@ from workbench.patching.attribution import attribute_edges, exact_edges
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import Pair, PromptPairs, Stage, encode, to_dataset
 from workbench.tasks.entity_tracking import OBJECTS
-from workbench.values.metrics import accuracy, logit_difference
+from workbench.values.metrics import accuracy
 from workbench.values.refs import Head
 
 LAYERS, HEADS, WIDTH, LENGTH = 4, 4, 128, 12
@@ -167,22 +167,20 @@ def test_backward_search_finds_the_circuit_head_by_head_and_role_by_role(model):
     for role, scores in found.scores.items():
         for head in scores.ranked():
             effect = float(scores.at(head).mean()) / gap(model, pairs)
-            assert effect < -0.3 if role == found.circuit.role_of(head) else abs(effect) < 0.01
+            assert effect > 0.3 if role == found.circuit.role_of(head) else abs(effect) < 0.01
 
 
 @pytest.mark.parametrize("corrupted", TRUE_EDGES)
 def test_exact_paths_find_the_edges_that_carry_what_was_corrupted_and_no_other(model, corrupted):
     pairs = prompts(corrupted)
-    found, whole = means(exact_edges(model, pairs, metric=logit_difference, unit="logit difference")), gap(model, pairs)
+    found, whole = means(exact_edges(model, pairs, metric="logit_difference")), gap(model, pairs)
     for edge, effect in found.items():
-        assert effect < -0.25 * whole if edge in TRUE_EDGES[corrupted] else abs(effect) < 0.01 * whole, edge
+        assert effect > 0.25 * whole if edge in TRUE_EDGES[corrupted] else abs(effect) < 0.01 * whole, edge
 
 
 @pytest.mark.parametrize("corrupted", TRUE_EDGES)
 def test_integrated_gradients_rank_those_edges_on_top(model, corrupted):
-    found = means(
-        attribute_edges(model, prompts(corrupted), metric=logit_difference, unit="logit difference", steps=32)
-    )
+    found = means(attribute_edges(model, prompts(corrupted), metric="logit_difference", steps=32))
     assert strongest(found, len(TRUE_EDGES[corrupted])) == TRUE_EDGES[corrupted]
 
 

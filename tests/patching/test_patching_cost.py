@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench.models.hooked_model import Teacher
 from workbench.patching.ablation import ablation_profiles
 from workbench.patching.engine.passage import Route
+from workbench.patching.execution import Execution
 from workbench.patching.path import PathPatcher
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import logit_difference
@@ -81,7 +82,7 @@ def test_a_sweep_stays_within_its_budget(model, pairs, route, budgets):
     small, large = (int(megabytes * MEGABYTE) for megabytes in budgets)
     used = {}
     for budget in (small, large):
-        patcher = PathPatcher(model, pairs, memory=budget)
+        patcher = PathPatcher(model, pairs, execution=Execution(memory=budget))
         patcher.effects(variants[-1:], route, logit_difference)  # the corrupt run, which is kept
         used[budget] = peak(lambda patcher=patcher: patcher.effects(variants, route, logit_difference))
         assert 0.2 * budget < used[budget] <= budget
@@ -95,7 +96,7 @@ def test_ablation_stays_within_its_budget(model, pairs):
         PathPatcher(model, pairs)
 
     def ablation() -> None:
-        ablation_profiles(model, pairs, "zero", metrics={"difference": logit_difference}, memory=8 * MEGABYTE)
+        ablation_profiles(model, pairs, "zero", metrics="logit_difference", execution=Execution(memory=8 * MEGABYTE))
 
     assert peak(ablation) <= 8 * MEGABYTE + peak(clean_run)
 

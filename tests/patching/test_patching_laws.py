@@ -23,10 +23,12 @@ from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, Student, Teacher
 from workbench.models.sources import quiet
 from workbench.patching.ablation import ablated_logits, ablation_edits, ablation_profiles, plain_logits, reference_means
-from workbench.patching.path import PathPatcher, activation_baselines, path_patch, prepared
+from workbench.patching.engine.passage import Route
+from workbench.patching.execution import Execution
+from workbench.patching.path import PathPatcher, activation_baselines, path_patch, prepared, sweep_heads
 from workbench.tasks.base import PromptPairs, Stage
 from workbench.tasks.entity_tracking import EntityTracking
-from workbench.values.metrics import METRICS, accuracy, log_probability
+from workbench.values.metrics import METRICS, log_probability
 from workbench.values.refs import Embedding, Head, Mlp, Receiver
 
 ROUNDING = 2e-5
@@ -229,7 +231,7 @@ def test_all_senders_into_all_inputs_of_all_heads_are_all_heads_patched(model, p
 
 def test_heads_at_or_above_the_receivers_have_no_path_to_them(model, pairs, patcher):
     receivers = [Receiver(Head(1, 0), "q"), Receiver(Head(1, 3), "v")]
-    scores = path_patch(model, pairs, metric=log_probability, unit="log-probability", receivers=receivers)
+    scores = path_patch(model, pairs, metric="log_probability", receivers=receivers)
     measured = ~scores.values.isnan()
     assert measured[0].all()
     assert not measured[1:].any()
@@ -266,16 +268,16 @@ def test_the_direct_effect_with_frozen_mlps_is_the_change_put_through_the_last_n
 
 def test_the_score_of_a_last_layer_head_is_what_a_plain_intervention_measures(model, plain, pairs):
     """No head lies above the last layer, so its path effect is its whole effect."""
-    metric = log_probability
+    metric = METRICS["log_probability"]
     clean, _, _ = plain.run(pairs.clean)
     _, corrupt_z, _ = plain.run(pairs.corrupt)
     before = metric(clean, pairs.answers, pairs.distractors)
-    scores = path_patch(model, pairs, metric=metric, unit="log-probability")
+    scores = path_patch(model, pairs, metric=metric)
     assert not scores.values.isnan().any()
     assert scores.baseline == pytest.approx(float(before.mean()), abs=ROUNDING)
     for head in (head for head in model.heads if head.layer == model.n_layers - 1):
         patched, _, _ = plain.run(pairs.clean, putting(head, corrupt_z[head.layer], pairs.position("last")))
-        effect = metric(patched, pairs.answers, pairs.distractors) - before
+        effect = before - metric(patched, pairs.answers, pairs.distractors)
         torch.testing.assert_close(scores.at(head), effect, rtol=0, atol=ROUNDING * float(before.abs().max()))
         assert float(effect.abs().max()) >= 100 * ROUNDING * float(before.abs().max())
 
@@ -283,7 +285,7 @@ def test_the_score_of_a_last_layer_head_is_what_a_plain_intervention_measures(mo
 def test_scores_do_not_depend_on_the_batch(llama, pairs):
     receivers = [Receiver(Head(1, 0), "v")]
     whole, parts = (
-        path_patch(llama, pairs, metric=log_probability, unit="log-probability", receivers=receivers, batch=batch)
+        path_patch(llama, pairs, metric="log_probability", receivers=receivers, execution=Execution(batch=batch))
         for batch in (128, 4)
     )
     torch.testing.assert_close(parts.values, whole.values, rtol=0, atol=ROUNDING, equal_nan=True)
@@ -294,7 +296,7 @@ def test_a_batch_without_a_gap_is_measured_all_the_same_when_another_has_one(lla
     """The gap is a matter of all prompts: here the second batch's pairs are equal, so its effects are 0."""
     half = replace(pairs, corrupt=torch.cat([pairs.corrupt[:3], pairs.clean[3:]]))
     scores = path_patch(
-        llama, half, metric=log_probability, unit="log-probability", receivers=[Receiver(Head(1, 0), "v")], batch=3
+        llama, half, metric="log_probability", receivers=[Receiver(Head(1, 0), "v")], execution=Execution(batch=3)
     )
     assert float(scores.values[0, :, 3:].abs().max()) <= ROUNDING
     assert float(scores.values[0, :, :3].abs().mean(-1).max()) >= 100 * ROUNDING
@@ -303,9 +305,9 @@ def test_a_batch_without_a_gap_is_measured_all_the_same_when_another_has_one(lla
 def test_a_relative_effect_is_the_difference_over_the_clean_value(llama, pairs):
     metric = METRICS["probability"]
     clean = metric(plain_logits(llama, pairs), pairs.answers, pairs.distractors)
-    receivers = [Receiver(Head(1, 0), "q")]
+    route = Route(position="last", receivers=(Receiver(Head(1, 0), "q"),))
     difference, relative = (
-        path_patch(llama, pairs, metric=metric, unit="probability", receivers=receivers, effect=effect)
+        sweep_heads(prepared(llama, pairs), route, metric="probability", effect=effect)
         for effect in ("difference", "relative")
     )
     torch.testing.assert_close(relative.values, difference.values / clean, rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -316,7 +318,7 @@ def test_the_two_ends_are_the_clean_and_the_corrupt_run_on_the_same_answers(mode
         float(log_probability(plain.run(tokens)[0], pairs.answers, pairs.distractors).mean())
         for tokens in (pairs.clean, pairs.corrupt)
     ]
-    assert activation_baselines(prepared(model, pairs), log_probability) == pytest.approx(expected, abs=ROUNDING)
+    assert activation_baselines(prepared(model, pairs), "log_probability") == pytest.approx(expected, abs=ROUNDING)
 
 
 def test_ablating_nothing_changes_nothing(model, pairs, calibration):
@@ -359,9 +361,7 @@ def test_mean_ablation_of_a_head_is_the_mean_by_hand_put_in_by_hand(model, plain
 
 
 def test_an_ablation_profile_holds_what_plain_interventions_measure(model, plain, pairs):
-    profiles = ablation_profiles(
-        model, pairs, "zero", metrics={"log_probability": log_probability, "accuracy": accuracy}
-    )
+    profiles = ablation_profiles(model, pairs, "zero", metrics=["log_probability", "accuracy"])
     before = log_probability(plain.run(pairs.clean)[0], pairs.answers, pairs.distractors)
     for head in model.heads:
         zero = torch.zeros(*pairs.clean.shape, model.n_heads, model.d_head)
@@ -374,9 +374,7 @@ def test_an_ablation_profile_holds_what_plain_interventions_measure(model, plain
 
 
 def test_heads_that_were_not_asked_for_are_not_measured(llama, pairs):
-    scores = ablation_profiles(llama, pairs, "zero", metrics={"log_probability": log_probability}, heads=[Head(1, 2)])[
-        "log_probability"
-    ]
+    scores = ablation_profiles(llama, pairs, "zero", metrics="log_probability", heads=[Head(1, 2)])["log_probability"]
     assert scores.ranked() == [Head(1, 2)]
 
 
@@ -450,7 +448,7 @@ def test_reference_prompts_among_the_evaluated_ones_are_refused(llama, pairs, ca
     circuit = whole_model((llama.n_layers, llama.n_heads))
     for attempt in (
         lambda: ablated_logits(llama, pairs, {Head(0, 0): ("all",)}, means),
-        lambda: ablation_profiles(llama, pairs, means, metrics={"log_probability": log_probability}),
+        lambda: ablation_profiles(llama, pairs, means, metrics="log_probability"),
         lambda: evaluate_circuit(llama, pairs, circuit, means),
     ):
         with pytest.raises(InputError, match=r"2 of the 6 evaluated prompts are also reference prompts.*another split"):
@@ -463,11 +461,11 @@ def test_training_mode_is_refused_at_every_door(folder, pairs, calibration):
     doors = [
         lambda: PathPatcher(student, pairs),
         lambda: patcher.logits([Head(0, 0)]),
-        lambda: path_patch(student, pairs, metric=log_probability, unit="log-probability"),
+        lambda: path_patch(student, pairs, metric="log_probability"),
         lambda: reference_means(student, calibration),
         lambda: plain_logits(student, pairs),
         lambda: ablated_logits(student, pairs, {Head(0, 0): ("all",)}, means),
-        lambda: ablation_profiles(student, pairs, "zero", metrics={"log_probability": log_probability}),
+        lambda: ablation_profiles(student, pairs, "zero", metrics="log_probability"),
         lambda: evaluate_circuit(student, pairs, whole_model((3, 4)), means),
     ]
     for door in doors:
@@ -482,13 +480,11 @@ def test_an_unknown_head_is_refused_with_the_known_ones(llama, pairs, head):
     beyond = Circuit.of([Member(head, "A", "last")], shape=(9, 9), method="another model's")
     for attempt in (
         lambda: ablated_logits(llama, pairs, {head: ("all",)}, "zero"),
-        lambda: ablation_profiles(llama, pairs, "zero", metrics={"log_probability": log_probability}, heads=[head]),
+        lambda: ablation_profiles(llama, pairs, "zero", metrics="log_probability", heads=[head]),
         lambda: patcher.logits([head]),
         lambda: patcher.logits([Head(0, 0)], receivers=[Receiver(head, "q")]),
         lambda: patcher.logits([Head(0, 0)], receivers=[Receiver(head, "v")]),
-        lambda: path_patch(
-            llama, pairs, metric=log_probability, unit="log-probability", receivers=[Receiver(head, "k")]
-        ),
+        lambda: path_patch(llama, pairs, metric="log_probability", receivers=[Receiver(head, "k")]),
         lambda: evaluate_circuit(llama, pairs, beyond, reference_means(llama, entity_pairs(scenes=1))),
     ):
         with pytest.raises(InputError, match=rf"no head {head}: its layers are 0 to 2, its heads 0 to 3"):
@@ -507,7 +503,7 @@ def test_an_unknown_position_is_refused_with_the_nearest_names(llama, pairs):
     for attempt in (
         lambda: patcher.logits([Head(0, 0)], "query_lable"),
         lambda: patcher.logits([Head(0, 0)], receivers=[Receiver(Head(1, 0), "q")], receiver_position="query_lable"),
-        lambda: path_patch(llama, pairs, metric=log_probability, unit="log-probability", position="query_lable"),
+        lambda: path_patch(llama, pairs, metric="log_probability", position="query_lable"),
         lambda: ablated_logits(llama, pairs, {Head(0, 0): ("query_lable",)}, "zero"),
         lambda: backward_search(llama, pairs, stages, DiscoveryConfig()),
     ):
@@ -518,16 +514,18 @@ def test_an_unknown_position_is_refused_with_the_nearest_names(llama, pairs):
 def test_equal_clean_and_corrupt_metrics_are_refused(llama, pairs):
     same = replace(pairs, corrupt=pairs.clean)
     with pytest.raises(InputError, match=r"nothing to patch; make the corrupt prompts differ"):
-        path_patch(llama, same, metric=log_probability, unit="log-probability")
+        path_patch(llama, same, metric="log_probability")
     with pytest.raises(InputError, match="nothing to patch"):
         backward_search(llama, same, EntityTracking.stages, DiscoveryConfig())
 
 
-def test_means_by_position_are_refused_at_another_prompt_length(llama, pairs):
-    longer = entity_pairs(scenes=1, boxes=4)
-    with pytest.raises(InputError, match=r"32 tokens, the evaluated ones have 25.*per_position=False"):
-        ablated_logits(llama, pairs, {Head(0, 0): ("all",)}, reference_means(llama, longer))
-    ablated_logits(llama, pairs, {Head(0, 0): ("all",)}, reference_means(llama, longer, per_position=False))
+def test_means_by_position_are_refused_beyond_the_longest_reference_prompt(llama, pairs):
+    longer, scope = entity_pairs(scenes=1, boxes=4), {Head(0, 0): ("all",)}
+    means = reference_means(llama, pairs)
+    with pytest.raises(InputError, match=r"the longest reference prompt has 25 tokens.*one 32.*per_position=False"):
+        ablated_logits(llama, longer, scope, means)
+    ablated_logits(llama, longer, scope, reference_means(llama, pairs, per_position=False))
+    ablated_logits(llama, pairs, scope, reference_means(llama, longer))  # means of more positions than are needed
 
 
 def test_a_circuit_outside_its_shape_is_refused():

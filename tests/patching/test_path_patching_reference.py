@@ -247,7 +247,7 @@ def test_patched_logits_equal_the_reference_in_single_precision(single_precision
 
 
 def test_path_patch_scores_every_head_as_the_reference(subject):
-    """Log-probability of the answer, patched minus clean, per prompt, for each head that lies below a receiver, on its
+    """Log-probability of the answer, clean minus patched, per prompt, for each head that lies below a receiver, on its
     own."""
     pairs, (answers, distractors) = (
         subject.pairs["left"],
@@ -259,8 +259,7 @@ def test_path_patch_scores_every_head_as_the_reference(subject):
         scores = path_patch(
             subject.teacher,
             pairs,
-            metric=log_probability,
-            unit="log-probability",
+            metric="log_probability",
             position=position,
             receivers=receivers,
             receiver_position=there,
@@ -272,8 +271,8 @@ def test_path_patch_scores_every_head_as_the_reference(subject):
         ]
         assert sorted(scores.ranked()) == senders, "a head without a path is NaN, every other one is measured"
         for head in senders:
-            expected = (
-                log_probability(subject.reference([head], position, receivers, there), answers, distractors) - clean
+            expected = clean - log_probability(
+                subject.reference([head], position, receivers, there), answers, distractors
             )
             assert float((scores.at(head) - expected).abs().max()) <= 2 * TOLERANCE
         effects = scores.values.abs().mean(-1).nan_to_num(0).flatten()

@@ -20,7 +20,6 @@ from workbench.patching.activation import activation_patch
 from workbench.patching.path import PathPatcher, path_patch
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import logit_difference
 from workbench.values.refs import Composition, Embedding, Head, Receiver
 
 LAYERS, HEADS, WIDTH, BALLAST = 2, 3, 48, 4
@@ -111,7 +110,7 @@ def test_with_live_normalisation_they_do_not(write, pairs):
 def test_a_heads_total_effect_is_the_sum_of_its_paths(linear, pairs, index):
     """Straight to the logits, and through each head of the layer above (its q, k and v together)."""
     sender, above = Head(0, index), [Head(1, other) for other in range(HEADS)]
-    metric = {"metric": logit_difference, "unit": "logit difference"}
+    metric = {"metric": "logit_difference"}
     total = activation_patch(linear, pairs, "z", **metric).at(sender)
     direct = path_patch(linear, pairs, position="all", **metric).at(sender)
     through = [
@@ -131,7 +130,7 @@ def test_a_heads_total_effect_is_the_sum_of_its_paths(linear, pairs, index):
 
 def test_paths_into_q_k_and_v_alone_do_not_add_up(linear, pairs):
     """A head's pattern and values multiply: its three inputs have to be patched together."""
-    metric = {"metric": logit_difference, "unit": "logit difference"}
+    metric = {"metric": "logit_difference"}
     alone = [
         path_patch(linear, pairs, position="all", receivers=[Receiver(Head(1, 0), c)], **metric).values[0].nan_to_num(0)
         for c in COMPOSITIONS

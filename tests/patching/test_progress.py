@@ -9,16 +9,17 @@ import torch
 from conftest import entity_pairs
 from torch import Tensor
 
+from workbench.circuits.curves import Faithfulness
 from workbench.errors import InputError
 from workbench.models.hooked_model import Teacher
 from workbench.patching import progress
-from workbench.patching.ablation import ablation_profiles
+from workbench.patching.ablation import ablate, ablation_profiles
 from workbench.patching.activation import activation_patch
-from workbench.patching.attribution import exact_edges
+from workbench.patching.attribution import attribute_edges, exact_edges
+from workbench.patching.execution import Execution
 from workbench.patching.path import path_patch
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import logit_difference
-from workbench.values.refs import Head, Receiver
+from workbench.values.metrics import METRICS, Metric, logit_difference, metric_named
 from workbench.values.scores import Scores
 
 SMALL = 1
@@ -43,39 +44,36 @@ class Meter:
         return logit_difference(logits, answers, distractors)
 
 
+def named(function: Any, name: str = "it", unit: str = "logit difference") -> Metric:
+    return Metric(name, unit, function)
+
+
 def to_logits(model: Teacher, pairs: PromptPairs, metric: Any, file: Path | None) -> Scores:
-    return path_patch(model, pairs, metric=metric, unit="logit difference", memory=SMALL, batch=4, file=file)
+    return path_patch(model, pairs, metric=named(metric), execution=Execution(memory=SMALL, batch=4, file=file))
 
 
 def into_heads(model: Teacher, pairs: PromptPairs, metric: Any, file: Path | None) -> Scores:
-    receivers = [Receiver(Head(2, 0), "v"), Receiver(Head(1, 1), "v")]
+    execution = Execution(memory=SMALL, file=file)
     return path_patch(
-        model,
-        pairs,
-        metric=metric,
-        unit="logit difference",
-        position="all",
-        receivers=receivers,
-        memory=SMALL,
-        file=file,
+        model, pairs, metric=named(metric), position="all", receivers=["L2H0.v", "L1H1.v"], execution=execution
     )
 
 
 def through_hooks(model: Teacher, pairs: PromptPairs, metric: Any, file: Path | None) -> Scores:
-    return path_patch(model, pairs, metric=metric, unit="logit difference", engine="hooks", batch=4, file=file)
+    return path_patch(model, pairs, metric=named(metric), execution=Execution(engine="hooks", batch=4, file=file))
 
 
 def ablating(model: Teacher, pairs: PromptPairs, metric: Any, file: Path | None) -> Scores:
-    files = None if file is None else {"it": file}
-    return ablation_profiles(model, pairs, "zero", metrics={"it": metric}, memory=SMALL, batch=4, files=files)["it"]
+    return ablate(model, pairs, "zero", metric=named(metric), execution=Execution(memory=SMALL, batch=4, file=file))
 
 
 def activations(model: Teacher, pairs: PromptPairs, metric: Any, file: Path | None) -> Scores:
-    return activation_patch(model, pairs, "z", metric=metric, unit="logit difference", memory=SMALL, batch=4, file=file)
+    execution = Execution(memory=SMALL, batch=4, file=file)
+    return activation_patch(model, pairs, "z", metric=named(metric), execution=execution)
 
 
 def edges(model: Teacher, pairs: PromptPairs, metric: Any, file: Path | None) -> Scores:
-    return exact_edges(model, pairs, metric=metric, unit="logit difference", batch=4, file=file)
+    return exact_edges(model, pairs, metric=named(metric), execution=Execution(batch=4, file=file))
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +138,129 @@ def test_another_sweeps_files_are_refused(model, pairs, tmp_path):
 def test_a_chunk_of_which_a_part_was_found_is_computed_again_whole(model, pairs, tmp_path):
     """All variants are one chunk: an interruption inside it leaves nothing to go on from."""
     whole = Meter()
-    path_patch(model, pairs, metric=whole, unit="", file=None)
+    path_patch(model, pairs, metric=named(whole))
+    interrupted = named(Meter(limit=whole.calls - 2))
     with pytest.raises(Interruption):
-        path_patch(model, pairs, metric=Meter(limit=whole.calls - 2), unit="", file=tmp_path / "scores.safetensors")
+        path_patch(model, pairs, metric=interrupted, execution=Execution(file=tmp_path / "scores.safetensors"))
     rest = Meter()
-    path_patch(model, pairs, metric=rest, unit="", file=tmp_path / "scores.safetensors")
+    path_patch(model, pairs, metric=named(rest), execution=Execution(file=tmp_path / "scores.safetensors"))
     assert rest.calls == whole.calls
+
+
+def attributed(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> Scores:
+    return attribute_edges(model, pairs, metric=metric, execution=execution)
+
+
+def patched(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> Scores:
+    return path_patch(model, pairs, metric=metric, execution=execution)
+
+
+def by_activation(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> Scores:
+    return activation_patch(model, pairs, "z", metric=metric, execution=execution)
+
+
+def by_edges(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> Scores:
+    return exact_edges(model, pairs, metric=metric, senders=["L0H1"], execution=execution)
+
+
+def by_ablation(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> Scores:
+    return ablate(model, pairs, "zero", metric=metric, execution=execution)
+
+
+def by_profiles(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> Scores:
+    measured = metric_named(metric)
+    files = {measured.name: Path(str(execution.file))}
+    return ablation_profiles(model, pairs, "zero", metrics=[measured], files=files)[measured.name]
+
+
+def by_faithfulness(model: Teacher, pairs: PromptPairs, execution: Execution, metric: str | Metric) -> float:
+    return Faithfulness(model, pairs, "zero", metric=metric, execution=execution).of(["L0H1"])
+
+
+SWEEPS = [patched, by_activation, by_edges, by_ablation, by_profiles, attributed, by_faithfulness]
+BASE = METRICS["logit_difference"]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        Metric(BASE.name, BASE.unit, METRICS["log_probability"].function),
+        Metric("another", BASE.unit, BASE.function),
+        Metric(BASE.name, "nats", BASE.function),
+    ],
+    ids=["function", "name", "unit"],
+)
+def test_a_second_metric_does_not_get_the_first_ones_numbers(sweep, other, model, pairs, tmp_path):
+    """Whichever of its name, unit and function differs; `path_patch` once gave the first metric's scores."""
+    execution = Execution(file=tmp_path / "kept.safetensors")
+    sweep(model, pairs, execution, BASE)
+    sweep(model, pairs, execution, "logit_difference")
+    with pytest.raises(InputError, match="another"):
+        sweep(model, pairs, execution, other)
+
+
+INGREDIENTS: dict[str, Callable[[dict[str, Any], Teacher, PromptPairs], dict[str, Any]]] = {
+    "sweep": lambda base, other, pairs: {**base, "sweep": "another"},
+    "model": lambda base, other, pairs: {**base, "model": other},
+    "prompts": lambda base, other, pairs: {**base, "pairs": [pairs.swapped()]},
+    "metric": lambda base, other, pairs: {**base, "metrics": [METRICS["accuracy"]]},
+    "more metrics": lambda base, other, pairs: {**base, "metrics": [BASE, METRICS["accuracy"]]},
+    "replacement": lambda base, other, pairs: {**base, "replacement": "zero"},
+    "setting": lambda base, other, pairs: {**base, "settings": {"position": "last"}},
+}
+
+
+@pytest.mark.parametrize("ingredient", [*INGREDIENTS, "format"])
+def test_an_identity_changes_with_each_of_its_ingredients(
+    ingredient, model, pairs, tmp_path, model_folder, monkeypatch
+):
+    base: dict[str, Any] = {
+        "sweep": "a sweep",
+        "model": model,
+        "pairs": [pairs],
+        "metrics": [BASE],
+        "settings": {"position": "all"},
+    }
+
+    def identified(parts: dict[str, Any]) -> str:
+        return progress.identity(
+            parts["sweep"], parts["model"], parts["pairs"], **{k: parts[k] for k in parts if k not in POSITIONAL}
+        )
+
+    file, scores = tmp_path / "scores.safetensors", Scores.of_heads(torch.zeros(2, 2), unit="x")
+    first = progress.load_or_sweep(file, lambda: identified(base), lambda _: scores)
+    assert torch.equal(progress.load_or_sweep(file, lambda: identified(base), lambda _: 1 / 0).values, first.values)
+    changed = base
+    if ingredient == "format":
+        monkeypatch.setattr(progress, "FORMAT", progress.FORMAT + 1)
+    else:
+        changed = INGREDIENTS[ingredient](base, Teacher.load(model_folder("gpt2")), pairs)
+    with pytest.raises(InputError, match="another model, other prompts or settings, or another metric"):
+        progress.load_or_sweep(file, lambda: identified(changed), lambda _: scores)
+
+
+POSITIONAL = ("sweep", "model", "pairs")
+
+
+def test_how_a_sweep_is_carried_out_is_no_part_of_its_identity(model, pairs, tmp_path):
+    file = str(tmp_path / "scores.safetensors")
+    first = by_activation(model, pairs, Execution(file=file), "logit_difference")
+    again = by_activation(
+        model, pairs, Execution(file=file, batch=2, memory=1, progress=False, engine="hooks"), "logit_difference"
+    )
+    assert torch.equal(first.values, again.values)
+
+
+def test_files_of_several_metrics_are_named_one_each(model, pairs, tmp_path):
+    with pytest.raises(InputError, match="give `files`"):
+        ablation_profiles(model, pairs, "zero", metrics=["accuracy"], execution=Execution(file=tmp_path / "one"))
+    with pytest.raises(InputError, match="name each once"):
+        ablation_profiles(model, pairs, "zero", metrics=["accuracy"], files={"probability": tmp_path / "one"})
+
+
+def test_a_metric_without_a_name_and_a_misspelt_one_are_refused(model, pairs):
+    with pytest.raises(InputError, match="did you mean 'log_probability'"):
+        path_patch(model, pairs, metric="log_probabilty")
+    with pytest.raises(InputError, match=r"Metric\(name=\.\.\., unit=\.\.\., function=f\)"):
+        metric_named(logit_difference)

@@ -19,12 +19,12 @@ from tests.patching.test_path_patching_reference import uneven_pairs
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, Teacher
-from workbench.patching import ablation
-from workbench.patching.ablation import ablation_profiles, reference_means, resampled_outputs
+from workbench.patching.ablation import ablate, ablation_profiles, reference_means, resampled_outputs
 from workbench.patching.activation import activation_patch
 from workbench.patching.engine import chunks, replay, sites
 from workbench.patching.engine.hooked import HookedPatcher
 from workbench.patching.engine.passage import Route
+from workbench.patching.execution import Execution
 from workbench.patching.path import PathPatcher, path_patch
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import log_probability, logit_difference
@@ -66,7 +66,7 @@ def padded(request: pytest.FixtureRequest) -> PromptPairs:
 @pytest.fixture(scope="module")
 def both(model: Teacher, padded: PromptPairs) -> tuple[PathPatcher, HookedPatcher]:
     """The replay and the hooked reference on the same prompts."""
-    return PathPatcher(model, padded, engine="replay"), HookedPatcher(model, padded)
+    return PathPatcher(model, padded, execution=Execution(engine="replay")), HookedPatcher(model, padded)
 
 
 def assert_same(found: Tensor, expected: Tensor, unpatched: Tensor) -> None:
@@ -133,7 +133,7 @@ def test_one_sender_into_each_receiver_is_the_same_as_one_by_one(both, compositi
         )
     assert torch.allclose(
         values,
-        PathPatcher(fast.model, fast.pairs, engine="hooks").effects_on_each(
+        PathPatcher(fast.model, fast.pairs, execution=Execution(engine="hooks")).effects_on_each(
             variants, (1, 2), composition, route, logit_difference
         ),
         atol=ROUNDING,
@@ -162,42 +162,44 @@ def test_a_key_or_value_by_query_head_is_that_head_alone(both, composition):
 
 
 @pytest.mark.parametrize("position", ["all", "last", "labels"])
-def test_ablation_profiles_equal_hooked_forwards(model, padded, position, monkeypatch):
+def test_ablation_profiles_equal_hooked_forwards(model, padded, position):
     reference = entity_pairs(split="test", scenes=2, boxes=4, seed=9)
     means = reference_means(model, reference, per_position=False)
-    fast = ablation_profiles(model, padded, means, metrics={"log_probability": log_probability}, position=position)[
-        "log_probability"
-    ]
-    monkeypatch.setattr(ablation, "replay_of", lambda *_: None)
-    slow = ablation_profiles(model, padded, means, metrics={"log_probability": log_probability}, position=position)[
-        "log_probability"
-    ]
+    fast, slow = (
+        ablate(
+            model,
+            padded,
+            means,
+            metric="log_probability",
+            position=position,
+            execution=Execution(engine=engine),
+        )
+        for engine in ("replay", "hooks")
+    )
     assert_same(fast.values, slow.values, torch.zeros(()))
 
 
 @pytest.mark.parametrize("site", sites.SITES)
-def test_activation_patching_equals_hooked_forwards(model, padded, site, monkeypatch):
+def test_activation_patching_equals_hooked_forwards(model, padded, site):
     arguments: dict[str, Any] = {
-        "metric": logit_difference,
-        "unit": "logit difference",
+        "metric": "logit_difference",
         "positions": ("last", "labels", "all"),
     }
     if site == "resid_mid" and model.has_parallel_blocks:
         with pytest.raises(InputError, match="parallel blocks"):
             activation_patch(model, padded, site, **arguments)
         return
-    fast = activation_patch(model, padded, site, **arguments)
-    monkeypatch.setattr("workbench.patching.activation.replay_of", lambda *_: None)
-    slow = activation_patch(model, padded, site, **arguments)
+    fast, slow = (
+        activation_patch(model, padded, site, **arguments, execution=Execution(engine=engine))
+        for engine in ("replay", "hooks")
+    )
     assert fast.axes == slow.axes
     assert_same(fast.values, slow.values, torch.zeros(()))
 
 
 def test_patching_each_token_of_the_residual_stream(model, padded):
     """Every position on its own; in the last layer only the last token counts."""
-    scores = activation_patch(
-        model, padded, "resid_post", metric=logit_difference, unit="logit difference", positions="each"
-    )
+    scores = activation_patch(model, padded, "resid_post", metric="logit_difference", positions="each")
     assert scores.axes == ("layer", "position", "example")
     last = torch.tensor([int(row.nonzero()[-1]) for row in padded.mask])
     top = scores.values[-1]
@@ -235,7 +237,8 @@ def test_memory_for_not_even_one_variant_names_the_remedy() -> None:
 def test_a_small_memory_gives_the_same_numbers(model, padded):
     variants, route = [frozenset([head]) for head in model.heads], Route(receivers=RECEIVERS["v"])
     sizes = [
-        PathPatcher(model, padded, memory=memory).effects(variants, route, log_probability) for memory in (1, 2**30)
+        PathPatcher(model, padded, execution=Execution(memory=memory)).effects(variants, route, log_probability)
+        for memory in (1, 2**30)
     ]
     assert torch.allclose(*sizes, atol=ROUNDING)
 
@@ -248,7 +251,7 @@ def test_a_model_that_the_replay_gets_wrong_goes_through_hooks(model, padded, mo
     assert PathPatcher(model, padded).engine == "hooks"
     assert "slow" in caplog.text
     with pytest.raises(InputError, match="can't be replayed"):
-        PathPatcher(model, padded, engine="replay")
+        PathPatcher(model, padded, execution=Execution(engine="replay"))
 
 
 def test_resampled_ablation_takes_another_prompts_output(model):
@@ -260,9 +263,7 @@ def test_resampled_ablation_takes_another_prompts_output(model):
     )
     assert all(any(torch.equal(row, value) for value in stand_ins.values[1]) for row in taken)
     assert not torch.equal(taken, resampled_outputs(model, reference, seed=4).at(1, pairs))
-    found = ablation_profiles(
-        model, pairs, stand_ins, metrics={"log_probability": log_probability}, heads=[Head(1, 2)]
-    )["log_probability"]
+    found = ablation_profiles(model, pairs, stand_ins, metrics="log_probability", heads=[Head(1, 2)])["log_probability"]
 
     def by_hand(z: Tensor) -> Tensor:
         z = z.clone()
@@ -280,19 +281,17 @@ def test_resampled_ablation_takes_another_prompts_output(model):
 
 def test_unknown_sites_are_refused(model: HookedModel, padded: PromptPairs) -> None:
     with pytest.raises(InputError, match="resid_pre"):
-        activation_patch(model, padded, "residpre", metric=logit_difference, unit="logit difference")
+        activation_patch(model, padded, "residpre", metric="logit_difference")
 
 
 def test_a_sweep_of_paths_is_what_the_hooked_engine_scores(model, padded):
     """`path_patch` end to end, with receivers, position by name."""
     receivers = [Receiver(Head(2, 1), "v")]
-    scores = path_patch(
-        model, padded, metric=logit_difference, unit="logit difference", position="all", receivers=receivers
-    )
+    scores = path_patch(model, padded, metric="logit_difference", position="all", receivers=receivers)
     slow = HookedPatcher(model, padded)
     clean = logit_difference(slow.clean_logits, padded.answers, padded.distractors)
     for head in [Head(0, 0), Head(1, 3)]:
-        expected = (
-            logit_difference(slow.logits([head], receivers=receivers), padded.answers, padded.distractors) - clean
+        expected = clean - logit_difference(
+            slow.logits([head], receivers=receivers), padded.answers, padded.distractors
         )
         assert_same(scores.at(head), expected, torch.zeros(()))

@@ -102,7 +102,7 @@ def test_forwards_and_ablation(model: Teacher, shape: ModelShape, pairs: PromptP
     assert operations(lambda: PathPatcher(model, pairs)) == arithmetic.clean_run(shape, count, tokens)
     for position in ("all", "last"):
         found = operations(
-            lambda p=position: ablation_profiles(model, pairs, "zero", metrics={"m": logit_difference}, position=p)
+            lambda p=position: ablation_profiles(model, pairs, "zero", metrics="logit_difference", position=p)
         )
         assert sweeps.ablation(shape, pairs, batch=256, position=position) == pytest.approx(found, rel=CLOSE)
 
@@ -137,8 +137,8 @@ def test_paths_into_heads(model: Teacher, shape: ModelShape, pairs: PromptPairs,
 @pytest.mark.parametrize(
     ("config", "everything"),
     [
-        (replace(CONFIG, weight=0.0), True),
-        (replace(CONFIG, weight=0.0), False),
+        (replace(CONFIG, alignment=None), True),
+        (replace(CONFIG, alignment=None), False),
         (CONFIG, False),
         (replace(CONFIG, accumulate=2), False),
     ],
@@ -225,7 +225,7 @@ def test_memory_is_within_the_stated_band(model_folder: Callable[..., Path], siz
             if everything
             else Trained(parameters=slices.count, touched=touched, matrices=touched)
         )
-        run = Distillation(student, slices, PROMPTS, outputs, (), replace(CONFIG, weight=0.0), seed=3)
+        run = Distillation(student, slices, PROMPTS, outputs, (), replace(CONFIG, alignment=None), seed=3)
         with slices.gradients(), student.training():
             run.step(0)  # AdamW's state is there from now on
             found = peak(lambda run=run: run.step(1))

@@ -14,21 +14,21 @@ from workbench.experiment.results import ConditionResult
 from workbench.matching import HeadMap, Match
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.pair_cka import PairCka
-from workbench.plots.attention import attention_maps, attention_text
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
-from workbench.plots.heads import head_importance
+from workbench.plots.head_maps import matching, matching_change
+from workbench.plots.importance import head_importance
 from workbench.plots.lens import lens_curves, lens_figure
 from workbench.plots.logit_attribution import attribution_figure
 from workbench.plots.looks import looks_figure
-from workbench.plots.matches import matching, matching_change
+from workbench.plots.losses import loss_curves
 from workbench.plots.matrices import cka_change
 from workbench.plots.operations import operations_figure
+from workbench.plots.patterns import attention_maps, attention_text
 from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.similarity import cka_matrix, impact_scatter
 from workbench.plots.table import TITLES, results_chart
 from workbench.plots.theme import LIGHT, Theme
-from workbench.plots.training import loss_curves
 from workbench.readouts.counts import AccuracyByCount
 from workbench.readouts.logit_attribution import LogitAttribution
 from workbench.readouts.logit_lens import LogitLens
@@ -37,7 +37,7 @@ from workbench.report.study import cell_chart, convergence_chart
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
-UNIT = "change of log probability, path from last to the logits"
+UNIT = "fall of log probability, path from last to the logits"
 
 
 def scores_of(layers: int, heads: int, *, examples: int = 6, seed: int = 0) -> Scores:
@@ -184,7 +184,7 @@ def edges_of(values: dict[tuple[str, str], float]) -> Scores:
         values=table,
         axes=("sender", "receiver", "example"),
         labels={"sender": senders, "receiver": receivers},
-        unit="change of logit difference",
+        unit="fall of logit difference",
     )
 
 

@@ -10,7 +10,7 @@ from tests.plots.plot_results import STUDENT, TEACHER, UNIT, everything, figures
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.errors import InputError
 from workbench.plots.curves import faithfulness_figure
-from workbench.plots.heads import head_importance
+from workbench.plots.importance import head_importance
 from workbench.plots.theme import LIGHT
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
@@ -54,7 +54,7 @@ class TestHeads:
             at = (head.layer, head.index)
             assert text.startswith(f"<b>{head}</b> teacher<br>mean {float(scores.mean()[at]):+.4g}<br>")
             assert f"95 % interval {float(low[at]):+.4g} to {float(high[at]):+.4g}" in text
-            assert f"rank {rank} of 12 (lowest first)" in text
+            assert f"rank {rank} of 12 (highest first)" in text
             assert ("in the circuit" in text) == (head in TEACHER.heads)
         assert texts[2][1].endswith("in the circuit: A+B")
         assert texts[3] == [f"<b>L3H{index}</b> teacher<br>not measured" for index in range(4)]
@@ -96,7 +96,8 @@ class TestHeads:
         two = head_importance({"m": scores, "n": replace(scores, unit="fall of accuracy")})
         assert UNIT not in two.layout.title.text
         named = {note.name: note.text.replace("<br>", " ") for note in two.layout.annotations}
-        assert UNIT in named["m"] and "fall of accuracy" in named["n"]  # noqa: PT018
+        assert UNIT in named["m"]
+        assert "fall of accuracy" in named["n"]
 
     def test_cells_of_all_panels_have_one_size(self) -> None:
         layout = head_importance({"teacher": scores_of(30, 9), "student": scores_of(6, 4)}).layout

@@ -6,7 +6,7 @@ from plotly import graph_objects as go
 from tests.plots.plot_results import STUDENT, TEACHER, circuit_of, cka_of, everything, head_map, traces
 from workbench.errors import InputError
 from workbench.matching import HeadMap, Match, random_map
-from workbench.plots.matches import matching, shade
+from workbench.plots.head_maps import matching, shade
 from workbench.plots.theme import LIGHT
 from workbench.values.refs import Head
 

@@ -23,12 +23,12 @@ from tests.plots.plot_results import (
 )
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
-from workbench.plots.attention import attention_maps, attention_text
 from workbench.plots.export import to_frame
 from workbench.plots.graph import circuit_graph
 from workbench.plots.lens import lens_curves, lens_figure
 from workbench.plots.logit_attribution import attribution_figure
 from workbench.plots.operations import operations_figure
+from workbench.plots.patterns import attention_maps, attention_text
 from workbench.plots.similarity import cka_matrix, impact_scatter
 from workbench.plots.theme import LIGHT
 from workbench.readouts.counts import AccuracyByCount

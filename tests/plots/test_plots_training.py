@@ -7,8 +7,8 @@ from scipy import stats
 from tests.plots.plot_results import everything, log_of, result_of, seeded_logs, traces
 from workbench.errors import InputError
 from workbench.plots.export import to_frame
+from workbench.plots.losses import loss_curves
 from workbench.plots.seeds import loss_bands, seeds_chart
-from workbench.plots.training import loss_curves
 
 
 class TestTraining:

@@ -142,7 +142,7 @@ def test_the_lens_ends_in_the_prediction_and_starts_at_the_embedding(architectur
 def test_the_lens_of_pairs_is_the_lens_of_each_prompt(architecture: str, load_teacher: Load) -> None:
     """Padding and batching change nothing; the last stage is the model's metric."""
     model, pairs = load_teacher(architecture), entity_pairs()
-    scores = lens_scores(model, pairs, metric=METRICS["probability"], unit="probability", batch=5)
+    scores = lens_scores(model, pairs, metric="probability", batch=5)
     for row in (0, len(pairs) - 1):
         alone = logit_lens(model, pairs.clean[row][pairs.mask[row]], int(pairs.answers[row]))
         assert torch.allclose(scores.values[:, row], alone.of_answer[:, -1], atol=1e-5)

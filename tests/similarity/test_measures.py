@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench import seeds
 from workbench.errors import InputError
+from workbench.similarity.kernels import gram_cka
 from workbench.similarity.measures import (
     MEASURES,
     pairwise_similarity,
@@ -18,6 +19,7 @@ from workbench.similarity.measures import (
     similarity,
     similarity_scores,
 )
+from workbench.similarity.minibatch import minibatch_cka
 
 ROWS, WIDTH, OTHER = 80, 6, 7
 SETTINGS: list[Any] = [
@@ -392,3 +394,71 @@ def test_refusals_name_the_remedy() -> None:
     with pytest.raises(InputError, match="got 2"):
         similarity(x, y, measure="rsa", mask=mask)
     assert pairwise_similarity(x[None], y[None]).shape == (1, 1)
+
+
+NOT_NUMBERS = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("bad", NOT_NUMBERS, ids=str)
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(("measure", "options", "estimator"), [*BY_ESTIMATOR, ("attention_kl", {}, "biased")], ids=str)
+def test_what_is_no_number_gives_nan_in_its_pair_alone(
+    measure: Any, options: dict[str, Any], estimator: Any, side: int, bad: float
+) -> None:
+    """Whether one entry, one row or all; the other pairs keep value and gradient, and pairwise matrices theirs."""
+    made = patterns if measure == "attention_kl" else gaussian
+    sets = [made(3, 12, 5, label=label) for label in ("a", "b")]
+    settings: dict[str, Any] = {"measure": measure, "estimator": estimator, "options": options}
+    for where in ((1, 4, 2), (1, 4), (1,)):
+        broken = [each.clone() for each in sets]
+        broken[side][where] = bad
+        x = broken[0].clone().requires_grad_()
+        found = similarity(x, broken[1], **settings)
+        assert found.isnan().tolist() == [False, True, False]
+        expected = similarity(sets[0], sets[1], **settings)
+        torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
+        found[[0, 2]].sum().backward()
+        assert x.grad is not None
+        assert bool(x.grad.isfinite().all())
+        assert float(x.grad[0].abs().max()) > 0
+        pairwise = pairwise_similarity(*broken, **settings)
+        lost = torch.zeros(3, 3, dtype=torch.bool)
+        lost[(1, slice(None)) if side == 0 else (slice(None), 1)] = True
+        assert torch.equal(pairwise.isnan(), lost)
+        alone = similarity(broken[0][1], broken[1][1], **settings)
+        assert bool(alone.isnan())
+
+
+@pytest.mark.parametrize("bad", NOT_NUMBERS, ids=str)
+@pytest.mark.parametrize(("measure", "options", "estimator"), BY_ESTIMATOR, ids=str)
+def test_what_the_mask_leaves_out_may_be_no_number(
+    measure: Any, options: dict[str, Any], estimator: Any, bad: float
+) -> None:
+    x, y = gaussian(2, 12, 5, label="a"), gaussian(2, 12, 4, label="b")
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 3] = False
+    settings: dict[str, Any] = {"measure": measure, "estimator": estimator, "options": options, "mask": mask}
+    expected = similarity(x, y, **settings)
+    x[:, 3], y[:, 3] = bad, bad
+    torch.testing.assert_close(similarity(x, y, **settings), expected)
+    x[1, 0, 0] = bad
+    assert similarity(x, y, **settings).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("bad", NOT_NUMBERS, ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_minibatch_that_is_no_number_leaves_no_value(kernel: Any, bad: float, which: int) -> None:
+    parts = [(gaussian(12, 5, label=f"x{i}"), gaussian(12, 4, label=f"y{i}")) for i in range(2)]
+    assert bool(minibatch_cka(parts, kernel=kernel).isfinite())
+    parts[which][0][3, 1] = bad
+    assert bool(minibatch_cka(parts, kernel=kernel).isnan())
+
+
+@pytest.mark.parametrize("estimator", ["biased", "debiased"])
+def test_gram_matrices_with_what_is_no_number_give_nan(estimator: Any) -> None:
+    x = gaussian(12, 5)
+    for bad in NOT_NUMBERS:
+        k = x @ x.mT
+        k[2, 5] = bad
+        assert bool(gram_cka(k, x @ x.mT, estimator=estimator).isnan())

@@ -1,5 +1,5 @@
-"""Directories written all or nothing: a kill at any step leaves the old or the new one, and nothing of anybody else's is
-ever removed."""
+"""Directories written all or nothing: a kill at any step leaves the old or the new one, and nothing of anybody else's
+is ever removed."""
 
 import json
 import os

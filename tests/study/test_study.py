@@ -2,6 +2,7 @@
 is made of."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ import pytest
 import torch
 import yaml
 
+from workbench import storage
 from workbench.circuits import discovery
 from workbench.cli import main
 from workbench.errors import InputError
-from workbench.experiment import Experiment
+from workbench.experiment import arms
+from workbench.experiment.distill import distill, trained_heads
 from workbench.models.hooked_model import Student
 from workbench.report.study import study_report
-from workbench.study.grid import Study, lineage_overlap, read_study
+from workbench.study import grid
+from workbench.study.config import read_study
+from workbench.study.grid import Study, lineage_overlap
 from workbench.study.summary import summarise
 from workbench.values.refs import Head
 from workbench.values.statistics import mean_interval
@@ -103,15 +108,16 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(
     whole.run()
     expected = summarise(whole)
 
-    stopped, trained, distill = Study(read_study(recipe), tmp_path / "stopped"), [], Experiment.distill
+    stopped, trained = Study(read_study(recipe), tmp_path / "stopped"), []
 
-    def counting(self: Experiment, condition: str, seed: int, *, resume: bool) -> Any:
+    def counting(run: Any, condition: str, seed: int, *, resume: bool) -> Any:
         trained.append((condition, seed))
         if len(trained) == 9:
             raise KeyboardInterrupt
-        return distill(self, condition, seed, resume=resume)
+        return distill(run, condition, seed, resume=resume)
 
-    monkeypatch.setattr(Experiment, "distill", counting)
+    for module in (arms, grid):
+        monkeypatch.setattr(module, "distill", counting)
     stopped.begin(resume=False)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
@@ -121,8 +127,8 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(
     resumed.begin(resume=True)
     resumed.run()
     assert summarise(resumed) == expected
-    arms = 2 * (2 + 1 + 3 * 2)  # for each student: two lambdas, the base once, three conditions of two seeds
-    assert len(trained) == arms + 1, "only the one that was interrupted is begun again"
+    count = 2 * (2 + 1 + 3 * 2)  # for each student: two lambdas, the base once, three conditions of two seeds
+    assert len(trained) == count + 1, "only the one that was interrupted is begun again"
 
 
 def test_one_student_under_several_methods(
@@ -141,7 +147,7 @@ def test_one_student_under_several_methods(
 
     monkeypatch.setattr(discovery, "backward_search", counting)
     path.write_text(
-        yaml.safe_dump(
+        json.dumps(
             {
                 **value,
                 "students": {"plain": plain, "other": other},
@@ -192,8 +198,8 @@ def test_a_few_heads_train_and_every_pair_is_aligned(value: dict[str, Any], tmp_
     study.begin(resume=False)
     study.run()
     (cell,) = study.cells()
-    folder = cell.experiment.folder
-    (head,), matched = cell.experiment.trained_heads(), [ours for ours, _ in folder.head_map().pairs]
+    folder = cell.run.folder
+    (head,), matched = trained_heads(cell.run), [ours for ours, _ in folder.head_map().pairs]
     impacts = folder.scores("student")["ablation-accuracy"].mean()
     assert float(impacts[head.layer, head.index]) == max(float(impacts[each.layer, each.index]) for each in matched)
     before, after = Student.load(source), Student.load(folder.condition("circuit_ce_cka", 1) / "student")
@@ -218,6 +224,8 @@ def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:
         read_study(recipe, overrides={"validation_seeds": [1]})
     study = Study(read_study(recipe), tmp_path / "study")
     study.begin(resume=False)
+    study.begin(resume=False)  # it holds nothing yet
+    storage.write_json(study.weight_file("short", 6), {"weight": 1.0, "validation_accuracy": {}})
     with pytest.raises(InputError, match="resume it with --resume"):
         study.begin(resume=False)
     other = Study(read_study(recipe, overrides={"seeds": [3]}), tmp_path / "study")
@@ -227,6 +235,72 @@ def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:
         Study(read_study(recipe, overrides={"overrides": {"data.validation_scenes": 0}}), tmp_path / "none")
     with pytest.raises(InputError, match="no study's summary"):
         study_report(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("moment", ["before its student is saved", "while its student is saved"])
+def test_a_kill_after_the_last_checkpoint_leaves_no_trial_without_its_student(
+    value: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The log is whole and the training not done: resumed, it saves its student and trains nothing again."""
+    path = tmp_path / "one.yaml"
+    path.write_text(
+        yaml.safe_dump({**value, "students": {"short": value["students"]["short"]}, "seeds": [1], "anew": []})
+    )
+    study = Study(read_study(path), tmp_path / "study")
+    study.begin(resume=False)
+    save = Student.save
+
+    def killed(self: Student, directory: Path) -> None:
+        if moment.startswith("while"):
+            save(self, directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Student, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.run()
+    monkeypatch.setattr(Student, "save", save)
+    (trial,) = (tmp_path / "study").glob("*/*/weight-0.1/conditions/*")
+    before = (trial / "log.jsonl").read_bytes()
+    assert len(before.splitlines()) == 4, "all steps"
+    assert not (trial / "training.json").exists()
+    resumed = Study(read_study(path), tmp_path / "study")
+    resumed.begin(resume=True)
+    resumed.run()
+    assert (trial / "student" / "model.safetensors").exists()
+    assert (trial / "log.jsonl").read_bytes() == before
+    trained = {file.parent for file in (tmp_path / "study").rglob("training.json")}
+    assert trained == {file.parent for file in (tmp_path / "study").rglob("checkpoint.safetensors")}
+    assert all((folder / "student" / "model.safetensors").exists() for folder in trained)
+
+
+def test_whose_a_trial_is(recipe: Path, tmp_path: Path) -> None:
+    """A log that was cut off, and a trial of another lambda under this one's name, are refused and not taken."""
+    study = Study(read_study(recipe), tmp_path / "study")
+    study.begin(resume=False)
+    study.choose()
+    weights = [tmp_path / "study" / "short" / "scenes-6" / name / "conditions" for name in ("weight-0.1", "weight-1")]
+    study.weight_file("short", 6).unlink()
+    log = next(weights[0].glob("*/log.jsonl"))
+    whole = log.read_text()
+    log.write_text("")
+    with pytest.raises(InputError, match=r"holds 0 of the 4 steps of the training.*Put it back"):
+        Study(read_study(recipe), tmp_path / "study").choose()
+    log.write_text(whole)
+    shutil.rmtree(weights[0])
+    shutil.copytree(weights[1], weights[0])
+    with pytest.raises(InputError, match=r"training.json is not of this run: another recipe"):
+        Study(read_study(recipe), tmp_path / "study").choose()
+    shutil.rmtree(weights[0])
+    Study(read_study(recipe), tmp_path / "study").choose()
+    assert study.weight_file("short", 6).exists()
+
+
+def test_too_few_prompts_of_one_data_size_are_said_before_any_is_trained(recipe: Path, tmp_path: Path) -> None:
+    study = Study(read_study(recipe, overrides={"train_scenes": [6, 1]}), tmp_path / "study")
+    study.begin(resume=False)
+    with pytest.raises(InputError, match="fewer than a batch of 6"):
+        study.run()
+    assert not list((tmp_path / "study").rglob("*.safetensors"))
 
 
 def test_overlap_by_lineage_counts_the_kept_layers_alone() -> None:

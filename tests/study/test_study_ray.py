@@ -18,7 +18,8 @@ from conftest import ModelFolder
 from workbench import storage
 from workbench.cli import main
 from workbench.errors import InputError
-from workbench.study.grid import Study, read_study
+from workbench.study.config import read_study
+from workbench.study.grid import Study
 from workbench.study.launch import Trial, arms, choices, run_trial
 
 ROOT = Path(__file__).parents[2]

@@ -30,11 +30,11 @@ from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, cache_key, computed, teacher_cache
 from workbench.distillation.teacher_shards import TeacherShards, teacher_shards
 from workbench.errors import InputError
-from workbench.experiment import Experiment, transfer
+from workbench.experiment import Run, transfer
 from workbench.experiment.recipe import read_recipe
 from workbench.experiment.runs import RunFolder
-from workbench.explorer.begin import session_of
-from workbench.explorer.listing import python_lines
+from workbench.explorer.api import session_of
+from workbench.explorer.script import python_lines
 from workbench.matching import HeadMap, Match
 from workbench.matching.aligned_pairs import aligned_pairs
 from workbench.matching.head_similarity import all_head_similarity, circuit_ckas, head_similarity
@@ -241,7 +241,7 @@ def test_the_teachers_answers_are_words(pieces_folder: Path, load_student: Calla
     for logits in cache.logits:
         best = next(word for word in map(PIECES.decode, logits.argsort(descending=True)[:, None]) if word in known)
         labels.append(OWN(best, add_special_tokens=False)["input_ids"][0])
-    config = replace(CONFIG, weight=0.0, task_loss="ce_teacher")
+    config = replace(CONFIG, alignment=None, task_loss="ce_teacher")
     run = Distillation(
         student, TrainedSlices(student, slices_of_heads(student, HEADS)), prompts, cache, (), config, seed=0
     )
@@ -360,7 +360,7 @@ def test_the_whole_road_with_permuted_ids_is_the_plain_one(
 def test_each_model_reads_other_tasks_in_its_own_tokens(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment, seen = Experiment(read_recipe(recipe), RunFolder(tmp_path / "run")), []
+    experiment, seen = Run(read_recipe(recipe), RunFolder(tmp_path / "run")), []
 
     def watched(model: Any, prompts: PromptPairs) -> torch.Tensor:
         seen.append(prompts.fingerprint())

@@ -79,7 +79,7 @@ def test_pairs_come_back_from_parquet_and_jsonl_as_they_were(task: Any, tmp_path
 
 def test_rows_with_other_columns_are_refused() -> None:
     (pair, *_) = IndirectObject(corruption="flipped").pairs(WORDS, split="test", scenes=1, seed=0)
-    with pytest.raises(InputError, match=r"row 1 .*other columns"):
+    with pytest.raises(InputError, match=r"row 1: .*other columns"):
         to_dataset([(0, pair), (1, replace(pair, corrupt_answer=None))], WORDS, source="pairs")
 
 

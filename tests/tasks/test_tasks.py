@@ -186,14 +186,14 @@ def test_own_pairs_from_jsonl_csv_and_a_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"corrupt": "The book is in Box G . Box H contains"}, "row 1.*11 tokens.*10.*equal prompt lengths"),
-        ({"answer": " apple book"}, "row 1.*answer.*2 token"),
-        ({"answer": " zebra"}, "row 1.*zebra.*unknown"),
-        ({"distractor": " apple"}, "row 1.*both"),
-        ({"clean": None}, "row 1.*no text in column 'clean'"),
-        ({"positions": {"object": "pear"}}, "row 1.*'object'.*does not contain"),
-        ({"positions": {"object": 40}}, "row 1.*outside the 11 tokens"),
-        ({"positions": {"other": 1}}, "row 1.*name the same in each"),
+        ({"corrupt": "The book is in Box G . Box H contains"}, "row 2.*11 tokens.*10.*equal prompt lengths"),
+        ({"answer": " apple book"}, "row 2.*answer.*2 token"),
+        ({"answer": " zebra"}, "row 2.*zebra.*unknown"),
+        ({"distractor": " apple"}, "row 2.*both"),
+        ({"clean": None}, "row 2.*NoneType, not text, in column 'clean'"),
+        ({"positions": {"object": "pear"}}, "row 2.*'object'.*does not contain"),
+        ({"positions": {"object": 40}}, "row 2.*outside the 11 tokens"),
+        ({"positions": {"other": 1}}, "row 2.*name the same in each"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
@@ -203,7 +203,7 @@ def test_a_bad_row_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -
 
 
 def test_other_bad_sources(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"row 1 .*not JSON"):
+    with pytest.raises(InputError, match=r"row 2: not JSON"):
         load_pairs(write(tmp_path / "p.jsonl", GOOD, "{nonsense"), TOKENIZER)
     with pytest.raises(InputError, match="not a file"):
         load_pairs(tmp_path / "absent.jsonl", TOKENIZER)

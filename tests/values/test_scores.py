@@ -1,6 +1,8 @@
 """Scores and their statistics; metrics one value per example."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
-from workbench import seeds
+from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.values import metrics
-from workbench.values.refs import Head
+from workbench.values.refs import Embedding, Head, Mlp, Receiver, heads_named, path_end_named, sender_named
 from workbench.values.scores import Scores, joined, mcnemar, wilson_interval
 
 
@@ -37,11 +39,12 @@ def test_interval_equals_scipy_and_skips_what_was_not_measured() -> None:
 
 def test_ranking_selecting_normalising() -> None:
     scores = Scores.of_heads(torch.tensor([[1.0, -4.0], [2.0, torch.nan]]), unit="x")
-    assert scores.top(2) == [Head(0, 1), Head(0, 0)]
-    assert scores.top(1, by="highest") == [Head(1, 0)]
+    assert scores.top(2) == [Head(1, 0), Head(0, 0)]
+    assert scores.top(1, by="lowest") == [Head(0, 1)]
     assert scores.top(1, by="magnitude") == [Head(0, 1)]
     assert float(scores.normalized().at(Head(0, 1))) == -1
     assert scores.select(layer="L1").values.tolist()[0] == 2.0
+    assert scores.at("L0H1") == scores.at(Head(0, 1))
     with pytest.raises(InputError, match="L1"):
         scores.select(layer="L7")
     with pytest.raises(InputError, match="example"):
@@ -124,4 +127,74 @@ def test_metrics_one_value_per_example() -> None:
     other = torch.randn(6, 11, generator=seeds.generator(0, "other"), dtype=torch.float64)
     by_hand = [stats.entropy(other[i].softmax(-1).numpy(), logits[i].softmax(-1).numpy()) for i in range(6)]
     assert metrics.kl_divergence(logits, other).tolist() == pytest.approx(by_hand)
-    assert metrics.relative_change(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.0])).isnan().tolist() == [False, True]
+    assert metrics.relative_fall(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.0])).isnan().tolist() == [False, True]
+
+
+def written_before(path: Path, scores: Scores) -> None:
+    """A file as version 0.1 wrote it: without a format number."""
+    described = {"axes": scores.axes, "labels": scores.labels, "unit": scores.unit, "baseline": scores.baseline}
+    storage.write_tensors(
+        path, {"values": scores.values}, metadata={"scores": json.dumps(described), "identity": "abc"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "today", "turned"),
+    [
+        ("change of log probability, path from last to the logits", "fall of log probability, path from", True),
+        ("relative change of probability, path from last to L1H0.q at last", "relative fall of probability", True),
+        ("change of logit difference, exact path effect, MLPs frozen", "fall of logit difference, exact", True),
+        ("change of logit difference, EAP-IG (5 steps), all edges of a sender", "fall of logit difference", True),
+        ("change of logit difference, z patched", "fall of logit difference, z patched", True),
+        ("fall of accuracy when the head is ablated at last", "fall of accuracy when the head is ablated", False),
+        ("share of the logit difference, direct", "share of the logit difference, direct", False),
+        ("attention probability", "attention probability", False),
+    ],
+)
+def test_effects_of_earlier_files_get_todays_sign_and_others_stay(unit, today, turned, tmp_path: Path) -> None:
+    file, scores = tmp_path / "old.safetensors", replace(sample(), unit=unit)
+    written_before(file, scores)
+    found = Scores.load(file)
+    assert found.unit.startswith(today)
+    sign = -1.0 if turned else 1.0
+    assert torch.equal(found.values.nan_to_num(7.0), (sign * scores.values).nan_to_num(7.0))
+    found.save(file)
+    again = Scores.load(file)
+    assert torch.equal(again.values.nan_to_num(7.0), found.values.nan_to_num(7.0)), "a file is turned once"
+    assert again.unit == found.unit
+
+
+def test_an_earlier_file_is_no_sweeps_own_and_a_later_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "old.safetensors"
+    written_before(file, sample())
+    with pytest.raises(InputError, match="earlier version"):
+        Scores.load(file, identity="an identity of today")
+    sample().save(file, identity="abc")
+    assert Scores.load(file, identity="abc").unit == "nats"
+    tensors, metadata = storage.read_tensors(file)
+    described = json.loads(metadata["scores"]) | {"format": 99}
+    storage.write_tensors(file, tensors, metadata={"scores": json.dumps(described)})
+    with pytest.raises(InputError, match="later version"):
+        Scores.load(file)
+
+
+@pytest.mark.parametrize("path", sorted(Path("assets/results").rglob("*.safetensors")), ids=str)
+def test_committed_scores_open_with_their_sign(path: Path) -> None:
+    """No committed file holds path effects: impacts of ablation and attention keep their numbers."""
+    tensors, metadata = storage.read_tensors(path)
+    if "scores" not in metadata:
+        return
+    unit = json.loads(metadata["scores"])["unit"]
+    scores = Scores.load(path)
+    assert not unit.startswith("change of")
+    assert scores.unit == unit
+    assert torch.equal(scores.values.nan_to_num(7.0), tensors["values"].nan_to_num(7.0))
+
+
+def test_heads_and_ends_are_read_from_text() -> None:
+    assert heads_named(["L1H2", Head(0, 3), "2.1"]) == [Head(1, 2), Head(0, 3), Head(2, 1)]
+    assert [sender_named(text) for text in ("embed", "M2", "L1H0")] == [Embedding(), Mlp(2), Head(1, 0)]
+    assert [path_end_named(text) for text in ("M2", "L1H0.v")] == [Mlp(2), Receiver(Head(1, 0), "v")]
+    for refused in (lambda: heads_named("L1H2"), lambda: path_end_named("L1H0"), lambda: sender_named("X")):
+        with pytest.raises(InputError, match="write"):
+            refused()

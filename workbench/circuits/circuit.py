@@ -6,7 +6,8 @@ from typing import Any
 
 from workbench import seeds
 from workbench.errors import InputError
-from workbench.values.refs import Head, Position
+from workbench.storage import read_typed
+from workbench.values.refs import Head, Position, head_named, heads_named
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,17 +72,18 @@ class Circuit:
             for role in sorted({m.role for m in self.members})
         }
 
-    def role_of(self, head: Head) -> str:
+    def role_of(self, head: Head | str) -> str:
         """The roles of a head, joined by `+`; empty when it is not in the circuit."""
-        return "+".join(sorted({member.role for member in self.members if member.head == head}))
+        named = head_named(head)
+        return "+".join(sorted({member.role for member in self.members if member.head == named}))
 
     def where(self, keep: Callable[[Member], bool]) -> "Circuit":
         """The members that pass a test."""
         return replace(self, members=tuple(member for member in self.members if keep(member)))
 
-    def without(self, heads: Iterable[Head]) -> "Circuit":
+    def without(self, heads: Iterable[Head | str]) -> "Circuit":
         """The circuit without some heads."""
-        gone = set(heads)
+        gone = set(heads_named(heads))
         return self.where(lambda member: member.head not in gone)
 
     def __or__(self, other: "Circuit") -> "Circuit":
@@ -109,15 +111,20 @@ class Circuit:
         return {"members": members, "shape": list(self.shape), "method": self.method}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Circuit":
+    def from_json(cls, value: Any) -> "Circuit":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            members = [Member(Head.parse(m["head"]), m["role"], m["position"]) for m in value["members"]]
-            return cls.of(members, shape=(int(value["shape"][0]), int(value["shape"][1])), method=value["method"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise InputError(
-                f"this is not a circuit ({error!r}); it needs members (head, role, position), shape and method."
-            ) from None
+        found = read_typed(value, _Written, what="a circuit (members with head, role, position; shape; method)")
+        members = [Member(member.head, member.role, member.position) for member in found.members]
+        return cls.of(members, shape=found.shape, method=found.method)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A circuit as it is written."""
+
+    members: tuple[Member, ...]
+    shape: tuple[int, int]
+    method: str
 
 
 def whole_model(shape: tuple[int, int]) -> Circuit:

@@ -6,6 +6,7 @@ from typing import Any
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
+from workbench.storage import read_typed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +34,9 @@ class CircuitComparison:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CircuitComparison":
-        """Read what `to_json` gave."""
-        names = ("shared", "gained", "lost")
-        roles = tuple(
-            RoleChange(role=role["role"], **{name: tuple(role[name]) for name in names}) for role in value["roles"]
-        )
-        return cls(jaccard=value["jaccard"], roles=roles, moved=tuple(value["moved"]))
+    def from_json(cls, value: Any) -> "CircuitComparison":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        return read_typed(value, cls, what="a comparison of circuits")
 
 
 def compare(before: Circuit, after: Circuit) -> CircuitComparison:

@@ -9,10 +9,10 @@ Everything outside a circuit is ablated: by its mean over reference prompts, or 
 does it; sizes count attention heads (MLPs and the embedding are always kept), where MIB counts edges.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import Replacement, ablated_logits, described, kind_of
-from workbench.patching.progress import identity
+from workbench.patching.ablation import ablated_logits
+from workbench.patching.execution import Execution
+from workbench.patching.progress import identity, progress_bar
+from workbench.patching.replacement import BATCH, Kind, Replacement, replacement_named
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric
-from workbench.values.refs import Head, Position
+from workbench.values.metrics import Metric, metric_named
+from workbench.values.refs import Head, Position, heads_named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class FaithfulnessCurve:
     """Faithfulness of the first k heads of a ranking, and of k random heads."""
 
     metric: str
-    ablation: str
+    ablation: Kind
     """What stands in for the heads outside: `mean`, `resampled`, `counterfactual` or `zero`."""
     sizes: tuple[int, ...]
     total_heads: int
@@ -47,6 +49,11 @@ class FaithfulnessCurve:
     """The metric of the whole model."""
     empty: float
     """The metric with every head ablated."""
+
+    def __post_init__(self) -> None:
+        curves = (self.faithfulness, self.without, *self.random, *self.random_without)
+        if self.total_heads < 1 or any(len(curve) != len(self.sizes) for curve in curves):
+            raise InputError("a faithfulness curve has a value for each of its sizes, of at least one head.")
 
     @property
     def cpr(self) -> float:
@@ -77,19 +84,12 @@ class FaithfulnessCurve:
         return {**asdict(self), **areas}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "FaithfulnessCurve":
+    def from_json(cls, value: Any) -> "FaithfulnessCurve":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            return cls(
-                sizes=tuple(value["sizes"]),
-                faithfulness=tuple(value["faithfulness"]),
-                without=tuple(value["without"]),
-                **{name: tuple(tuple(curve) for curve in value[name]) for name in ("random", "random_without")},
-                **{name: value[name] for name in ("metric", "total_heads", "full", "empty")},
-                ablation=value.get("ablation", "mean"),  # files from before there was a choice
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a faithfulness curve ({error!r}); compute it again.") from None
+        if isinstance(value, Mapping):
+            value = {"ablation": "mean", **value}  # files from before there was a choice
+        beside = ("cpr", "cmd", "random_cpr", "random_cmd")
+        return storage.read_typed(value, cls, what="a faithfulness curve", beside=beside)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -108,30 +108,27 @@ def default_sizes(total: int) -> tuple[int, ...]:
 class Faithfulness:
     """f of sets of heads that are kept at a position, all others ablated; each set is run once.
 
-    `file`: where the values are kept as they come, so that an interrupted evaluation goes on. Errors: `InputError` when
-    the mean's prompts are among `pairs`, and when ablating every head does not change the metric (nothing to recover).
+    `execution.file`: where the values are kept as they come, so that an interrupted evaluation goes on. Errors:
+    `InputError` when the replacement does not fit the prompts (a mean over prompts among them), when ablating every
+    head does not change the metric (nothing to recover), and for another evaluation's file.
     """
 
     def __init__(
         self,
         model: HookedModel,
         pairs: PromptPairs,
-        means: Replacement,
+        replacement: Replacement | Literal["zero"],
         *,
-        metric: Metric,
+        metric: str | Metric,
         position: Position = "all",
-        file: Path | None = None,
+        execution: Execution = Execution(),
     ) -> None:
-        self.model, self.pairs, self.metric, self.position = model, pairs, metric, position
-        self.means: Replacement = means
-        self._known, self._file = dict[str, float](), file
-        self._identity = (
-            ""
-            if file is None
-            else identity(model, [pairs], described(means), position, getattr(metric, "__qualname__", repr(metric)))
-        )
-        if file is not None and file.exists():
-            self._known = self._read(file)
+        self.model, self.pairs, self.metric, self.position = model, pairs, metric_named(metric), position
+        self.replacement, self.execution = replacement_named(replacement), execution
+        self._known = dict[str, float]()
+        self._identity = "" if execution.path is None else self._identify()
+        if execution.path is not None and execution.path.exists():
+            self._known = self._read(execution.path)
         self.full, self.empty = self._metric((), complement=False), self._metric(())
         if abs(self.full - self.empty) < 1e-9:
             raise InputError(
@@ -139,79 +136,97 @@ class Faithfulness:
                 "heads matter."
             )
 
-    def of(self, heads: Sequence[Head]) -> float:
+    def _identify(self) -> str:
+        return identity(
+            "faithfulness",
+            self.model,
+            [self.pairs],
+            metrics=[self.metric],
+            replacement=self.replacement.identity(),
+            settings={"position": self.position},
+        )
+
+    def of(self, heads: Sequence[Head | str]) -> float:
         """(m(C) - m(empty)) / (m(model) - m(empty))."""
         return (self._metric(heads) - self.empty) / (self.full - self.empty) if heads else 0.0
 
-    def without(self, heads: Sequence[Head]) -> float:
+    def without(self, heads: Sequence[Head | str]) -> float:
         """The same of the model with only these heads ablated (at the position)."""
         return (self._metric(heads, complement=False) - self.empty) / (self.full - self.empty) if heads else 1.0
 
     @property
-    def ablation(self) -> str:
+    def ablation(self) -> Kind:
         """What stands in for an ablated head, in a word."""
-        return kind_of(self.means)
+        return self.replacement.kind
 
-    def _metric(self, heads: Sequence[Head], *, complement: bool = True) -> float:
-        key = f"{'only' if complement else 'without'} {' '.join(map(str, sorted(heads)))}"
+    def _metric(self, heads: Sequence[Head | str], *, complement: bool = True) -> float:
+        some = sorted(set(heads_named(heads)))
+        key = f"{'only' if complement else 'without'} {' '.join(map(str, some))}"
         if key not in self._known:
             logits = ablated_logits(
-                self.model, self.pairs, dict.fromkeys(heads, (self.position,)), self.means, complement=complement
+                self.model,
+                self.pairs,
+                dict.fromkeys(some, (self.position,)),
+                self.replacement,
+                complement=complement,
+                batch=self.execution.batch_of(BATCH),
             )
             self._known[key] = float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
-            if self._file is not None:
-                storage.write_json(self._file, {"identity": self._identity, "values": self._known})
+            if self.execution.path is not None:
+                storage.write_json(self.execution.path, {"identity": self._identity, "values": self._known})
         return self._known[key]
 
     def _read(self, file: Path) -> dict[str, float]:
         described = storage.read_json(file)
         if described.get("identity") != self._identity:
             raise InputError(
-                f"{file} holds values of another model, other prompts or another ablation; delete it, or keep these "
-                "elsewhere."
+                f"{file} holds values of another model, other prompts, metric or ablation, or of an earlier version; "
+                "delete it, or keep these elsewhere."
             )
         return dict(described["values"])
 
 
 def faithfulness_curve(
     faithfulness: Faithfulness,
-    ranking: Sequence[Head],
+    ranking: Sequence[Head | str],
     *,
-    unit: str,
     sizes: Sequence[int] | None = None,
     random_rankings: int = 3,
     seed: int = 0,
 ) -> FaithfulnessCurve:
     """f of the first k heads of a ranking alone, and of the model without them, for several k; the same for random
     rankings. Heads that the ranking leaves out come last."""
-    model = faithfulness.model
-    order = [*ranking, *(head for head in model.heads if head not in set(ranking))]
+    model, ranked = faithfulness.model, heads_named(ranking)
+    order = [*ranked, *(head for head in model.heads if head not in set(ranked))]
     chosen = default_sizes(len(order)) if sizes is None else tuple(sorted(set(sizes)))
     shuffled = [
         seeds.chooser(seed, "random ranking", draw).sample(order, len(order)) for draw in range(random_rankings)
     ]
-    kept, removed = [], []
-    with tqdm(
-        total=2 * (1 + len(shuffled)) * len(chosen), desc=f"faithfulness of {model.name}", unit="circuit", leave=False
+    by_these, by_others = [], []
+    with progress_bar(
+        total=2 * (1 + len(shuffled)) * len(chosen),
+        desc=f"faithfulness of {model.name}",
+        unit="circuit",
+        shown=faithfulness.execution.progress,
     ) as bar:
         for heads in (order, *shuffled):
-            for measure, curves in ((faithfulness.of, kept), (faithfulness.without, removed)):
-                curves.append(tuple(_told(bar, measure(heads[:size])) for size in chosen))
+            for measure, curves in ((faithfulness.of, by_these), (faithfulness.without, by_others)):
+                curves.append(tuple(_counted(bar, measure(heads[:size])) for size in chosen))
     return FaithfulnessCurve(
-        metric=unit,
+        metric=faithfulness.metric.unit,
         ablation=faithfulness.ablation,
         sizes=chosen,
         total_heads=len(order),
-        faithfulness=kept[0],
-        random=tuple(kept[1:]),
-        without=removed[0],
-        random_without=tuple(removed[1:]),
+        faithfulness=by_these[0],
+        random=tuple(by_these[1:]),
+        without=by_others[0],
+        random_without=tuple(by_others[1:]),
         full=faithfulness.full,
         empty=faithfulness.empty,
     )
 
 
-def _told(bar: "tqdm[Any]", value: float) -> float:
+def _counted(bar: "tqdm[Any]", value: float) -> float:
     bar.update()
     return value
 

@@ -5,46 +5,28 @@ the heads of the stage above (Prakash et al. 2024 for entity tracking: value fet
 detectors, structure readers).
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits import selection
 from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.config import DiscoveryConfig
+from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.passage import Route
-from workbench.patching.path import Effect, Engine, activation_baselines, prepared, sweep_heads
-from workbench.tasks.base import PromptPairs, Stage
-from workbench.values.metrics import METRICS
+from workbench.patching.execution import Execution
+from workbench.patching.path import activation_baselines, prepared, sweep_heads
+from workbench.tasks.base import PromptPairs
+from workbench.tasks.stages import Stage, require_stages
+from workbench.values.metrics import METRICS, Metric
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class DiscoveryConfig:
-    """How a circuit is searched for."""
-
-    method: Literal["path_patching", "mean_ablation"] = "path_patching"
-    metric: Literal["log_probability", "probability", "logit_difference", "accuracy"] = "log_probability"
-    effect: Effect = "difference"
-    """`relative` with `probability` is Prakash's score; the default is the distillation paper's log-probability."""
-    heads: Annotated[int, Field(ge=1)] = 6
-    """Most heads of one group, or the size of the circuit with `mean_ablation`."""
-    least_effect: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are
-    left out."""
-    selection: Literal["interval", "top", "threshold", "elbow", "significance"] = "interval"
-    """How many of the ranked heads: at most `heads` in each case; `interval` and `threshold` those of at least
-    `least_effect` (`interval`: with their confidence interval on one side of 0), `elbow` those in front of the bend,
-    `significance` those that pass a sign-flip test."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """`interval`: a head is taken only if this confidence interval of its mean effect lies wholly on the harmful side;
-    `significance`: 1 minus the false-discovery rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))
@@ -63,18 +45,23 @@ def backward_search(
     stages: Sequence[Stage],
     config: DiscoveryConfig,
     *,
-    engine: Engine | None = None,
-    files: Mapping[str, Path] | None = None,
+    metric: Metric | None = None,
+    execution: Execution = Execution(),
+    files: Mapping[str, str | Path] | None = None,
 ) -> Discovery:
     """Search the stages in their order; each later stage's receivers are the heads found for the stage it writes into.
 
     A stage whose receivers are empty finds nothing, which is a result. `files` (stage -> file): where each stage's
-    scores are kept, and read if they are there; an interrupted search resumes inside the stage. Errors: `InputError`
-    for a position that the prompts don't name.
+    scores are kept, in place of `execution.file`, and read if they are there; an interrupted search resumes inside the
+    stage. `metric` takes the place of the configuration's. Errors: `InputError` for a position that the prompts don't
+    name, and another search's files.
     """
-    metric = METRICS[config.metric]
+    require_stages(stages)
+    if execution.file is not None:
+        raise InputError("a search has a file a stage: give `files` (stage -> file) in place of one file.")
+    metric = metric or METRICS[config.metric]
     start, seconds = time.perf_counter(), {}
-    patchers = prepared(model, pairs, engine=engine)
+    patchers = prepared(model, pairs, execution=execution)
     clean, corrupt = activation_baselines(patchers, metric)
     least = config.least_effect * (1.0 if config.effect == "relative" else abs(clean - corrupt))
     groups: dict[str, list[Head]] = {}
@@ -94,7 +81,7 @@ def backward_search(
         route = Route(position=stage.position, receivers=tuple(receivers), receiver_position=there)
         file = None if files is None else files.get(stage.name)
         scores[stage.name] = sweep_heads(
-            patchers, route, metric=metric, unit=config.metric.replace("_", " "), effect=config.effect, file=file
+            patchers, route, metric=metric, effect=config.effect, execution=dataclasses.replace(execution, file=file)
         )
         seconds[stage.name] = time.perf_counter() - start
         groups[stage.name] = chosen(scores[stage.name], config, least=least)
@@ -102,7 +89,7 @@ def backward_search(
     circuit = Circuit.of(
         members,
         shape=(model.n_layers, model.n_heads),
-        method=f"path patching, {config.metric}, stages {' '.join(position_of)}",
+        method=f"path patching, {metric.name}, stages {' '.join(position_of)}",
     )
     return Discovery(circuit=circuit, scores=scores, seconds=seconds)
 
@@ -113,46 +100,27 @@ def receiver_position(stage: Stage, position_of: Mapping[str, str]) -> str:
     return position_of[stage.into] if stage.composition == "q" else stage.position
 
 
-def selected(
-    scores: Scores, *, most: int, least: float, confidence: float, helpful: Literal["negative", "positive"] = "negative"
-) -> list[Head]:
-    """The strongest heads: at most `most`, mean effect beyond `least`, confidence interval on one side of zero.
-
-    `negative`: patching a head that the task needs lowers the metric (path patching); `positive`: impacts of ablation.
-    """
-    sign = -1.0 if helpful == "negative" else 1.0
-    low, high = scores.confidence_interval(confidence)
-    weakest = sign * (high if helpful == "negative" else low)
-    means = sign * scores.mean()
-    order = scores.top(most, by="lowest" if helpful == "negative" else "highest")
-    return [
-        head
-        for head in order
-        if float(means[head.layer, head.index]) >= least and float(weakest[head.layer, head.index]) > 0
-    ]
-
-
-def chosen(scores: Scores, config: DiscoveryConfig, *, least: float, needed: selection.Side = "negative") -> list[Head]:
+def chosen(scores: Scores, config: DiscoveryConfig, *, least: float) -> list[Head]:
     """The heads that a configuration takes from scores; `least` in the scores' unit."""
     match config.selection:
         case "top":
-            return selection.by_count(scores, config.heads, needed=needed)
+            return selection.by_count(scores, config.heads)
         case "threshold":
-            return selection.by_threshold(scores, least, needed=needed)[: config.heads]
+            return selection.by_threshold(scores, least)[: config.heads]
         case "elbow":
-            return selection.by_elbow(scores, needed=needed)[: config.heads]
+            return selection.by_elbow(scores)[: config.heads]
         case "significance":
-            return selection.by_significance(scores, needed=needed, rate=1 - config.confidence)[: config.heads]
+            return selection.by_significance(scores, rate=1 - config.confidence)[: config.heads]
         case "interval":
-            return selected(scores, most=config.heads, least=least, confidence=config.confidence, helpful=needed)
+            return selection.by_interval(scores, most=config.heads, least=least, confidence=config.confidence)
 
 
 def ranking(scores: Mapping[str, Scores]) -> list[Head]:
-    """All heads of a search in one order: by their largest harmful effect in any stage, as a share of that stage's
+    """All heads of a search in one order: by their largest effect in any stage, as a share of that stage's
     largest."""
     best: dict[Head, float] = {}
     for part in scores.values():
-        means = -part.mean()
+        means = part.mean()
         largest = float(means.nan_to_num(0.0).max()) or 1.0
         for head in part.ranked():
             best[head] = max(best.get(head, -torch.inf), float(means[head.layer, head.index]) / largest)
@@ -162,7 +130,7 @@ def ranking(scores: Mapping[str, Scores]) -> list[Head]:
 def top_by_ablation(profile: Scores, config: DiscoveryConfig, *, position: str = "all") -> Circuit:
     """The heads whose mean ablation costs most (the paper's recipe for tasks without a known graph)."""
     span = abs(profile.baseline) if profile.baseline else float(profile.mean().abs().nan_to_num().max())
-    heads = chosen(profile, config, least=config.least_effect * span, needed="positive")
+    heads = chosen(profile, config, least=config.least_effect * span)
     shape = (profile.values.shape[0], profile.values.shape[1])
     return Circuit.of(
         (Member(head, "ablation", position) for head in heads), shape=shape, method=f"mean ablation, {profile.unit}"
@@ -178,6 +146,4 @@ def stacked(scores: Mapping[str, Scores]) -> Scores | None:
     strongest = means.nan_to_num(0).abs().argmax(0, keepdim=True)
     values = means.gather(0, strongest)[0]
     kinds = sorted({part.unit.split(", path from")[0] for part in scores.values()})
-    return Scores.of_heads(
-        values, unit=f"{' / '.join(kinds)} (patched minus clean), strongest over the stages {', '.join(scores)}"
-    )
+    return Scores.of_heads(values, unit=f"{' / '.join(kinds)}, strongest over the stages {', '.join(scores)}")

@@ -11,14 +11,19 @@ result says which.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.circuits.circuit import Circuit, random_circuit
+from workbench.circuits.search_result import CircuitSearch, circuit_of
+from workbench.errors import InputError, nearest
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import Kind, Replacement, ablated_logits, kind_of, plain_logits
+from workbench.patching.ablation import ablated_logits, plain_logits
+from workbench.patching.reference import Reference, reading, replacement_of, require_model, require_pairs
+from workbench.patching.replacement import Kind, Replacement, replacement_named
+from workbench.storage import read_typed
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
 from workbench.values.scores import wilson_interval
@@ -60,25 +65,24 @@ class CircuitReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CircuitReport":
-        """Read what `to_json` gave."""
-        pairs = ("full_interval", "circuit_interval", "random_circuit_range")
-        return cls(
-            **{"ablation": "mean", **value, **{name: tuple(value[name]) for name in pairs}}
-        )  # "mean": files from before there was a choice
+    def from_json(cls, value: Any) -> "CircuitReport":
+        """Read what `to_json` gave. Errors: `InputError` on anything else."""
+        if isinstance(value, Mapping):
+            value = {"ablation": "mean", **value}  # files from before there was a choice
+        return read_typed(value, cls, what="the evaluation of a circuit")
 
 
 def circuit_logits(
     model: HookedModel,
     pairs: PromptPairs,
     circuit: Circuit,
-    means: Replacement,
+    replacement: Replacement | Literal["zero"],
     *,
     scope: EvaluationScope = "positions",
 ) -> Float[Tensor, "batch d_vocab"]:
     """Final logits of the circuit alone: all other heads ablated."""
-    kept = circuit.scope if scope == "positions" else circuit.everywhere
-    return ablated_logits(model, pairs, kept, means, complement=True)
+    acting = circuit.scope if scope == "positions" else circuit.everywhere
+    return ablated_logits(model, pairs, acting, replacement, complement=True)
 
 
 def correct(logits: Float[Tensor, "batch d_vocab"], pairs: PromptPairs) -> Bool[Tensor, " batch"]:
@@ -90,17 +94,19 @@ Ends = tuple[Float[Tensor, "batch d_vocab"], Float[Tensor, "batch d_vocab"]]
 """Final logits of the whole model and of the empty circuit."""
 
 
-def circuit_ends(model: HookedModel, pairs: PromptPairs, shape: tuple[int, int], means: Replacement) -> Ends:
+def circuit_ends(
+    model: HookedModel, pairs: PromptPairs, shape: tuple[int, int], replacement: Replacement | Literal["zero"]
+) -> Ends:
     """The two runs that the evaluations of all circuits of one model on these prompts have in common."""
     nothing = Circuit.of([], shape=shape, method="empty")
-    return plain_logits(model, pairs), circuit_logits(model, pairs, nothing, means)
+    return plain_logits(model, pairs), circuit_logits(model, pairs, nothing, replacement)
 
 
 def evaluate_circuit(
     model: HookedModel,
     pairs: PromptPairs,
-    circuit: Circuit,
-    means: Replacement,
+    circuit: Circuit | CircuitSearch,
+    reference: Reference = None,
     *,
     scope: EvaluationScope = "positions",
     random_circuits: int = 5,
@@ -110,11 +116,20 @@ def evaluate_circuit(
     """Accuracy and logit difference of the full model, the circuit alone, random circuits and the empty one on test
     prompts.
 
-    `ends`: from `circuit_ends`, where many circuits are evaluated. Errors: `InputError` when prompts overlap the
-    reference.
+    Heads outside take their mean over the pairs' corrupt prompts (never the evaluated clean ones), or what `reference`
+    says, as in `ablate`. `scope="positions"` keeps each circuit head where it acts, `everywhere` at all positions.
+    `random_circuits`: how many, of equal size (0: none). `ends`: from `circuit_ends`, where many are evaluated.
+    Errors: `InputError` for a circuit of another model, and a reference that does not fit the prompts.
     """
+    require_model(model)
+    require_pairs(pairs)
+    circuit = circuit_of(circuit, model)
+    if scope not in get_args(EvaluationScope):
+        raise InputError(f"no scope {scope!r}; {nearest(str(scope), get_args(EvaluationScope))}")
+    pairs = reading(model, pairs)
+    replacement, _ = replacement_of(model, pairs, reference)
     return evaluate_with_outcomes(
-        model, pairs, circuit, means, scope=scope, random_circuits=random_circuits, seed=seed, ends=ends
+        model, pairs, circuit, replacement, scope=scope, random_circuits=random_circuits, seed=seed, ends=ends
     )[0]
 
 
@@ -122,7 +137,7 @@ def evaluate_with_outcomes(
     model: HookedModel,
     pairs: PromptPairs,
     circuit: Circuit,
-    means: Replacement,
+    replacement: Replacement | Literal["zero"],
     *,
     scope: EvaluationScope = "positions",
     random_circuits: int = 5,
@@ -132,11 +147,11 @@ def evaluate_with_outcomes(
     """The same, and which prompts are answered right by the full model and by the circuit alone (`full`, `circuit`),
     for paired tests."""
     draws = [random_circuit(circuit, seed=seed, draw=draw) for draw in range(random_circuits)]
-    full, empty = circuit_ends(model, pairs, circuit.shape, means) if ends is None else ends
+    full, empty = circuit_ends(model, pairs, circuit.shape, replacement) if ends is None else ends
     runs = {
         "full": [full],
-        "circuit": [circuit_logits(model, pairs, circuit, means, scope=scope)],
-        "random": [circuit_logits(model, pairs, draw, means, scope=scope) for draw in draws],
+        "circuit": [circuit_logits(model, pairs, circuit, replacement, scope=scope)],
+        "random": [circuit_logits(model, pairs, draw, replacement, scope=scope) for draw in draws],
         "empty": [empty],
     }
     right = {name: [correct(logits, pairs) for logits in found] for name, found in runs.items()}
@@ -150,7 +165,7 @@ def evaluate_with_outcomes(
         total_heads=circuit.shape[0] * circuit.shape[1],
         prompts=len(pairs),
         scope=scope,
-        ablation=kind_of(means),
+        ablation=replacement_named(replacement).kind,
         full_accuracy=full_accuracy,
         full_interval=wilson_interval(int(whole.sum()), len(pairs)),
         circuit_accuracy=alone_accuracy,

@@ -8,18 +8,19 @@ F(C) is the mean metric with everything but C mean-ablated. Prakash et al. 2024,
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from workbench import seeds
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import EvaluationScope, circuit_logits
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import Replacement, ablated_logits
+from workbench.patching.ablation import ablated_logits
+from workbench.patching.progress import progress_bar
+from workbench.patching.replacement import Replacement, replacement_named
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric
+from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Head
 
 
@@ -40,13 +41,13 @@ class Knockouts:
         model: HookedModel,
         pairs: PromptPairs,
         circuit: Circuit,
-        means: Replacement,
+        replacement: Replacement | Literal["zero"],
         *,
-        metric: Metric,
+        metric: str | Metric,
         scope: EvaluationScope = "positions",
     ) -> None:
-        self.model, self.pairs, self.circuit, self.metric = model, pairs, circuit, metric
-        self.means: Replacement = means
+        self.model, self.pairs, self.circuit, self.metric = model, pairs, circuit, metric_named(metric)
+        self.replacement = replacement_named(replacement)
         self.scope: EvaluationScope = scope
         self._known: dict[tuple[bool, frozenset[Head]], float] = {}
 
@@ -56,17 +57,19 @@ class Knockouts:
             False,
             frozenset(without),
             lambda gone: circuit_logits(
-                self.model, self.pairs, self.circuit.without(gone), self.means, scope=self.scope
+                self.model, self.pairs, self.circuit.without(gone), self.replacement, scope=self.scope
             ),
         )
 
     def of_model(self, without: Iterable[Head] = ()) -> float:
         """F(M - K): heads of K ablated where the circuit's scope has them act."""
-        kept = self.circuit.scope if self.scope == "positions" else self.circuit.everywhere
+        acting = self.circuit.scope if self.scope == "positions" else self.circuit.everywhere
         return self._once(
             True,
             frozenset(without),
-            lambda gone: ablated_logits(self.model, self.pairs, {head: kept[head] for head in gone}, self.means),
+            lambda gone: ablated_logits(
+                self.model, self.pairs, {head: acting[head] for head in gone}, self.replacement
+            ),
         )
 
     def _once(self, whole: bool, gone: frozenset[Head], run: Callable[[frozenset[Head]], Any]) -> float:
@@ -81,7 +84,7 @@ def minimality(knockouts: Knockouts, *, draws: int = 5, seed: int = 0) -> dict[H
     (the empty set among them)."""
     circuit, draw = knockouts.circuit, seeds.chooser(seed, "minimality")
     scores: dict[Head, float] = {}
-    for head in tqdm(circuit.heads, desc="minimality", unit="head", leave=False):
+    for head in progress_bar(circuit.heads, desc="minimality", unit="head"):
         group = sorted({other for heads in circuit.roles.values() if head in heads for other in heads} - {head})
         sets: list[list[Head]] = [[]] + [draw.sample(group, draw.randint(1, len(group))) for _ in range(draws) if group]
         scores[head] = max(_fall(knockouts.of_circuit(gone), knockouts.of_circuit([*gone, head])) for gone in sets)
@@ -106,7 +109,7 @@ def completeness(knockouts: Knockouts, *, draws: int = 10, seed: int = 0) -> tup
     sets += [tuple(head for head in circuit.heads if draw.random() < 0.5) for _ in range(draws)]
     return tuple(
         Knockout(heads=tuple(map(str, gone)), circuit=knockouts.of_circuit(gone), model=knockouts.of_model(gone))
-        for gone in tqdm([(), *sets], desc="completeness", unit="set", leave=False)
+        for gone in progress_bar([(), *sets], desc="completeness", unit="set")
     )
 
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.distillation.losses import DIVERGENCES, TaskLoss
+from workbench.distillation.config import TaskLoss
+from workbench.distillation.losses import DIVERGENCES
 from workbench.errors import InputError
 from workbench.tasks.base import PromptPairs
 

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from workbench.distillation.adapters import LowRankSlices
-from workbench.distillation.config import TrainingConfig
+from workbench.distillation.config import TeacherSource, TrainingConfig
 from workbench.distillation.masks import TrainedSlices, slices_of_everything, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, TeacherOutputs, teacher_cache
 from workbench.distillation.teacher_shards import teacher_shards
 from workbench.models.hooked_model import Student, Teacher
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head
-
-TeacherSource = Literal["memory", "shards", "live"]
 
 
 def trained_slices(

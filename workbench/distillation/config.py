@@ -1,20 +1,50 @@
-"""The settings of one training run."""
+"""The settings of an alignment, and of one training run, which holds one."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from workbench.distillation.losses import Pairs, TaskLoss
-from workbench.matching.head_rows import Activation
-from workbench.similarity.cka import Estimator
-from workbench.similarity.measures import Measure
+from workbench.matching.config import Activation
+from workbench.similarity.names import Estimator, Measure
 
+Pairs = Literal["sum", "mean"]
+TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "reverse_kl_teacher", "jsd_teacher", "none"]
+TeacherSource = Literal["memory", "shards", "live"]
 WeightSchedule = Literal["constant", "linear_warmup", "cosine_warmup", "linear_decay", "cosine_decay"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class AlignmentConfig:
+    """What of a matched pair is aligned, where, and how strongly."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """lambda of eq 7; 0 leaves the alignment out."""
+    estimator: Estimator = "biased"
+    """Of CKA in the loss; the paper's is the biased one."""
+    measure: Measure = "linear_cka"
+    """What alignment is measured by (see `workbench.similarity.measures`); the paper's is linear CKA. `attention_kl`
+    needs activation `pattern`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the measure by name, e.g. `{fraction: 0.2}` of rbf_cka."""
+    pairs: Pairs = "sum"
+    """Whether the loss is the sum over pairs (the paper) or their mean, which makes lambda independent of how many
+    there are."""
+    activation: Activation = "z"
+    """What of a head: its output before W_O, what it writes to the residual stream (`result`), or its attention
+    probabilities (`pattern`, for `attention_kl`)."""
+    positions: str = "own"
+    """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
+    broadened: dict[str, str] = Field(default_factory=dict)
+    """Own positions that are read elsewhere, e.g. `{earlier_label: labels}`: heads that act at the queried box's label
+    are aligned at every label."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class TrainingConfig:
     """One training run. The paper leaves most of these open; each is a setting with its default stated here."""
 
@@ -24,24 +54,12 @@ class TrainingConfig:
     labels, among the prompts' answers as words."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the KL and Jensen-Shannon losses."""
-    weight: Annotated[float, Field(ge=0)] = 0.0
-    """lambda of eq 7; 0 leaves the alignment out."""
+    alignment: AlignmentConfig | None = None
+    """What is aligned and how; None leaves the alignment out. In a recipe it is the `alignment` beside this."""
     weight_schedule: WeightSchedule = "constant"
     """lambda over the steps: constant as in the paper; from 0 up to `weight`; or from `weight` down to 0."""
     weight_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps that the rise or fall of lambda takes, after which it stays; None: all steps."""
-    estimator: Estimator = "biased"
-    """Of CKA in the loss; the paper's is the biased one."""
-    measure: Measure = "linear_cka"
-    """What alignment is measured by; the paper's is linear CKA. `attention_kl` needs activation `pattern`."""
-    measure_options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the measure by name (see `workbench.similarity.measures`), e.g. `{fraction: 0.2}` of rbf_cka."""
-    pairs: Pairs = "sum"
-    """Whether the loss is the sum over pairs (the paper) or their mean, which makes lambda independent of how many
-    there are."""
-    activation: Activation = "z"
-    """What of a head is aligned: `hook_z`, its output in the residual stream (`result`), or its attention probabilities
-    (`pattern`)."""
     heads: Literal["matched", "circuit"] = "matched"
     """Whose slices train where a condition trains heads: the matched ones, or the student's whole circuit."""
     most: Annotated[int, Field(ge=1)] | None = None
@@ -79,3 +97,13 @@ class TrainingConfig:
     """End with the weights of the best evaluation, not of the last step."""
     trackers: tuple[Tracker, ...] = ()
     """Where the log goes besides its JSONL file, through accelerate."""
+
+    @property
+    def weight(self) -> float:
+        """lambda of eq 7; 0 without an alignment."""
+        return 0.0 if self.alignment is None else self.alignment.weight
+
+    @property
+    def activation(self) -> Activation:
+        """What of a head is aligned."""
+        return (self.alignment or AlignmentConfig()).activation

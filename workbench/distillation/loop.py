@@ -4,9 +4,9 @@ Each step's losses go to a JSONL log. A run that was killed resumes from its las
 dropout, learning rate and lambda are functions of (seed, step), and early stopping reads the log.
 """
 
-import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -16,23 +16,25 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from workbench import seeds, storage
 from workbench.distillation import schedules
 from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.backward import backward
 from workbench.distillation.config import TrainingConfig
+from workbench.distillation.losses import DIVERGENCES
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.objective import Objective
 from workbench.distillation.processes import Processes, launched, shard
 from workbench.distillation.reports import (
+    LOG,
     StepReport,
     Validation,
     best_evaluation,
     exhausted,
     read_log,
     require_apart,
+    require_whole,
     validated,
 )
 from workbench.distillation.schedules import alignment_weight, share_of_rate
@@ -42,6 +44,7 @@ from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import require_fitting
 from workbench.models.hooked_model import Student
+from workbench.patching.progress import progress_bar
 from workbench.similarity.measures import checked_options
 from workbench.storage import checkpoint
 from workbench.tasks.base import PromptPairs
@@ -66,7 +69,8 @@ class Distillation:
         processes: Processes | None = None,
     ) -> None:
         self.processes = launched(student.device) if processes is None else processes
-        _require_sound(prompts, teacher, pairs, config, validation, self.processes)
+        _require_sound(student, prompts, teacher, pairs, config, validation, self.processes)
+        require_wide(next((leaf.dtype for leaf in slices.leaves.values()), torch.float32))
         self.student, self.slices, self.prompts, self.config, self.seed = student, slices, prompts, config, seed
         self.pairs, self.validation = tuple(pairs), validation
         self.objective = Objective(student, prompts, teacher, pairs, config)
@@ -80,47 +84,56 @@ class Distillation:
             shard(student, self.processes.count)
             slices.onto(student)
 
-    def _identity(self) -> str:
-        parts = [
-            json.dumps(asdict(self.config), sort_keys=True),
-            str(self.seed),
-            self.prompts.fingerprint(),
-            self.student.fingerprint(),
-            *map(repr, self.pairs),
-            *self.slices.leaves,
-        ]
-        if isinstance(self.validation, PromptPairs):
-            parts.append(self.validation.fingerprint())
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    def _identity(self) -> dict[str, str]:
+        """Every ingredient of the training by name."""
+        apart = self.validation.fingerprint() if isinstance(self.validation, PromptPairs) else ""
+        return {
+            "configuration": storage.digest(json.dumps(asdict(self.config), sort_keys=True)),
+            "seed": str(self.seed),
+            "prompts": self.prompts.fingerprint(),
+            "student": self.student.fingerprint(),
+            "teacher": self.objective.teacher.fingerprint,
+            "pairs": storage.digest(*map(repr, self.pairs)),
+            "trained parts": storage.digest(*self.slices.leaves),
+            "validation prompts": apart,
+        }
 
     def run(self, folder: Path, *, resume: bool = False, label: str = "distilling") -> list[StepReport]:
         """Train to the last step, or until patience ends; writes `log.jsonl` and `checkpoint.safetensors` (and
         `best.safetensors`) into `folder`.
 
-        Errors: `InputError` on a NaN loss.
+        Errors: `InputError` on a loss or weights that are not finite, before anything of that step is written.
         """
-        state, best, patience = folder / "checkpoint.safetensors", folder / "best.safetensors", self.config.patience
-        reports = self._begun(state, folder / "log.jsonl", resume)
-        with self._logging(folder, len(reports), label) as keep:
+        state, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
+        reports = self._begun(state, folder / LOG, resume)
+        with self._logging(folder, len(reports), label) as log:
             for step in range(len(reports), self.config.steps):
-                if exhausted(reports, patience):
+                if exhausted(reports, self.config.patience):
                     break
                 reports.append(self._evaluated(self.step(step)))
-                keep(reports[-1])
-                if self.config.restore_best and best_evaluation(reports) == (step + 1, reports[-1].accuracy):
-                    self._save(best, step + 1)
-                if (
-                    (step + 1) % self.config.checkpoint_every == 0
-                    or step + 1 == self.config.steps
-                    or exhausted(reports, patience)
-                ):
-                    self._save(state, step + 1)
+                files = [
+                    *([best] if self._is_best(reports) else []),
+                    *([state] if self._is_checkpoint(reports) else []),
+                ]
+                if files:
+                    self._require_finite_loss(step)
+                log(reports[-1], bool(files))
+                for file in files:
+                    self._save(file, step + 1)
         self.processes.wait()
         if self.config.restore_best:
             self.slices.load(
                 checkpoint.load(best, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity)[1]
             )
         return reports
+
+    def _is_best(self, reports: Sequence[StepReport]) -> bool:
+        return self.config.restore_best and best_evaluation(reports) == (len(reports), reports[-1].accuracy)
+
+    def _is_checkpoint(self, reports: Sequence[StepReport]) -> bool:
+        steps = len(reports)
+        due = steps % self.config.checkpoint_every == 0 or steps == self.config.steps
+        return due or exhausted(reports, self.config.patience)
 
     def _begun(self, state: Path, log: Path, resume: bool) -> list[StepReport]:
         """Restore the last checkpoint, if wanted and there, and the log up to it."""
@@ -129,35 +142,39 @@ class Distillation:
             start, values = checkpoint.load(
                 state, leaves=self.slices.leaves, optimizer=self.optimizer, identity=self.identity
             )
-            self.slices.load(values)
             reports = read_log(log, first=start)
+            require_whole(log, reports, start, state.name)  # before the student is changed
+            self.slices.load(values)
         self.processes.wait()
         if self.processes.is_main:
             storage.write_text(log, "".join(report.line() for report in reports))
         return reports
 
     @contextmanager
-    def _logging(self, folder: Path, start: int, label: str) -> Iterator[Callable[[StepReport], None]]:
-        """Gradients on, training mode, and where reports go: the log, the trackers, the progress bar."""
+    def _logging(self, folder: Path, start: int, label: str) -> Iterator[Callable[[StepReport, bool], None]]:
+        """Gradients on, training mode, and where reports go: the log (to the disk itself where a checkpoint follows),
+        the trackers, the progress bar."""
         is_main = self.processes.is_main
         with (
             self.slices.gradients(),
             self.student.training(),
-            (folder / "log.jsonl").open("a", buffering=1) if is_main else nullcontext() as file,
+            (folder / LOG).open("a", buffering=1) if is_main else nullcontext() as file,
             tracking(self.config, folder, label, device=self.student.device) as trackers,
-            tqdm(
-                total=self.config.steps, initial=start, desc=label, unit="step", leave=False, disable=not is_main
-            ) as bar,
+            progress_bar(total=self.config.steps, initial=start, desc=label, unit="step", shown=is_main) as bar,
         ):
 
-            def keep(report: StepReport) -> None:
+            def log(report: StepReport, durable: bool) -> None:
                 if file is not None:
-                    file.write(report.line())
+                    with storage.writing(folder / LOG):
+                        file.write(report.line())
+                        if durable:
+                            file.flush()
+                            os.fsync(file.fileno())
                 trackers.log(report)
                 bar.update()
                 bar.set_postfix(task=report.task_loss, alignment=report.alignment_loss)
 
-            yield keep
+            yield log
 
     def _save(self, path: Path, step: int) -> None:
         if self.processes.is_main:
@@ -176,15 +193,18 @@ class Distillation:
         index, weight = self.batch_index(step), alignment_weight(self.config, step)
         found = backward(self.objective, index, weight, self.processes, partial(self._dropout, step))
         if not math.isfinite(found.total.item()):
-            raise InputError(
-                f"the loss is {found.total.item()} at step {step}: lower `learning_rate` or `weight`; the last "
-                "checkpoint is kept."
-            )
+            raise InputError(_not_finite(f"loss is {found.total.item()}", step))
         norm = self._gradient_norm()
         rate = self.config.learning_rate * self._share_of_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise InputError(_not_finite("update overflows", step)) from None
+        self._require_finite_weights(step)
         self.slices.write_back()
         return StepReport(
             step=step,
@@ -198,6 +218,21 @@ class Distillation:
             learning_rate=rate,
             weight=weight,
         )
+
+    def _require_finite_weights(self, step: int) -> None:
+        """The update itself may overflow, whatever the loss was before it."""
+        sound = torch.stack([leaf.detach().isfinite().all() for leaf in self.slices.leaves.values()])
+        if not bool(sound.all()):
+            raise InputError(_not_finite("weights are not finite", step))
+
+    @torch.no_grad()
+    def _require_finite_loss(self, step: int) -> None:
+        """Weights that are finite may still give no finite loss; the next step would say so, after they were saved."""
+        piece = self.batch_index(step).chunk(self.processes.count * self.config.accumulate)[0]
+        with self._dropout(step):
+            task, rows = self.objective.task_and_rows(piece)
+        if not all(bool(value.isfinite().all()) for value in (*rows, *([] if task is None else [task]))):
+            raise InputError(_not_finite("loss is not finite after the update", step))
 
     def _gradient_norm(self) -> float:
         """Collect the slices' gradients, sum them over the processes and clip; returns the norm before clipping."""
@@ -222,7 +257,12 @@ class Distillation:
         return self.objective.losses(index)
 
 
+def _not_finite(what: str, step: int) -> str:
+    return f"the {what} at step {step}: lower `learning_rate` or `weight`; the last checkpoint is kept."
+
+
 def _require_sound(
+    student: Student,
     prompts: PromptPairs,
     teacher: TeacherOutputs,
     pairs: Sequence[AlignedPair],
@@ -233,26 +273,55 @@ def _require_sound(
     """Refuse, before anything is trained, what cannot be trained as it is configured."""
     if config.weight > 0 and not pairs:
         raise InputError("lambda is above 0 but no heads are matched; match heads first, or set `weight: 0`.")
-    if config.weight == 0 and config.task_loss == "none":
-        raise InputError("this run has neither a task loss nor an alignment loss; set one of `task_loss` and `weight`.")
-    require_fitting(config.measure, config.activation, prompts)
-    require_own_vocabulary(config.task_loss, prompts)
+    require_settings(config, prompts, validation, processes=processes.count)
     for pair in pairs:
         require_same_words(prompts, pair.student_positions, pair.teacher_positions)
-    checked_options(config.measure, config.measure_options)
-    if len(prompts) < config.batch:
-        raise InputError(
-            f"{len(prompts)} training prompts are fewer than a batch of {config.batch}; lower `batch` or use more "
-            "scenes."
-        )
+    if config.task_loss in DIVERGENCES and prompts.teacher is None:
+        _require_width(teacher.logits_of(torch.zeros(1, dtype=torch.long)).shape[-1], student.d_vocab)
     if len(teacher) != len(prompts):
         raise InputError(
             f"the teacher cache holds {len(teacher)} prompts, the training set {len(prompts)}; build it for these "
             "prompts."
         )
-    schedules.require_divisible(config.batch, accumulate=config.accumulate, processes=processes.count)
+
+
+def _require_width(teacher: int, student: int) -> None:
+    if teacher != student:
+        raise InputError(
+            f"the teacher has {teacher} logits and the student {student}, so a divergence can't compare them; use task "
+            "loss ce_teacher or ce_truth."
+        )
+
+
+def require_settings(
+    config: TrainingConfig, prompts: PromptPairs, validation: Validation | None, *, processes: int = 1
+) -> None:
+    """Refuse a training's settings that contradict each other or its prompts; known before a teacher has run or heads
+    are matched."""
+    if config.weight == 0 and config.task_loss == "none":
+        raise InputError("this run has neither a task loss nor an alignment loss; set one of `task_loss` and `weight`.")
+    if config.alignment is not None:
+        require_fitting(config.alignment.measure, config.alignment.activation, prompts)
+        checked_options(config.alignment.measure, config.alignment.options)
+    require_own_vocabulary(config.task_loss, prompts)
+    if len(prompts) < config.batch:
+        raise InputError(
+            f"{len(prompts)} training prompts are fewer than a batch of {config.batch}; lower `batch` or use more "
+            "scenes."
+        )
+    schedules.require_divisible(config.batch, accumulate=config.accumulate, processes=processes)
     require_installed(config.trackers)
     _require_evaluations(config, prompts, validation)
+
+
+def require_wide(dtype: torch.dtype) -> None:
+    """Refuse training in float16, whose range gradients and AdamW's squares leave."""
+    if dtype == torch.float16:
+        raise InputError(
+            "a student in float16 can't be trained: its gradients and AdamW's squares overflow or vanish. Set `dtype: "
+            "float32` (with `training.precision: bf16` for speed) or `dtype: bfloat16`; the teacher may stay in "
+            "float16 (`teacher_dtype`)."
+        )
 
 
 def _require_shardable(config: TrainingConfig) -> None:

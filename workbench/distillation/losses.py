@@ -9,18 +9,16 @@ distribution (the classical distillation loss), its reverse, and the Jensen-Shan
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from workbench.distillation.config import Pairs
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, similarity
 
-Pairs = Literal["sum", "mean"]
-TaskLoss = Literal["ce_teacher", "ce_truth", "kl_teacher", "reverse_kl_teacher", "jsd_teacher", "none"]
 Scalar = Float[Tensor, ""]
 
 

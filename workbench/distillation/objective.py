@@ -14,6 +14,7 @@ from workbench.distillation.answers import answer_words
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.processes import is_sharded
 from workbench.distillation.teacher_cache import TeacherOutputs
+from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import head_rows, hook_names, output_weights, place
 from workbench.models.hooked_model import Student
@@ -93,9 +94,10 @@ class Objective:
 
     def alignment(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[Tensor, Float[Tensor, " pairs"]]:
         """(SUM or mean over pairs of 1 - similarity, similarity of each pair) from the rows of both sides."""
-        config, rows = self.config, list(zip(student, teacher, strict=True))
+        assert self.config.alignment is not None
+        config, rows = self.config.alignment, list(zip(student, teacher, strict=True))
         return losses.alignment_loss(
-            rows, estimator=config.estimator, measure=config.measure, options=config.measure_options, pairs=config.pairs
+            rows, estimator=config.estimator, measure=config.measure, options=config.options, pairs=config.pairs
         )
 
     def _autocast(self) -> torch.autocast:
@@ -112,9 +114,15 @@ class Objective:
 
     def _labels(self, index: Index) -> Index:
         """The teacher's answers in the student's tokens."""
-        return (
-            self.teacher.labels_of(index) if self._words is None else self._words.labels(self.teacher.logits_of(index))
-        )
+        if self._words is not None:
+            return self._words.labels(self.teacher.logits_of(index))
+        labels = self.teacher.labels_of(index)
+        if int(labels.max()) >= self.student.d_vocab:
+            raise InputError(
+                f"the teacher answers with token {int(labels.max())}, which the student (of {self.student.d_vocab}) "
+                "does not have; use task loss ce_truth, or models of one vocabulary."
+            )
+        return labels
 
     def _task_loss(self, logits: Float[Tensor, "batch d_vocab"], index: Index, prompts: PromptPairs) -> Tensor | None:
         match self.config.task_loss:

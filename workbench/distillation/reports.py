@@ -8,10 +8,14 @@ from pathlib import Path
 
 import torch
 
+from workbench import storage
 from workbench.errors import InputError
 from workbench.models.hooked_model import Student
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
+
+LOG, TRAINING = "log.jsonl", "training.json"
+"""In the folder of a training: its log, and, once it is done, how many steps it took and what it was made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +43,34 @@ class StepReport:
 
 def read_log(path: Path, *, first: int | None = None) -> list[StepReport]:
     """The (first) reports of a JSONL log. Errors: `InputError` when it is missing or damaged."""
-    try:
-        return [StepReport(**json.loads(line)) for line in path.read_text().splitlines()[:first]]
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); run this condition again.") from None
+    found = []
+    lines = [line for line in storage.read_lines(path) if line][:first]
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(storage.read_typed(storage.json_value(line), StepReport, what="a line of a training's log"))
+        except ValueError as error:
+            raise InputError(
+                f"{path}, line {number}, is damaged ({str(error).rstrip('.')}); run this condition again."
+            ) from None
+    return found
+
+
+def read_training(folder: Path) -> list[StepReport]:
+    """The log of a finished training. Errors: `InputError` when it is missing, damaged, or shorter than the training
+    was."""
+    reports = read_log(folder / LOG)
+    if (folder / TRAINING).exists():
+        require_whole(folder / LOG, reports, int(storage.read_json(folder / TRAINING)["steps"]), "the training")
+    return reports
+
+
+def require_whole(log: Path, reports: Sequence[StepReport], steps: int, what: str) -> None:
+    """Refuse a log that lacks steps."""
+    if [report.step for report in reports[:steps]] != list(range(steps)):
+        raise InputError(
+            f"{log} holds {len(reports)} of the {steps} steps of {what}: it was cut off or emptied. Put it back, or "
+            f"delete {log.parent} to train this anew."
+        )
 
 
 def evaluations(reports: Sequence[StepReport]) -> list[tuple[int, float]]:

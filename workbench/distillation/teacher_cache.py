@@ -6,7 +6,6 @@ the hook names. Another teacher, other prompts or other hooks make another file,
 file is reported and built again. The teacher runs on its own reading of the prompts (`PromptPairs.for_teacher`).
 """
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
+from workbench.patching.progress import progress_bar
 from workbench.tasks.base import PromptPairs
 
 LOGITS = "logits"
@@ -32,6 +31,12 @@ class TeacherOutputs(Protocol):
 
     @property
     def output_weights(self) -> Mapping[int, Float[Tensor, "head d_head d_model"]]: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what they were computed from: the teacher's weights and the prompts. It is part of a training's
+        identity."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -50,6 +55,8 @@ class TeacherCache:
     logits: Float[Tensor, "batch d_vocab"]
     output_weights: dict[int, Float[Tensor, "head d_head d_model"]]
     """W_O of the layers whose `hook_z` is cached, for alignment of the heads' outputs in the residual stream."""
+    fingerprint: str
+    """`outputs_fingerprint` of the teacher and the prompts."""
 
     @property
     def labels(self) -> Int[Tensor, " batch"]:
@@ -79,6 +86,7 @@ class LiveTeacher:
     def __init__(self, teacher: Teacher, prompts: PromptPairs, names: Sequence[str]) -> None:
         self._teacher, self._prompts, self._names = teacher, prompts.for_teacher, hooks.checked(teacher.model, names)
         self.output_weights = output_weights(teacher, names)
+        self.fingerprint = outputs_fingerprint(teacher.fingerprint(), prompts)
         self._index: Int[Tensor, " _"] = torch.empty(0, dtype=torch.long)
         self._last: tuple[Tensor, dict[str, Tensor]] = torch.empty(0), {}
 
@@ -119,9 +127,12 @@ def require_cached(names: Sequence[str], held: Collection[str]) -> None:
 
 def cache_key(teacher_fingerprint: str, pairs: PromptPairs, names: Sequence[str]) -> str:
     """SHA-256 of teacher, prompts and hook names."""
-    return hashlib.sha256(
-        "|".join([teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names)]).encode()
-    ).hexdigest()[:32]
+    return storage.digest(teacher_fingerprint, pairs.for_teacher.fingerprint(), *sorted(names))[:32]
+
+
+def outputs_fingerprint(teacher_fingerprint: str, pairs: PromptPairs) -> str:
+    """Of a teacher's outputs on some prompts, wherever they are kept."""
+    return storage.digest(teacher_fingerprint, pairs.for_teacher.fingerprint())
 
 
 def teacher_cache(
@@ -129,12 +140,16 @@ def teacher_cache(
 ) -> TeacherCache:
     """Load the cache for this teacher, these prompts and these hooks from `folder`, or compute and keep it."""
     hooks.checked(teacher.model, names)
-    path = folder / f"{cache_key(teacher.fingerprint(), pairs, names)}.safetensors"
+    weights = teacher.fingerprint()
+    path = folder / f"{cache_key(weights, pairs, names)}.safetensors"
     if path.exists():
         try:
             tensors, _ = storage.read_tensors(path)
             return TeacherCache(
-                logits=tensors.pop(LOGITS), activations=tensors, output_weights=output_weights(teacher, names)
+                logits=tensors.pop(LOGITS),
+                activations=tensors,
+                output_weights=output_weights(teacher, names),
+                fingerprint=outputs_fingerprint(weights, pairs),
             )
         except InputError:
             path.unlink()
@@ -147,15 +162,20 @@ def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batc
     """Run the teacher on the clean prompts and keep what `teacher_cache` would keep."""
     logits: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for part in tqdm(
-        list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch", leave=False
+    for part in progress_bar(
+        list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch"
     ):
         final, activations = teacher.activations(part.clean, part.mask, names)
         logits.append(final)
         for name in names:
             found[name].append(activations[name])
     activated = {name: torch.cat(values) for name, values in found.items()}
-    return TeacherCache(logits=torch.cat(logits), activations=activated, output_weights=output_weights(teacher, names))
+    return TeacherCache(
+        logits=torch.cat(logits),
+        activations=activated,
+        output_weights=output_weights(teacher, names),
+        fingerprint=outputs_fingerprint(teacher.fingerprint(), pairs),
+    )
 
 
 def output_weights(teacher: Teacher, names: Sequence[str]) -> dict[int, Tensor]:

@@ -17,13 +17,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from workbench import storage
-from workbench.distillation.teacher_cache import LOGITS, cache_key, computed, output_weights, require_cached
+from workbench.distillation.teacher_cache import (
+    LOGITS,
+    cache_key,
+    computed,
+    output_weights,
+    outputs_fingerprint,
+    require_cached,
+)
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
+from workbench.patching.progress import progress_bar
 from workbench.tasks.base import PromptPairs
 
 LABELS = "labels"
@@ -41,6 +48,9 @@ class TeacherShards:
         self._labels = torch.cat([shard[LABELS] for shard in self._shards])
         weights = storage.read_tensors(folder / WEIGHTS)[0] if index["weights"] else {}
         self.output_weights = {int(layer): value for layer, value in weights.items()}
+        content = storage.digest(*(shard["sha256"] for shard in index["shards"]))
+        self.fingerprint: str = index.get("fingerprint", content)
+        """Of teacher and prompts; of the shards' content where their index is from before it said so."""
 
     @classmethod
     def open(cls, folder: Path, prompts: PromptPairs) -> "TeacherShards":
@@ -107,11 +117,12 @@ def teacher_shards(
     `teacher_cache`.
     """
     hooks.checked(teacher.model, names)
-    place = folder / cache_key(teacher.fingerprint(), pairs, names)
-    index = _begun(place, pairs, names, shard)
+    weights = teacher.fingerprint()
+    place = folder / cache_key(weights, pairs, names)
+    index = {**_begun(place, pairs, names, shard), "fingerprint": outputs_fingerprint(weights, pairs)}
     _keep_weights(place, index, teacher, names)
     starts = range(0, len(pairs), index["shard"])
-    for number, start in enumerate(tqdm(starts, desc="caching the teacher's activations", unit="shard", leave=False)):
+    for number, start in enumerate(progress_bar(starts, desc="caching the teacher's activations", unit="shard")):
         if number < len(index["shards"]) and _is_sound(place, index["shards"][number]):
             continue
         part = pairs.rows(slice(start, start + index["shard"]))

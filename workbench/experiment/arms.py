@@ -7,9 +7,15 @@ from typing import Any
 from workbench import storage
 from workbench.circuits.evaluation import CircuitReport
 from workbench.distillation.processes import launched
-from workbench.distillation.reports import read_log
-from workbench.experiment import Experiment, mean_cka_and_floor
-from workbench.experiment.results import TITLES, ConditionResult, collect
+from workbench.distillation.reports import read_training
+from workbench.experiment.conditions import TEACHER, TITLES
+from workbench.experiment.distill import distill
+from workbench.experiment.evaluate import evaluate
+from workbench.experiment.match import aligned_ckas, all_ckas, match, mean_cka_and_floor
+from workbench.experiment.origins import to_metadata
+from workbench.experiment.preflight import preflight
+from workbench.experiment.results import OUTCOMES, ConditionResult, collect, read_row
+from workbench.experiment.run import Run
 from workbench.experiment.transfer import record_transfer
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.scoring import sequence_preference
@@ -17,59 +23,65 @@ from workbench.tasks.scoring import sequence_preference
 log = logging.getLogger("workbench")
 
 
-def run_study(experiment: Experiment, *, resume: bool = False) -> list[ConditionResult]:
+def run_recipe(run: Run, *, resume: bool = False) -> list[ConditionResult]:
     """Discover, match, then train and evaluate every condition with every seed, and the teacher; writes `results.json`.
 
     What is already in the run folder is not done again; a condition that was killed in training goes on from its last
     checkpoint.
     """
     return run_conditions(
-        experiment,
-        [(condition, seed) for seed in experiment.recipe.seeds for condition in experiment.recipe.conditions],
+        run,
+        [(condition, seed) for seed in run.recipe.seeds for condition in run.recipe.conditions],
         resume=resume,
     )
 
 
-def run_conditions(
-    experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume: bool = False
-) -> list[ConditionResult]:
+def run_conditions(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
     """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder
     then holds."""
-    with launched(experiment.recipe.device).main_first():
-        experiment.require_trainable(condition for condition, _ in arms)
-        experiment.match()
-    return run_arms(experiment, arms, resume=resume)
+    with launched(run.recipe.device).main_first():
+        run.prompts.require("reference", "discovery", "train", "validation", "test")
+        preflight(run, dict.fromkeys(condition for condition, _ in arms))
+        match(run)
+    return run_arms(run, arms, resume=resume)
 
 
-def run_arms(experiment: Experiment, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
+def run_arms(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
     """`run_conditions` where circuits and head map are there already."""
-    folder, processes = experiment.folder, launched(experiment.recipe.device)
+    folder, processes = run.folder, launched(run.recipe.device)
     for condition, seed in arms:
-        if not (folder.condition(condition, seed) / "result.json").exists():
+        if not _has_row(run, condition, seed):
             log.info("%s, seed %d", TITLES[condition], seed)
-            run_condition(experiment, condition, seed, resume=resume, records=processes.is_main)
+            run_condition(run, condition, seed, resume=resume, records=processes.is_main)
     processes.wait()
-    if processes.is_main and not (folder.condition("teacher", 0) / "result.json").exists():
-        _record(experiment, "teacher", 0, experiment.teacher, trained=0, steps=0)
+    if processes.is_main and not _has_row(run, TEACHER, 0):
+        _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
     with processes.main_first():
         return collect(folder)
 
 
-def run_condition(experiment: Experiment, condition: str, seed: int, *, resume: bool, records: bool = True) -> None:
+def _has_row(run: Run, condition: str, seed: int) -> bool:
+    """Whether a condition and seed have been evaluated. Errors: `InputError` when the row there is not this run's."""
+    file = run.folder.condition(condition, seed) / "result.json"
+    return file.exists() and bool(read_row(file, run.condition_origin(condition, seed)))
+
+
+def run_condition(run: Run, condition: str, seed: int, *, resume: bool, records: bool = True) -> None:
     """Train one student under a condition and, where this process `records`, evaluate it and write its row."""
-    student, slices = experiment.distill(condition, seed, resume=resume)
+    student, slices = distill(run, condition, seed, resume=resume)
     if records:  # under `accelerate launch` all processes train, one evaluates
-        steps = len(read_log(experiment.folder.condition(condition, seed) / "log.jsonl")) if slices.count else 0
-        _record(experiment, condition, seed, student, trained=slices.count, steps=steps)
+        steps = len(read_training(run.folder.condition(condition, seed))) if slices.count else 0
+        _record(run, condition, seed, student, trained=slices.count, steps=steps)
 
 
-def _record(experiment: Experiment, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:
+def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:
     """Evaluate a model on the test prompts and write its row and its per-prompt outcomes."""
-    folder, is_teacher = experiment.folder.condition(condition, seed), condition == "teacher"
-    report, outcomes = experiment.evaluate(model, experiment.folder.circuit("teacher" if is_teacher else "student"))
-    ckas = [] if is_teacher else experiment.ckas(model, experiment.folder.head_map(), experiment.prompts.test)
+    folder, is_teacher = run.folder.condition(condition, seed), condition == TEACHER
+    origin = run.condition_origin(condition, seed)
+    report, outcomes = evaluate(run, model, run.circuit("teacher" if is_teacher else "student"))
+    ckas = [] if is_teacher else aligned_ckas(run, model, run.head_map(), run.prompts.test)
     if not is_teacher:
-        experiment.circuit_ckas(model, experiment.prompts.test).save(folder / "circuit_ckas.safetensors")
+        all_ckas(run, model, run.prompts.test).save(folder / "circuit_ckas.safetensors")
     cka, floor = mean_cka_and_floor(ckas)
     total = sum(parameter.numel() for parameter in model.parameters().values())
     result = ConditionResult(
@@ -82,10 +94,11 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
         trained_fraction=trained / total,
         steps=steps,
         mcnemar={},
-        whole_answers=_whole_answers(experiment, model),
+        whole_answers=_whole_answers(run, model),
+        origin=origin,
     )
-    storage.write_tensors(folder / "outcomes.safetensors", outcomes)
-    record_transfer(experiment, model, folder)
+    storage.write_tensors(folder / OUTCOMES, outcomes, metadata=to_metadata(origin))
+    record_transfer(run, model, folder, origin)
     storage.write_json(folder / "ckas.json", [value.to_json() for value in ckas])
     storage.write_json(folder / "circuit_report.json", report.to_json())
     storage.write_json(folder / "result.json", result.to_json())
@@ -97,10 +110,10 @@ def _record(experiment: Experiment, condition: str, seed: int, model: HookedMode
     )
 
 
-def _whole_answers(experiment: Experiment, model: HookedModel) -> float | None:
-    if not experiment.recipe.data.multi_token:
+def _whole_answers(run: Run, model: HookedModel) -> float | None:
+    if not run.recipe.data.prompts.multi_token:
         return None
-    return float((sequence_preference(model, experiment.read_by(model, experiment.prompts.test)) > 0).float().mean())
+    return float((sequence_preference(model, run.read_by(model, run.prompts.test)) > 0).float().mean())
 
 
 def _accuracies(report: CircuitReport) -> dict[str, Any]:

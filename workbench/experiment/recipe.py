@@ -2,47 +2,32 @@
 known one."""
 
 import json
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from dataclasses import dataclass as plain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from workbench.circuits.discovery import DiscoveryConfig
-from workbench.distillation.assembly import TeacherSource
-from workbench.distillation.config import TrainingConfig
+from workbench.circuits.config import DiscoveryConfig
+from workbench.distillation.config import AlignmentConfig, TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
-from workbench.matching import MatchingConfig
-from workbench.similarity.measures import Measure
+from workbench.experiment.conditions import TABLE, Condition, ConditionName
+from workbench.experiment.upgrades import SCENES, upgraded_recipe
+from workbench.matching.config import MatchingConfig
+from workbench.storage import yaml
+from workbench.storage.yaml import Settings, overridden, parse_config
+from workbench.tasks.allotment import USES, Use
+from workbench.tasks.settings import PromptConfig
+from workbench.tasks.stages import Stage, require_stages
+
+__all__ = ["Recipe", "parse_config", "parse_recipe", "read_recipe", "read_yaml", "to_plain", "written_recipe"]
 
 STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The bundled recipes, in folders by what reads them: `runs`, `studies`, `finetunings`."""
-Condition = Literal[
-    "base",
-    "full_ce",
-    "circuit_ce",
-    "circuit_cka",
-    "circuit_ce_random_cka",
-    "circuit_ce_cka",
-    "circuit_ce_paper_cka",
-    "circuit_ce_shuffled_cka",
-    "full_kl",
-    "full_ce_cka",
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StageConfig:
-    """A stage of a backward search, where the task's own stages are not wanted."""
-
-    name: str
-    title: str = ""
-    position: str
-    into: str | None = None
-    composition: Literal["q", "k", "v"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -51,64 +36,44 @@ class DataConfig:
 
     task: str = "entity_tracking"
     """A task by name (an entry point of the group `workbench.tasks`)."""
-    boxes: Annotated[int, Field(ge=3, le=9)] = 7
-    """Of entity tracking."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the task."""
+    """Of the task, e.g. `{boxes: 5}`."""
     pairs: str | None = None
     """A JSONL, CSV or Parquet file, or a hub id, with columns clean, corrupt, answer, distractor, positions; replaces
     `task`."""
     reference: Literal["calibration", "corrupt"] = "calibration"
     """Prompts of the ablation's means: calibration prompts of their own, or the corrupt prompts of the pairs (for small
     files of pairs)."""
-    reference_scenes: Annotated[int, Field(ge=1)] = 40
-    """Calibration scenes for the means of the ablation (rows, with `pairs`)."""
-    discovery_scenes: Annotated[int, Field(ge=1)] = 20
+    skip_bad_rows: bool = False
+    """Of `pairs`: leave bad rows out, with their number and reasons in the log, in place of refusing the file."""
+    reference_scenes: Annotated[int, Field(ge=1)] | None = None
+    """Calibration scenes for the means of the ablation (rows, with `pairs`). None here and below: of a task 40, 20, 10,
+    0 and 80; of a file a share of the rows that the chosen sizes leave (`workbench.tasks.allotment`)."""
+    discovery_scenes: Annotated[int, Field(ge=1)] | None = None
     """Calibration scenes that circuits are found and heads matched on (rows, with `pairs`)."""
-    train_scenes: Annotated[int, Field(ge=1)] = 10
-    validation_scenes: Annotated[int, Field(ge=0)] = 0
+    train_scenes: Annotated[int, Field(ge=1)] | None = None
+    validation_scenes: Annotated[int, Field(ge=0)] | None = None
     """Scenes for the evaluations during training (`training.evaluate_every`), apart from training and test (rows, with
     `pairs`)."""
-    test_scenes: Annotated[int, Field(ge=1)] = 80
+    test_scenes: Annotated[int, Field(ge=0)] | None = None
     seed: int = 0
     """Of the drawn scenes; the training seeds are apart."""
-    prepend_bos: bool = False
-    padding_side: Literal["left", "right"] = "left"
-    chat: Literal["none", "user", "assistant"] = "none"
-    """Put prompts into the tokenizer's chat template: as the user's message, or as the beginning of the reply to
-    `instruction`."""
-    system: str | None = None
-    """The system message of the chat; None leaves it to the template."""
-    instruction: str | None = None
-    """The user's message, with `chat: assistant`."""
-    multi_token: bool = False
-    """Let answers have several tokens; metrics then score the first token (whole answers:
-    `workbench.tasks.scoring`)."""
+    prompts: PromptConfig = Field(default_factory=PromptConfig)
+    """How they are put to the models: chat template, BOS, padding, answers of several tokens."""
     per_position_means: bool = True
     """Means of the ablation position by position (prompts of one length), or over all positions."""
 
+    def __post_init__(self) -> None:
+        if self.pairs is None and self.test_scenes == 0:
+            raise InputError("a task's results need test scenes; set data.test_scenes above 0.")
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class AlignmentConfig:
-    """What of a matched pair is aligned, where, and how strongly."""
-
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """lambda of eq 7."""
-    estimator: Literal["biased", "debiased"] = "biased"
-    measure: Measure = "linear_cka"
-    """What alignment is measured by (see `workbench.similarity.measures`); the paper's is linear CKA."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the measure by name, e.g. `{fraction: 0.2}` of rbf_cka."""
-    pairs: Literal["sum", "mean"] = "sum"
-    """Whether the loss is the sum over pairs (the paper) or their mean."""
-    activation: Literal["z", "result", "pattern"] = "z"
-    """What of a head: its output before W_O, what it writes to the residual stream, or its attention probabilities (for
-    `attention_kl`)."""
-    positions: str = "own"
-    """`own`: where each head acts in its circuit; or a named position for all (`last` is the paper's reading)."""
-    broadened: dict[str, str] = Field(default_factory=dict)
-    """Own positions that are read elsewhere, e.g. `{earlier_label: labels}`: heads that act at the queried box's label
-    are aligned at every label."""
+    @property
+    def sizes(self) -> dict[Use, int | None]:
+        """Scenes (or rows) of each use; None for a share of a file's rows."""
+        chosen: dict[Use, int | None] = {use: getattr(self, f"{use}_scenes") for use in USES}
+        if self.pairs is not None:
+            return chosen
+        return {use: SCENES[use] if size is None else size for use, size in chosen.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -120,7 +85,7 @@ class TransferConfig:
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task."""
     scenes: Annotated[int, Field(ge=1)] = 200
-    """Test scenes (of entity tracking as many times `data.boxes` prompts)."""
+    """Test scenes (of entity tracking as many times its boxes prompts)."""
     seed: int = 0
 
 
@@ -155,7 +120,7 @@ class Recipe:
     """Of the teacher, which never trains; None: `dtype`."""
     device: str = "cpu"
     data: DataConfig = Field(default_factory=DataConfig)
-    stages: tuple[StageConfig, ...] | None = None
+    stages: tuple[Stage, ...] | None = None
     """Stages of the backward search in place of the task's own."""
     discovery: DiscoveryConfig = Field(default_factory=DiscoveryConfig)
     matching: MatchingConfig = Field(default_factory=MatchingConfig)
@@ -169,20 +134,24 @@ class Recipe:
     run on each batch."""
     train_kv: bool = True
     """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
-    conditions: tuple[Condition, ...] = (
-        "base",
-        "full_ce",
-        "circuit_ce",
-        "circuit_cka",
-        "circuit_ce_random_cka",
-        "circuit_ce_cka",
-        "full_kl",
-        "full_ce_cka",
-    )
+    conditions: tuple[ConditionName, ...] = tuple(condition.name for condition in TABLE if condition.usual)
     seeds: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        if self.training.alignment is not None:
+            raise InputError("a recipe has its alignment beside its training; set `alignment`, not training.alignment.")
+        require_stages(self.stages or ())
 
-def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) -> Recipe:
+    def training_of(self, condition: Condition) -> TrainingConfig:
+        """The training with a condition's losses."""
+        return replace(
+            self.training,
+            task_loss=condition.task_loss or self.training.task_loss,
+            alignment=self.alignment if condition.aligns else None,
+        )
+
+
+def read_recipe(source: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a YAML file or the name of a bundled one, with top-level or dotted overrides (`{"training.steps":
     20}`).
 
@@ -191,58 +160,72 @@ def read_recipe(source: str | Path, *, overrides: dict[str, Any] | None = None) 
     return parse_recipe(read_yaml(source), overrides=overrides)
 
 
-def read_yaml(source: str | Path) -> dict[str, Any]:
+Kind = Literal["run", "study", "finetuning"]
+FOLDERS: Mapping[str, Kind] = {"runs": "run", "studies": "study", "finetunings": "finetuning"}
+"""Folder of the bundled recipes -> what they are."""
+
+
+@plain(frozen=True, slots=True, kw_only=True)
+class BundledRecipe:
+    """A recipe that comes with the workbench."""
+
+    name: str
+    kind: Kind
+    file: Path
+
+    @property
+    def title(self) -> str:
+        """What it says of itself, or what it makes of which model."""
+        value = yaml.read_yaml(self.file)
+        return value.get("title") or f"{value['model']} on {value.get('task', 'entity_tracking')}"
+
+
+def bundled_recipes() -> list[BundledRecipe]:
+    """All bundled recipes: runs, studies and fine-tunings, each kind by name."""
+    return [
+        BundledRecipe(name=file.stem, kind=kind, file=file)
+        for folder, kind in FOLDERS.items()
+        for file in sorted((RECIPES / folder).glob("*.yaml"))
+    ]
+
+
+def read_yaml(source: str | Path) -> Settings:
     """The plain values of a YAML file, or of a bundled recipe by its name. Errors: `InputError` for no such file, or no
     mapping."""
-    bundled = {file.stem: file for file in RECIPES.glob("*/*.yaml") if file.parent.name != "accelerate"}
-    path = Path(source) if Path(source).exists() else bundled.get(str(source))
+    bundled = {each.name: each.file for each in bundled_recipes()}
+    path = yaml.existing(source) or bundled.get(str(source))
     if path is None:
         raise InputError(
             f"no recipe {str(source)!r}: neither a file nor a bundled recipe; {nearest(str(source), bundled)}"
         )
+    return yaml.read_yaml(path)
+
+
+def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from plain values, in the form of today or of before (`workbench.experiment.upgrades`). Errors:
+    `InputError` naming the key and the nearest known one."""
+    plain = Settings(upgraded_recipe(value), file=getattr(value, "file", ""), lines=getattr(value, "lines", {}))
+    given = overridden(plain, overrides)
+    settings = Settings(upgraded_recipe(given, set_last=True), file=given.file, lines=given.lines)
+    recipe = parse_config(Recipe, settings)
+    if recipe.data.pairs is None:
+        _require_task(recipe.data, yaml.located(("data",), settings.lines, settings.file))
+    return recipe
+
+
+def _require_task(data: DataConfig, where: str) -> None:
+    """Refuse a task that is not there, or that does not take these options: last, because a task loads torch."""
+    from workbench.tasks.registry import task_named
+
     try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a mapping of recipe keys.")
-    return value
+        task_named(data.task, data.options)
+    except InputError as error:
+        raise InputError(f"{where}recipe key data: {error}") from None
 
 
-Parsed = TypeVar("Parsed")
-
-
-def parse_recipe(value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Recipe:
-    """A recipe from plain values. Errors: `InputError` naming the key and the nearest known one."""
-    return parse_config(Recipe, value, overrides=overrides)
-
-
-def parse_config(kind: type[Parsed], value: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> Parsed:
-    """Any configuration class from plain values, with dotted overrides. Errors: `InputError` naming the key and the
-    nearest known one."""
-    for key, setting in (overrides or {}).items():
-        place, *rest = key.split(".")
-        target = value
-        while rest:
-            target[place] = dict(target.get(place) or {})
-            target, place, rest = target[place], rest[0], rest[1:]
-        target[place] = setting
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise InputError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
-
-
-def _explain(kind: Any, problem: Any) -> str:
-    place = ".".join(map(str, problem["loc"]))
-    if problem["type"] != "unexpected_keyword_argument":
-        return f"recipe key {place}: {problem['msg']}"
-    for part in problem["loc"][:-1]:
-        kind = (
-            next((field.type for field in fields(kind) if field.name == part), kind) if isinstance(part, str) else kind
-        )
-    known = [field.name for field in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []
-    return f"unknown recipe key {place!r}; {nearest(str(problem['loc'][-1]), known)}"
+def written_recipe(value: Mapping[str, Any]) -> Recipe:
+    """The recipe that a run has written into its `run.json`, now or before."""
+    return parse_config(Recipe, upgraded_recipe(overridden(value, None), written=True))
 
 
 def to_plain(config: Any) -> dict[str, Any]:

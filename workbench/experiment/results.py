@@ -7,28 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from workbench import storage
 from workbench.errors import InputError
+from workbench.experiment.conditions import CONDITIONS, TEACHER, TITLES
+from workbench.experiment.origins import Origin, of_metadata, require_origin
 from workbench.experiment.runs import RunFolder
 from workbench.values.scores import mcnemar
 
-COMPARED_WITH = ("full_ce", "circuit_ce")
-"""The conditions that McNemar's test sets every other one against."""
-TITLES: Mapping[str, str] = {
-    "base": "base (untrained)",
-    "full_ce": "full / CE",
-    "circuit_ce": "circuit / CE",
-    "circuit_cka": "circuit / CKA",
-    "circuit_ce_random_cka": "circuit / CE + random CKA",
-    "circuit_ce_shuffled_cka": "circuit / CE + shuffled CKA",
-    "circuit_ce_paper_cka": "circuit / CE + CKA, paper's matching",
-    "circuit_ce_cka": "circuit / CE + CKA",
-    "full_kl": "full / KL",
-    "full_ce_cka": "full / CE + CKA",
-    "teacher": "teacher",
-}
-"""The conditions in the words of the paper, in the order of its table."""
+OUTCOMES = "outcomes.safetensors"
+"""In a condition's folder: which test prompts were answered right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +47,29 @@ class ConditionResult:
     whole_answers: float | None = None
     """With `data.multi_token`: the share of test prompts whose whole answer is more probable than the whole distractor.
     Accuracies are of first tokens."""
+    origin: Origin | None = None
+    """What the row rests on (`workbench.experiment.origins`); None in rows from before it was kept."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ConditionResult":
+    def from_json(cls, value: Any) -> "ConditionResult":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            return cls(
-                **{
-                    **value,
-                    "full_interval": tuple(value["full_interval"]),
-                    "circuit_interval": tuple(value["circuit_interval"]),
-                }
+        return storage.read_typed(value, cls, what="a row of results", remedy="run the evaluation again")
+
+    def __post_init__(self) -> None:
+        if self.condition not in TITLES:
+            raise InputError(
+                f"this row of results is of no condition that is known, {self.condition!r}; run the evaluation again."
             )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"this is not a row of results ({error!r}); run the evaluation again.") from None
+
+
+def read_results(file: Path) -> list[ConditionResult]:
+    """The rows of a `results.json`. Errors: `InputError` when it is missing or damaged."""
+    rows = storage.read_typed(storage.read_json(file), list[Any], what=f"rows of results ({file})")
+    return [ConditionResult.from_json(row) for row in rows]
 
 
 def collect(folder: RunFolder) -> list[ConditionResult]:
@@ -85,11 +79,42 @@ def collect(folder: RunFolder) -> list[ConditionResult]:
         raise InputError(
             f"{folder.path} holds no evaluated condition; run `workbench evaluate` or `workbench demo` into it first."
         )
-    rows = [ConditionResult.from_json(storage.read_json(file)) for file in files]
+    rows = [read_row(file) for file in files]
+    _require_one_run(files, rows)
     rows.sort(key=lambda row: (list(TITLES).index(row.condition), row.seed))
     tested = [_tested(row, rows, folder) for row in rows]
     storage.write_json(folder.trial_path / "results.json", [row.to_json() for row in tested])
     return tested
+
+
+def read_row(file: Path, expected: Origin | None = None) -> ConditionResult:
+    """The row in a condition's folder. Errors: `InputError` when it is another condition's or seed's than the folder's
+    name says, or not of the expected origin."""
+    row = ConditionResult.from_json(storage.read_json(file))
+    require_origin(file, {"condition": row.condition, "seed": str(row.seed)}, _named(file.parent))
+    require_origin(file, row.origin, expected or _named(file.parent))
+    return row
+
+
+def read_outcomes(folder: Path, file: str = OUTCOMES) -> dict[str, Tensor]:
+    """Which prompts a condition's model answered right, by part. Errors: `InputError` when they are another's."""
+    tensors, metadata = storage.read_tensors(folder / file)
+    require_origin(folder / file, of_metadata(metadata), _named(folder))
+    return {name: value.to(torch.bool) for name, value in tensors.items()}
+
+
+def _named(folder: Path) -> Origin:
+    """The condition and seed that a folder's name says."""
+    condition, _, seed = folder.name.rpartition("-")
+    return {"condition": condition, "seed": seed}
+
+
+def _require_one_run(files: Sequence[Path], rows: Sequence[ConditionResult]) -> None:
+    """Refuse rows that rest on other weights or another recipe than the first that says so."""
+    told = [(file, row.origin) for file, row in zip(files, rows, strict=True) if row.origin is not None]
+    for file, origin in told[1:]:
+        first = {name: value for name, value in (told[0][1] or {}).items() if name not in ("condition", "seed")}
+        require_origin(file, origin, first)
 
 
 def _tested(row: ConditionResult, rows: Sequence[ConditionResult], folder: RunFolder) -> ConditionResult:
@@ -97,17 +122,16 @@ def _tested(row: ConditionResult, rows: Sequence[ConditionResult], folder: RunFo
     itself)."""
     there = {(other.condition, other.seed) for other in rows}
     against = [
-        other for other in COMPARED_WITH if row.condition not in (other, "teacher") and (other, row.seed) in there
+        other
+        for other in (CONDITIONS[row.condition].compared_with if row.condition != TEACHER else ())
+        if (other, row.seed) in there
     ]
     values = {other: _mcnemar(folder, (row.condition, row.seed), (other, row.seed)) for other in against}
     return ConditionResult.from_json({**row.to_json(), "mcnemar": values})
 
 
 def _mcnemar(folder: RunFolder, first: tuple[str, int], second: tuple[str, int]) -> float:
-    paired = [
-        storage.read_tensors(folder.condition(*which) / "outcomes.safetensors")[0]["full"].to(torch.bool)
-        for which in (first, second)
-    ]
+    paired = [read_outcomes(folder.condition(*which))["full"] for which in (first, second)]
     return mcnemar(paired[0], paired[1])[2]
 
 

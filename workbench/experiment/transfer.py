@@ -16,9 +16,13 @@ from torch import Tensor
 
 from workbench import storage
 from workbench.circuits import evaluation
-from workbench.experiment import Experiment, Prompts
+from workbench.experiment.conditions import TITLES
+from workbench.experiment.origins import Origin, to_metadata
+from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import TransferConfig
-from workbench.experiment.results import TITLES, in_columns
+from workbench.experiment.results import in_columns
+from workbench.experiment.results import read_outcomes as read_outcomes_of
+from workbench.experiment.run import Run
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import plain_logits
 from workbench.tasks.base import PromptPairs
@@ -28,34 +32,32 @@ FILE = "transfer.safetensors"
 """In a condition's folder: task -> which of its prompts were answered right."""
 
 
-def transfer_outcomes(experiment: Experiment, model: HookedModel) -> dict[str, UInt8[Tensor, " prompt"]]:
+def transfer_outcomes(run: Run, model: HookedModel) -> dict[str, UInt8[Tensor, " prompt"]]:
     """Which test prompts of each other task a model answers right (1) or not (0)."""
     found = {}
-    for other in experiment.recipe.evaluation.transfer:
-        prompts = experiment.read_by(model, transfer_prompts(experiment, other))
+    for other in run.recipe.evaluation.transfer:
+        prompts = run.read_by(model, transfer_prompts(run, other))
         found[other.task] = evaluation.correct(plain_logits(model, prompts), prompts).to(torch.uint8)
     return found
 
 
-def transfer_prompts(experiment: Experiment, other: TransferConfig) -> PromptPairs:
+def transfer_prompts(run: Run, other: TransferConfig) -> PromptPairs:
     """Test prompts of another task, put to the models as the recipe puts its own."""
     data = replace(
-        experiment.recipe.data,
+        run.recipe.data,
         task=other.task,
         options=other.options,
         pairs=None,
         test_scenes=other.scenes,
         seed=other.seed,
     )
-    return Prompts(
-        replace(experiment.recipe, data=data), experiment.prompts.tokenizer, teacher=experiment.prompts.teacher
-    ).test
+    return Prompts(replace(run.recipe, data=data), run.prompts.tokenizer, teacher=run.prompts.teacher).test
 
 
-def record_transfer(experiment: Experiment, model: HookedModel, folder: Path) -> None:
+def record_transfer(run: Run, model: HookedModel, folder: Path, origin: Origin) -> None:
     """Write a model's outcomes on the other tasks beside its row, where the recipe asks for any."""
-    if experiment.recipe.evaluation.transfer:
-        storage.write_tensors(folder / FILE, transfer_outcomes(experiment, model))
+    if run.recipe.evaluation.transfer:
+        storage.write_tensors(folder / FILE, transfer_outcomes(run, model), metadata=to_metadata(origin))
 
 
 def transfer_table(outcomes: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def _changed(after: Sequence[Tensor], before: Tensor) -> dict[str, Any]:
 
 def read_outcomes(folders: Sequence[Path]) -> list[dict[str, Tensor]]:
     """The outcomes that lie in some condition folders; those without any are left out."""
-    return [storage.read_tensors(folder / FILE)[0] for folder in folders if (folder / FILE).exists()]
+    return [read_outcomes_of(folder, FILE) for folder in folders if (folder / FILE).exists()]
 
 
 def transfer_text(found: Mapping[str, Any]) -> str:

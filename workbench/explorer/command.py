@@ -1,21 +1,19 @@
 """`workbench explore`: the models and prompts of the command line -> a session on a loopback page."""
 
 import argparse
-import logging
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench import storage
-from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
-from workbench.experiment import located
-from workbench.explorer.begin import PROMPTS, session_of
-from workbench.explorer.server import ExplorerServer
 
-log = logging.getLogger("workbench")
-BUNDLED = ("assets/models/teacher", "assets/models/student")
+if TYPE_CHECKING:
+    from workbench.explorer.server import ExplorerServer
+
+BUNDLED = ("teacher", "student")
+PROMPTS = 24
+"""How many pairs are drawn of a task."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -41,42 +39,68 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
     command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
+    command.add_argument("--prepend-bos", action="store_true", help="put the BOS token before every prompt")
+    command.add_argument(
+        "--chat", choices=("none", "user", "assistant"), default="none", help="put prompts into the chat template"
+    )
+    command.add_argument("--system", help="the system message, with --chat")
+    command.add_argument("--instruction", help="the user's message, with --chat assistant")
+    command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME:PORT",
+        help="another address that the page is opened by, e.g. localhost:9000 behind ssh -L 9000:127.0.0.1:PORT",
+    )
     command.add_argument("--port", type=int, default=0, help="default: a free one")
     command.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
-def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> ExplorerServer:
+def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "ExplorerServer":
     """The server, not yet serving. Errors: `InputError` for what can't be explored."""
     if options.teacher is None and (options.student or options.after):
         raise InputError("a student needs its teacher: workbench explore TEACHER --student STUDENT.")
-    teacher, student = (options.teacher, options.student) if options.teacher else map(located, BUNDLED)
+    from workbench import storage
+    from workbench.circuits.circuit import Circuit
+    from workbench.explorer.api import session_of
+    from workbench.explorer.server import ExplorerServer
+    from workbench.models.hooked_model import Teacher
+    from workbench.tasks.prompts import PromptSettings
+
+    def loaded(source: str) -> Teacher:
+        return Teacher.load(source, device=options.device, dtype=options.dtype)
+
+    teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
     circuits = {"teacher": Circuit.from_json(storage.read_json(Path(options.circuit)))} if options.circuit else None
     session = session_of(
-        teacher,
-        student,
-        after=options.after,
+        loaded(teacher),
+        loaded(student) if student else None,
+        after=loaded(options.after) if options.after else None,
         task=options.task,
         options=settings,
         pairs=options.pairs,
         reference=options.reference,
         prompts=options.prompts,
         seed=options.seed,
+        settings=PromptSettings(
+            prepend_bos=options.prepend_bos, chat=options.chat, system=options.system, instruction=options.instruction
+        ),
         circuits=circuits,  # pyright: ignore[reportArgumentType]
         folder=options.folder,
     )
-    return ExplorerServer(session, port=options.port)
+    return ExplorerServer(session, port=options.port, allowed=options.allow_host)
 
 
-def explore(options: argparse.Namespace, settings: Mapping[str, Any]) -> None:
-    """Serve the page until interrupted."""
+def explore(options: argparse.Namespace, settings: Mapping[str, Any], *, tell: Callable[[str], object]) -> None:
+    """Serve the page until interrupted; `tell` is told where it is."""
     server = server_of(options, settings)
-    log.info("the explorer is at %s\n(this machine only; end with ctrl-c)", server.url)
+    tell(f"the explorer is at {server.url}\n(this machine only; end with ctrl-c)")
     if options.open:
         webbrowser.open(server.url)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        log.info("ended")
+        tell("ended")
     finally:
         server.server_close()
         server.session.close()

@@ -15,11 +15,15 @@ from datasets import Dataset
 
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
-from workbench.tasks.base import PromptPairs, Task, encode, single_token, to_dataset
-from workbench.tasks.pairs import Pair, Split, numbered_pairs
+from workbench.tasks.base import PromptPairs, RowError, Task, checked_row, single_token
+from workbench.tasks.pairs import Pair, Split, numbered_pairs, refuse_broken_text
+from workbench.tasks.prompts import PromptSettings
 from workbench.tasks.registry import task_named, task_names
 from workbench.tasks.tokenizers import refuse_unknown_words
 
+PLAIN = PromptSettings()
+MOST_TOKENS = 1024
+"""Of a prompt: attention of every token on every other is computed and sent to the page."""
 Given = str | Path | Dataset | Sequence[Pair]
 """Pairs as a file (JSONL, CSV, Parquet), a dataset, a hub id, or `Pair`s."""
 Key = tuple[str, str, str, str]
@@ -45,16 +49,27 @@ class Material:
     reference: Drawn | None
     """None: mean ablation is not to be had."""
     chance: float | None
+    settings: PromptSettings = PLAIN
+    """How the prompts are put to the models."""
 
     def describe(self) -> dict[str, Any]:
         """What is needed of it on the page."""
         return {
-            "title": self.title,
+            "title": f"{self.title}{said_of(self.settings)}",
             "chance": self.chance,
             "evaluated": len(self.evaluated.pairs),
             "reference": len(self.reference.pairs) if self.reference else 0,
             "pairs": [text_of(pair) for pair in self.shown.pairs],
         }
+
+
+def said_of(settings: PromptSettings) -> str:
+    """What of the settings is not plain, for the page."""
+    said = [
+        *(["BOS prepended"] if settings.prepend_bos else []),
+        *([f"chat template: {settings.chat}"] if settings.chat != "none" else []),
+    ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def text_of(pair: Pair) -> dict[str, str]:
@@ -68,7 +83,14 @@ def key_of(pair: Pair) -> Key:
 
 
 def material_of_task(
-    task: Task | str, options: Mapping[str, Any], tokenizer: Any, *, prompts: int, seed: int, spelled: str = "tokenizer"
+    task: Task | str,
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    prompts: int,
+    seed: int,
+    spelled: str = "tokenizer",
+    settings: PromptSettings = PLAIN,
 ) -> Material:
     """Prompts drawn from a task, by its name or as an object: as many to look at as to evaluate, twice as many for the
     means.
@@ -91,6 +113,7 @@ def material_of_task(
         evaluated=drawn("test", prompts),
         reference=drawn("train", 2 * prompts),
         chance=made.chance,
+        settings=settings,
     )
 
 
@@ -100,7 +123,7 @@ def _options(task: Task) -> dict[str, Any]:
     return {each.name: getattr(task, each.name) for each in settings if getattr(task, each.name) != each.default}
 
 
-def material_of_pairs(pairs: Given, reference: Given | None) -> Material:
+def material_of_pairs(pairs: Given, reference: Given | None, settings: PromptSettings = PLAIN) -> Material:
     """A user's own pairs."""
     shown, title = _given(pairs, "pairs"), Path(str(pairs)).name if isinstance(pairs, str | Path) else "own pairs"
     return Material(
@@ -109,6 +132,7 @@ def material_of_pairs(pairs: Given, reference: Given | None) -> Material:
         evaluated=shown,
         reference=None if reference is None else _given(reference, "reference"),
         chance=None,
+        settings=settings,
     )
 
 
@@ -126,32 +150,53 @@ def _given(source: Given, name: str) -> Drawn:
     return Drawn(pairs=found, python=python)
 
 
-def encoded(pairs: Sequence[Pair], model: HookedModel) -> PromptPairs:
-    """Pairs as tensors for a model. Errors: `InputError` for unequal lengths, unknown words, and answers of several
-    tokens."""
+def encoded(pairs: Sequence[Pair], model: HookedModel, settings: PromptSettings = PLAIN) -> PromptPairs:
+    """Pairs as tensors for a model. Errors: `InputError` for unequal lengths, unknown words, answers of several tokens,
+    and (before any tensor is made) prompts longer than the model or the page can take."""
     for pair in pairs:
         refuse_unknown_words(pair, model.tokenizer)
-    return encode(to_dataset(enumerate(pairs), model.tokenizer, source="the pairs"), model.tokenizer).to(model.device)
+    wrapped = settings.wrapped(enumerate(pairs, 1), model.tokenizer)
+    refuse_long([pair for _, pair in wrapped], model, settings)
+    dataset = settings.dataset(enumerate(pairs, 1), model.tokenizer, source="the pairs")
+    return settings.encode(dataset, model.tokenizer).to(model.device)
 
 
-def typed_pair(text: Mapping[str, Any], tokenizer: Any) -> Pair:
+def refuse_long(pairs: Sequence[Pair], model: HookedModel, settings: PromptSettings) -> None:
+    """Refuse prompts beyond the model's context, or beyond `MOST_TOKENS`."""
+    context = getattr(model.model.cfg, "n_ctx", None) or MOST_TOKENS
+    most = min(context, MOST_TOKENS)
+    for pair in pairs:
+        for text in (pair.clean, pair.corrupt):
+            tokens = len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) + settings.prepend_bos
+            if tokens > most:
+                whose = f"{model.name} reads" if context <= MOST_TOKENS else "the explorer shows"
+                raise InputError(f"a prompt has {tokens} tokens; {whose} {most} at most. Give a shorter one.")
+
+
+def typed_pair(text: Mapping[str, Any], model: HookedModel, settings: PromptSettings = PLAIN) -> Pair:
     """A pair as it was typed: an answer without its leading space gets one where the prompt does not end in a space.
 
-    Errors: `InputError` for a missing text, prompts of unequal length, unknown words, answers that are not one token.
+    Errors: `InputError` for a missing text, prompts of unequal length or too long, unknown words, answers that are not
+    one token.
     """
+    tokenizer = model.tokenizer
     for name in ("clean", "corrupt", "answer", "distractor"):
+        title = name.replace("clean", "clean prompt").replace("corrupt", "corrupt prompt")
         if not isinstance(text.get(name), str) or not text[name].strip():
-            raise InputError(
-                f"the {name.replace('clean', 'clean prompt').replace('corrupt', 'corrupt prompt')} is empty; fill it "
-                "in."
-            )
+            raise InputError(f"the {title} is empty; fill it in.")
+        try:
+            refuse_broken_text(1, f"the {title}", text[name])
+        except RowError as error:
+            raise InputError(error.reason) from None
     answer, distractor = (_spaced(text[name], text["clean"], tokenizer) for name in ("answer", "distractor"))
     pair = Pair(clean=text["clean"], corrupt=text["corrupt"], answer=answer, distractor=distractor, positions={})
     refuse_unknown_words(pair, tokenizer)
     try:
-        to_dataset([(0, pair)], tokenizer, source="the typed pair")
-    except InputError as error:
-        raise InputError(str(error).removeprefix("row 0: ")) from None
+        for number, wrapped in settings.wrapped([(1, pair)], tokenizer):
+            checked_row(number, wrapped, tokenizer)
+            refuse_long([wrapped], model, settings)
+    except RowError as error:
+        raise InputError(error.reason) from None
     return pair
 
 

@@ -12,18 +12,18 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError, nearest
-from workbench.explorer import listing, needs
+from workbench.explorer import parts, script
+from workbench.explorer.labels import METRIC_TITLES, OUTSIDE_TITLES, choices, colours
 from workbench.explorer.material import Material, text_of, typed_pair
 from workbench.explorer.state import Side, State, empty_circuit
 from workbench.explorer.subject import Subject
 from workbench.explorer.view import plain
-from workbench.explorer.words import METRIC_TITLES, OUTSIDE_TITLES, choices, colours
-from workbench.explorer.work import Worker
+from workbench.explorer.worker import Worker
 from workbench.matching import HeadMap
 from workbench.models.hooked_model import HookedModel
 from workbench.values.refs import Head
@@ -31,6 +31,8 @@ from workbench.values.scores import Scores
 
 PATIENCE = 0.15
 """Seconds that a command waits for what it asks for, before it is answered with what there is."""
+LONGEST_ERROR, LONGEST_NAME = 2000, 100
+"""Characters of an answer's error, and bytes of a saved circuit's name."""
 UNDOS = 200
 """How many changes of circuits can be undone."""
 
@@ -80,17 +82,24 @@ class Session:
                 f"{self.subjects[side].shape}; give its own circuit."
             )
 
-    def handle(self, command: Mapping[str, Any], *, patience: float | None = None) -> dict[str, Any]:
-        """Carry out a command and return the view. Never raises on bad input: the view's `error` says what was wrong
-        and what to do."""
-        error, notice = None, None
+    def handle(self, command: Any, *, patience: float | None = None) -> dict[str, Any]:
+        """Carry out a command and return the view. Never raises, whatever it is given: the view's `error` says
+        what was wrong and what to do."""
+        error, notice, command = None, None, command if isinstance(command, Mapping) else {}
         with self._lock:
+            before = self.state
             try:
                 notice = self._act(command)
             except InputError as refused:
                 error = str(refused)
-            parts = needs.parts(self.state, self.subjects)
-            self._worker.want(parts)
+            except Exception as unforeseen:
+                self.state = before
+                error = f"this command can't be carried out ({type(unforeseen).__name__}: {unforeseen}); send another."
+            error = None if error is None else error[:LONGEST_ERROR]
+            try:
+                self._worker.want(parts.parts(self.state, self.subjects))
+            except InputError as refused:
+                error = error or str(refused)
         self._worker.wait(self.patience if patience is None else patience)
         with self._lock:
             view = self.view()
@@ -113,7 +122,7 @@ class Session:
             "resume": lambda _: self._worker.resume(),
             "save": self._save,
         }
-        name = str(command.get("do"))
+        name = _word(command.get("do"))
         if name not in actions:
             raise InputError(f"no command {name!r}; {nearest(name, actions)}")
         return actions[name](command)
@@ -123,13 +132,13 @@ class Session:
 
     def _pick(self, command: Mapping[str, Any]) -> None:
         index, pairs = command.get("index"), self.material.shown.pairs
-        if not isinstance(index, int) or not 0 <= index < len(pairs):
-            raise InputError(f"there is no pair {index!r}; pick one from 0 to {len(pairs) - 1}.")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(pairs):
+            raise InputError(f"there is no pair {_word(index)}; pick one from 0 to {len(pairs) - 1}.")
         position = self.state.position if self.state.position in {"all", "last", *pairs[index].positions} else "all"
         self._become(replace(self.state, pair=pairs[index], picked=index, position=position))
 
     def _type(self, command: Mapping[str, Any]) -> None:
-        pair = typed_pair(command, self.subjects["teacher"].model.tokenizer)
+        pair = typed_pair(command, self.subjects["teacher"].model, self.material.settings)
         for subject in self.subjects.values():
             subject.pair(pair)
         known = [text_of(each) for each in self.material.shown.pairs]
@@ -151,9 +160,9 @@ class Session:
         changes = {name: value for name, value in command.items() if name != "do"}
         for name, value in changes.items():
             if name not in known:
-                raise InputError(f"no setting {name!r}; {nearest(name, known)}")
-            if value not in known[name]:
-                raise InputError(f"{name} can't be {value!r}; {nearest(str(value), map(str, known[name]))}")
+                raise InputError(f"no setting {_word(name)!r}; {nearest(_word(name), known)}")
+            if not any(type(value) is type(each) and value == each for each in known[name]):  # 1 is not true
+                raise InputError(f"{name} can't be {_word(value)!r}; {nearest(_word(value), map(str, known[name]))}")
         self._become(replace(self.state, **changes))
 
     def _choices(self) -> dict[str, Any]:
@@ -165,15 +174,14 @@ class Session:
 
     def _place(self, command: Mapping[str, Any]) -> tuple[Side, Head]:
         side = self._side(command)
-        return side, self.subjects[side].model.checked(Head.parse(str(command.get("head"))))
+        return side, self.subjects[side].model.checked(Head.parse(_word(command.get("head"))))
 
     def _side(self, command: Mapping[str, Any]) -> Side:
         for side in self.subjects:
             if side == command.get("side"):
                 return side
-        raise InputError(
-            f"there is no model {command.get('side')!r} here; {nearest(str(command.get('side')), self.subjects)}"
-        )
+        named = _word(command.get("side"))
+        raise InputError(f"there is no model {named!r} here; {nearest(named, self.subjects)}")
 
     def _select(self, command: Mapping[str, Any]) -> None:
         side, head = self._place(command)
@@ -204,12 +212,15 @@ class Session:
 
     def _save(self, command: Mapping[str, Any]) -> str:
         """Only a plain file name in the session's folder, and never over anything but a circuit."""
-        side, name = self._side({"side": command.get("side", self.state.side)}), str(command.get("name") or "")
-        if not name or Path(name).name != name or name.startswith(".") or "\\" in name:
+        side, name = self._side({"side": command.get("side", self.state.side)}), command.get("name")
+        if not _is_plain_name(name):
             raise InputError(
-                f"{name!r} is no plain file name; write for example circuit.json (it goes to {self.folder.resolve()})."
+                f"{_word(name)!r} is no plain file name; write for example circuit.json (it goes to "
+                f"{self.folder.resolve()})."
             )
         path = self.folder / (name if name.endswith(".json") else f"{name}.json")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path.name} is there already and is no file; choose another name.")
         if path.exists():
             try:
                 Circuit.from_json(storage.read_json(path))
@@ -238,7 +249,7 @@ class Session:
             self._worker.pending(),
             self._worker.stopped(),
         )  # first: what is done meanwhile is asked for once more, never missed
-        shown = needs.shown(self.state, self.subjects, self._worker.outcome, self.head_map)
+        shown = parts.shown(self.state, self.subjects, self._worker.outcome, self.head_map)
         state = self.state
         return plain(
             {
@@ -257,7 +268,7 @@ class Session:
                 },
                 "selected": {"side": state.side, "head": state.head},
                 "undo": self._past[-1].done if self._past else None,
-                "code": listing.python_lines(state, self.subjects[state.side]),
+                "code": script.python_lines(state, self.subjects[state.side]),
                 "pending": pending,
                 "stopped": stopped,
             }
@@ -269,10 +280,25 @@ class Session:
 
     def scores(self, side: Side = "teacher") -> Scores | None:
         """The heat map in view as `Scores`; None while it is being computed."""
-        part = needs.map_part(self.state, self.subjects[side])
+        part = parts.map_part(self.state, self.subjects[side])
         outcome = self._worker.outcome(part.key)
         return outcome.value if outcome else None
 
     def close(self) -> None:
         """Stop computing."""
         self._worker.close()
+
+
+def _word(value: Any) -> str:
+    """What stands where a word belongs, short enough to be said again."""
+    return f"{value!s:.100}" if isinstance(value, str | bool | int | float | None) else type(value).__name__
+
+
+def _is_plain_name(name: Any) -> TypeGuard[str]:
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode(errors="replace")) <= LONGEST_NAME
+        and name.isprintable()
+        and not name.startswith(".")
+        and not any(sign in name for sign in "/\\:")
+    )

@@ -14,16 +14,11 @@ from workbench.explorer.material import Key, Material, encoded, key_of
 from workbench.explorer.state import Method, Outside, Side, State
 from workbench.matching.head_similarity import all_head_similarity
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import (
-    Replacement,
-    ablation_profiles,
-    counterfactual_outputs,
-    plain_logits,
-    reference_means,
-)
+from workbench.patching.ablation import ablate, plain_logits
 from workbench.patching.activation import activation_patch
 from workbench.patching.attribution import exact_edges
 from workbench.patching.path import path_patch
+from workbench.patching.replacement import Replacement, Zero, counterfactual_outputs, covers, reference_means
 from workbench.readouts.logit_attribution import LogitAttribution, direct_logit_attribution
 from workbench.readouts.patterns import AttentionPatterns, attention_patterns
 from workbench.readouts.text import token_texts
@@ -39,11 +34,6 @@ TOP = 6
 COMPOSITIONS: tuple[Composition, ...] = ("q", "k", "v")
 EVALUATED, LISTED = ("evaluated",), ("listed",)
 """Keys of the two sets of prompts that are not the pair in view."""
-
-
-def unit_of(metric: str) -> str:
-    """A metric's name in words."""
-    return metric.replace("_", " ")
 
 
 class Subject:
@@ -62,8 +52,8 @@ class Subject:
     def once(self, key: tuple[Any, ...], make: Callable[[], Any], *, room: int = 8) -> Any:
         """A value that several parts share; of each kind the latest few are kept, for they hold activations."""
         if key not in self._kept:
-            alike = [known for known in self._kept if known[0] == key[0]]
-            for known in alike[: len(alike) - room + 1]:
+            of_kind = [known for known in self._kept if known[0] == key[0]]
+            for known in of_kind[: len(of_kind) - room + 1]:
                 del self._kept[known]
             self._kept[key] = make()
         return self._kept[key]
@@ -72,17 +62,20 @@ class Subject:
         """The pair in view as tensors."""
         return self.once(
             ("pair", key_of(pair)),
-            lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model),
+            lambda: encoded([replace(pair, corrupt_answer=None, facts=None)], self.model, self.material.settings),
             room=64,
         )
 
+    def _encoded(self, pairs: Sequence[Pair]) -> PromptPairs:
+        return encoded(pairs, self.model, self.material.settings)
+
     def listed(self) -> PromptPairs:
         """All pairs of the list."""
-        return self.once(("listed",), lambda: encoded(self.material.shown.pairs, self.model))
+        return self.once(("listed",), lambda: self._encoded(self.material.shown.pairs))
 
     def evaluated(self) -> PromptPairs:
         """The prompts that circuits are evaluated on."""
-        return self.once(("evaluated",), lambda: encoded(self.material.evaluated.pairs, self.model))
+        return self.once(("evaluated",), lambda: self._encoded(self.material.evaluated.pairs))
 
     def reference(self) -> PromptPairs:
         """The prompts of the mean. Errors: `InputError` when there are none."""
@@ -92,16 +85,16 @@ class Subject:
                 "counterfactual."
             )
         reference = self.material.reference
-        return self.once(("reference",), lambda: encoded(reference.pairs, self.model))
+        return self.once(("reference",), lambda: self._encoded(reference.pairs))
 
     def replacement(self, kind: Outside, pairs: PromptPairs, key: Key | tuple[str, ...]) -> Replacement:
-        """What stands in for an ablated head on these prompts. Means are by position where the reference prompts are as
+        """What stands in for an ablated head on these prompts. Means are by position where a reference prompt is as
         long, else over all tokens."""
         if kind == "zero":
-            return "zero"
+            return Zero()
         if kind == "mean":
-            alike = self.reference().clean.shape[1] == pairs.clean.shape[1]
-            return self.once(("mean", alike), lambda: reference_means(self.model, self.reference(), per_position=alike))
+            there = covers(self.reference(), pairs)
+            return self.once(("mean", there), lambda: reference_means(self.model, self.reference(), per_position=there))
         return self.once(("counterfactual", key), lambda: counterfactual_outputs(self.model, pairs))
 
     def predictions(self, pair: Pair) -> dict[str, Any]:
@@ -145,15 +138,11 @@ class Subject:
         self, method: Method, pairs: PromptPairs, key: Key | tuple[str, ...], *, metric: str, position: Position
     ) -> Scores:
         """The sweep of a method over all heads."""
-        measured = METRICS[metric]
         if method == "path":
-            return path_patch(self.model, pairs, metric=measured, unit=unit_of(metric), position=position)
+            return path_patch(self.model, pairs, metric=metric, position=position)
         if method == "activation":
-            return activation_patch(
-                self.model, pairs, "z", metric=measured, unit=unit_of(metric), positions=(position,)
-            )
-        stand_in = self.replacement(method, pairs, key)
-        return ablation_profiles(self.model, pairs, stand_in, metrics={metric: measured}, position=position)[metric]
+            return activation_patch(self.model, pairs, "z", metric=metric, positions=(position,))
+        return ablate(self.model, pairs, self.replacement(method, pairs, key), metric=metric, position=position)
 
     def attention(self, pair: Pair, head: Head, *, weighted: bool) -> AttentionPatterns:
         """Where the head looks on the clean prompt."""
@@ -171,14 +160,14 @@ class Subject:
         )
         return {
             kind: float(
-                ablation_profiles(
+                ablate(
                     self.model,
                     pairs,
                     self.replacement(kind, pairs, key_of(pair)),
-                    metrics={metric: METRICS[metric]},
+                    metric=metric,
                     heads=[head],
                     position=position,
-                )[metric].at(head)[0]
+                ).at(head)[0]
             )
             for kind in kinds
         }
@@ -201,8 +190,7 @@ class Subject:
         return path_patch(
             self.model,
             self.pair(pair),
-            metric=METRICS[metric],
-            unit=unit_of(metric),
+            metric=metric,
             position="all",
             receivers=into,
             senders=senders,
@@ -210,16 +198,14 @@ class Subject:
 
     def feeds(self, pair: Pair, head: Head, *, metric: str) -> Scores:
         """Path effect of this head on the logits and on the q, k, v of every head above: [sender receiver example]."""
-        return exact_edges(
-            self.model, self.pair(pair), metric=METRICS[metric], unit=unit_of(metric), senders=[head], freeze_mlps=False
-        )
+        return exact_edges(self.model, self.pair(pair), metric=metric, senders=[head], freeze_mlps=False)
 
     def similarity(self, teacher: "Subject") -> Scores:
         """CKA of every head's output at the last token of the evaluated prompts with every head of the teacher:
         [student teacher]."""
-        alike = same_vocabulary(self.model.tokenizer, teacher.model.tokenizer)
+        same = same_vocabulary(self.model.tokenizer, teacher.model.tokenizer)
         return all_head_similarity(
-            self.model, teacher.model, replace(self.evaluated(), teacher=None if alike else teacher.evaluated())
+            self.model, teacher.model, replace(self.evaluated(), teacher=None if same else teacher.evaluated())
         )
 
     def report(self, circuit: Circuit, outside: Outside, *, random_circuits: int = 0) -> CircuitReport:
@@ -233,9 +219,9 @@ class Subject:
     def _report(
         self, circuit: Circuit, outside: Outside, pairs: PromptPairs, key: Key | tuple[str, ...], random_circuits: int
     ) -> CircuitReport:
-        means = self.replacement(outside, pairs, key)
-        ends: Ends = self.once(("ends", outside, key), lambda: circuit_ends(self.model, pairs, self.shape, means))
-        return evaluate_circuit(self.model, pairs, circuit, means, random_circuits=random_circuits, ends=ends)
+        stand_in = self.replacement(outside, pairs, key)
+        ends: Ends = self.once(("ends", outside, key), lambda: circuit_ends(self.model, pairs, self.shape, stand_in))
+        return evaluate_circuit(self.model, pairs, circuit, stand_in, random_circuits=random_circuits, ends=ends)
 
 
 def strongest(scores: Scores, count: int) -> list[Head]:

@@ -7,11 +7,10 @@ from typing import Any
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import CircuitReport
 from workbench.explorer.subject import strongest
-from workbench.plots.panels import Order
 from workbench.readouts.logit_attribution import LogitAttribution
 from workbench.readouts.patterns import AttentionPatterns
 from workbench.values.refs import Head
-from workbench.values.scores import Scores
+from workbench.values.scores import Order, Scores
 
 
 def plain(value: Any) -> Any:

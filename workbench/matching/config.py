@@ -7,8 +7,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from workbench.errors import InputError
-from workbench.similarity.measures import Measure
+from workbench.similarity.names import Measure
 
+Activation = Literal["z", "result", "pattern"]
+"""`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the
+keys [pos]."""
 Distance = Literal["paper", "own_baseline", "normalised", "profile", "similarity"]
 """Rules that measure a distance between a student head and a teacher head."""
 Rule = Literal["paper", "own_baseline", "normalised", "profile", "similarity", "role", "combined", "random", "shuffled"]

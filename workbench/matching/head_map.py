@@ -1,13 +1,14 @@
 """`HeadMap`: which teacher head each student head goes to, and what there is to know about each match; JSON both
 ways."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.errors import InputError
 from workbench.matching.config import Rule
+from workbench.storage import read_typed
 from workbench.values.refs import Head
+from workbench.values.tables import html_table, number, text_table
 
 Side = Literal["student", "teacher"]
 
@@ -87,6 +88,26 @@ class HeadMap:
             f"({'; '.join(remarks)})"
         )
 
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        rows = [
+            (
+                str(match.student),
+                str(match.teacher),
+                number(match.distance),
+                number(match.margin),
+                number(match.stability, 2),
+                "" if not match.noise else f"impact within noise: {', '.join(match.noise)}",
+            )
+            for match in self.matches
+        ]
+        return ("student", "teacher", "distance", "margin", "stability", "note"), rows
+
+    def __repr__(self) -> str:
+        return text_table(*self._table(), title=self.summary())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), title=self.summary())
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back. The counts and means beside the matches are for the
         reader."""
@@ -102,18 +123,12 @@ class HeadMap:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "HeadMap":
+    def from_json(cls, value: Any) -> "HeadMap":
         """Read what `to_json` gave, now or before stability, noise and unmatched heads were kept. Errors: `InputError`
         on anything else."""
-        try:
-            matches = tuple(_match_of_json(match) for match in value["matches"])
-            unmatched = tuple(Head.parse(head) for head in value.get("unmatched", ()))
-            return cls(matches=matches, rule=value["rule"], one_to_one=value["one_to_one"], unmatched=unmatched)
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"this is not a head map ({error!r}); it needs matches (student, teacher, distance, margin), rule and "
-                "one_to_one."
-            ) from None
+        beside = ("teacher_heads_used", "ties", "stability", "within_noise")
+        what = "a head map (matches with student, teacher, distance, margin; rule; one_to_one)"
+        return read_typed(value, cls, what=what, beside=beside)
 
 
 def _match_to_json(match: Match) -> dict[str, Any]:
@@ -125,14 +140,3 @@ def _match_to_json(match: Match) -> dict[str, Any]:
         "stability": match.stability,
         "noise": list(match.noise),
     }
-
-
-def _match_of_json(value: Mapping[str, Any]) -> Match:
-    return Match(
-        student=Head.parse(value["student"]),
-        teacher=Head.parse(value["teacher"]),
-        distance=value["distance"],
-        margin=value["margin"],
-        stability=value.get("stability"),
-        noise=tuple(value.get("noise", ())),
-    )

@@ -5,22 +5,18 @@ m, the number of rows, is the number of prompts times the tokens of the position
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.matching.config import Activation
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Position
-
-Activation = Literal["z", "result", "pattern"]
-"""`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the
-keys [pos]."""
 
 
 def require_fitting(measure: Measure, activation: Activation, prompts: PromptPairs) -> None:

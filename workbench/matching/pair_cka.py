@@ -14,6 +14,7 @@ from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import Activation, head_rows, hook_names, output_weights, place
 from workbench.models.hooked_model import HookedModel
 from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
+from workbench.storage import read_typed
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.tokenizers import require_readings
 from workbench.values.refs import Head
@@ -47,17 +48,31 @@ class PairCka:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "PairCka":
+    def from_json(cls, value: Any) -> "PairCka":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        try:
-            student, teacher = Head.parse(value["student"]), Head.parse(value["teacher"])
-            ours, theirs = tuple(value["student_positions"]), tuple(value["teacher_positions"])
-            pair = AlignedPair(student=student, teacher=teacher, student_positions=ours, teacher_positions=theirs)
-            return cls(pair=pair, **{name: value[name] for name in ("cka", "floor", "floor_high", "rows")})
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"this is not the CKA of a pair ({error!r}); run `workbench match` or `workbench evaluate` again."
-            ) from None
+        remedy = "run `workbench match` or `workbench evaluate` again"
+        found = read_typed(value, _Written, what="the CKA of a pair", remedy=remedy)
+        pair = AlignedPair(
+            student=found.student,
+            teacher=found.teacher,
+            student_positions=found.student_positions,
+            teacher_positions=found.teacher_positions,
+        )
+        return cls(pair=pair, cka=found.cka, floor=found.floor, floor_high=found.floor_high, rows=found.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """The CKA of a pair as it is written."""
+
+    student: Head
+    teacher: Head
+    student_positions: tuple[str, ...]
+    teacher_positions: tuple[str, ...]
+    cka: float
+    floor: float
+    floor_high: float
+    rows: int
 
 
 def pair_ckas(

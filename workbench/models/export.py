@@ -29,26 +29,48 @@ def plain_model(hooked: Any) -> Any:
     Errors: `InputError` when the hooked transformer was not made from a `transformers` model or a parameter has no
     counterpart.
     """
+    config, named = _config(hooked), _named(hooked)
+    with torch.random.fork_rng(devices=[]):  # its random initial weights are all replaced
+        plain = AutoModelForCausalLM.from_config(config, dtype=next(iter(named.values())).dtype)
+    _restore(named, plain, config)
+    known = plain.state_dict()
+    plain.load_state_dict({name: value for name, value in named.items() if name in known}, strict=False)
+    if (generation := getattr(hooked.original_model, "generation_config", None)) is not None:
+        plain.generation_config = copy.deepcopy(generation)
+    return plain.eval()
+
+
+def require_savable(hooked: Any) -> None:
+    """Refuse what `plain_model` would refuse, without making a model."""
+    config = _config(hooked)
+    named = {name: parameter.to("meta") for name, parameter in _named(hooked).items()}
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    _restore(named, plain, config)
+
+
+def _config(hooked: Any) -> Any:
     original = getattr(hooked, "original_model", None)
     if original is None or not hasattr(original, "config"):
         raise InputError(
             "only a student loaded through TransformerBridge (TransformerLens 4) can be saved as a transformers "
             "directory."
         )
-    named = {name.replace(WRAPPER, ""): parameter.detach() for name, parameter in hooked.named_parameters()}
-    with torch.random.fork_rng(devices=[]):  # its random initial weights are all replaced
-        plain = AutoModelForCausalLM.from_config(original.config, dtype=next(iter(named.values())).dtype)
-    _fuse(named, original.config)
-    known = plain.state_dict()
-    missing = sorted(set(known) - set(named) - _tied(plain))
+    return original.config
+
+
+def _named(hooked: Any) -> dict[str, Tensor]:
+    return {name.replace(WRAPPER, ""): parameter.detach() for name, parameter in hooked.named_parameters()}
+
+
+def _restore(named: dict[str, Tensor], plain: Any, config: Any) -> None:
+    """Give the weights the plain model's names and shapes."""
+    _fuse(named, config)
+    missing = sorted(set(plain.state_dict()) - set(named) - _tied(plain))
     if missing:
         raise InputError(
             f"this student can't be saved as a transformers model: no weights for {', '.join(missing[:3])}."
         )
-    plain.load_state_dict({name: value for name, value in named.items() if name in known}, strict=False)
-    if getattr(original, "generation_config", None) is not None:
-        plain.generation_config = copy.deepcopy(original.generation_config)
-    return plain.eval()
 
 
 def save_plain(plain: Any, tokenizer: Any, directory: Path) -> None:
@@ -84,7 +106,9 @@ def _fuse(named: dict[str, Tensor], config: Any) -> None:
     for stem in sorted({name.rsplit(".qkv.", 1)[0] for name in named if ".qkv." in name}):
         for kind in KINDS:
             if f"{stem}.o.{kind}" in named:
-                named[f"{stem}.{OUTPUTS.get('.' + stem.rsplit('.', 1)[-1], 'o')}.{kind}"] = named.pop(f"{stem}.o.{kind}")
+                named[f"{stem}.{OUTPUTS.get('.' + stem.rsplit('.', 1)[-1], 'o')}.{kind}"] = named.pop(
+                    f"{stem}.o.{kind}"
+                )
             stale = named.pop(f"{stem}.qkv.{kind}", None)
             if stale is not None:
                 parts = [named.pop(f"{stem}.{matrix}.{kind}") for matrix in "qkv"]

@@ -34,7 +34,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner", "head_dim")
 SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts", "num_experts")
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|\.attention\.rotary_emb\.")
-"""Left over from older versions of `transformers`: rotary frequencies and causal masks, which follow from the config."""
+"""Left over from older versions of `transformers`: rotary frequencies and causal masks, which follow from the
+config."""
 WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 RANKS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 """What `transformers` would read before anything else."""
@@ -64,7 +65,7 @@ def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager"
     remedy = "compare config.json with the weights, or save the model anew with save_pretrained"
     loading = refusing(f"{directory} could not be loaded by transformers", remedy)
     with quiet(), loading, torch.random.fork_rng(devices=[]):  # it draws what is missing, which is then refused
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -74,6 +75,7 @@ def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager"
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, report = loaded
     require_complete(directory, model, report)
     _require_tied(directory, model, weights)
     return model.eval()
@@ -136,7 +138,8 @@ def config_of(directory: Path) -> Any:
     pad, rows = getattr(inner, "pad_token_id", None), getattr(inner, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise InputError(
-            f"{directory / 'config.json'} says pad_token_id {pad}, beyond the embedding's {rows} rows; set it to a token "
+            f"{directory / 'config.json'} says pad_token_id {pad}, beyond the embedding's {rows} rows; set it to a "
+            "token "
             "that the model has, such as its eos_token_id."
         )
     return config
@@ -152,7 +155,8 @@ def _require_plausible(directory: Path, values: dict[str, Any], weights: dict[Pa
                 value = part.get(key)
                 if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value <= most:
                     raise InputError(
-                        f"{directory / 'config.json'} says {key} = {value}, but the weights have {most} {what}; copy the "
+                        f"{directory / 'config.json'} says {key} = {value}, but the weights have {most} {what}; copy "
+                        "the "
                         "model's own config.json there."
                     )
 
@@ -210,7 +214,8 @@ def weight_files(directory: Path) -> dict[Path, list[str]]:
         return _sharded(directory, index)
     if not _present(single):
         raise InputError(
-            f"{directory} has no .safetensors weights ({SINGLE}, or {INDEX} with its shards). Pickled weights are never "
+            f"{directory} has no .safetensors weights ({SINGLE}, or {INDEX} with its shards). Pickled weights are "
+            "never "
             "loaded, because loading them can run code: where they come from, save them with "
             "save_pretrained(..., safe_serialization=True)."
         )
@@ -249,7 +254,8 @@ def _present(file: Path) -> bool:
 
 
 def _inside(directory: Path, file: Path) -> bool:
-    """Whether a file lies in the folder, or (through the links of a snapshot) in the hub cache that the folder is of."""
+    """Whether a file lies in the folder, or (through the links of a snapshot) in the hub cache that the folder is
+    of."""
     home, real = directory.resolve(), file.resolve()
     roots = [home]
     if home.parent.name == "snapshots":

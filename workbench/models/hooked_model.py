@@ -4,6 +4,7 @@ head's own weights.
 Everything above is written against `HookedModel`. Loading runs `self_check`, which refuses a mis-wired model.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from workbench import seeds, storage
 from workbench.errors import InputError, nearest
 from workbench.models import folders, hooks, sources
+from workbench.models.devices import require_device
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
 from workbench.values.refs import Head
 
@@ -65,13 +67,14 @@ class HookedModel:
         dtype: Dtype | str = "float32",
         check: bool = True,
     ) -> Loaded:
-        """Load from a hub id, a Hugging Face directory, a PEFT/LoRA adapter directory (merged) or a GGUF file.
+        """Load a bundled model by its name (`teacher`, `student`, ...), or from a hub id, a Hugging Face directory, a
+        PEFT/LoRA adapter directory (merged) or a GGUF file.
 
         `check=False` skips the self-check (it costs a forward of the plain model; skip it for a model loaded before).
         Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one, and for a
         device or a dtype that there is not.
         """
-        _require_device(device)
+        require_device(device)
         precision = _dtype_named(dtype)
         opened = sources.open_source(source, dtype=precision)
         tokens, mask = _probe(opened.model.get_input_embeddings().weight.shape[0], _context(opened.model.config))
@@ -92,7 +95,9 @@ class HookedModel:
         )  # TransformerLens' own copy adds a BOS token and names missing special tokens
         loaded.context = _context(opened.model.config)
         if expected is not None:
-            with folders.refusing(f"{source} does not run in TransformerLens", "compare its config.json with the weights"):
+            with folders.refusing(
+                f"{source} does not run in TransformerLens", "compare its config.json with the weights"
+            ):
                 self_check(loaded, tokens, mask, expected)
         return loaded
 
@@ -164,7 +169,8 @@ class HookedModel:
             longest = int(mask.sum(1).max())
             if longest > self.context:
                 raise InputError(
-                    f"a prompt has {longest} tokens, and {self.name} reads {self.context}; shorten the prompts, or take a "
+                    f"a prompt has {longest} tokens, and {self.name} reads {self.context}; shorten the prompts, or "
+                    "take a "
                     "model with a longer context."
                 )
         rows = self.embeddings
@@ -173,7 +179,8 @@ class HookedModel:
             row, column = divmod(int(tokens.argmax()), tokens.shape[1])
             what = "" if bool(mask[row, column]) else " (padding)"
             raise InputError(
-                f"prompt {row} has the token {highest}{what}, and {self.name} has {rows} embeddings; make the prompts with "
+                f"prompt {row} has the token {highest}{what}, and {self.name} has {rows} embeddings; make the prompts "
+                "with "
                 "the model's own tokenizer, and pad with a token that it has."
             )
 
@@ -308,13 +315,11 @@ class HookedModel:
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values of all parameters: the key of anything computed with this model."""
-        import hashlib
-
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.parameters().items()):
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        named = sorted(self.parameters().items())
+        return storage.digest(
+            *(part for name, value in named for part in (f"{name}{tuple(value.shape)}{value.dtype}", value)),
+            separator="",
+        )
 
 
 class Teacher(HookedModel):
@@ -328,6 +333,16 @@ class Teacher(HookedModel):
 
 class Student(HookedModel):
     """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
+
+    def copy(self) -> "Student":
+        """Another student of the same weights; training one leaves the other as it is."""
+        held = (value for module in cast(nn.Module, self.model).modules() for value in vars(module).values())
+        # TransformerBridge keeps some of the last forward, with its graph; every forward sets it anew
+        transient = {id(value): None for value in held if isinstance(value, Tensor) and not value.is_leaf}
+        other = type(self)(copy.deepcopy(self.model, transient), name=self.name)
+        other.tokenizer = self.tokenizer
+        other.context = self.context
+        return other
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -394,19 +409,10 @@ def _context(config: Any) -> int | None:
 def _dtype_named(dtype: str) -> torch.dtype:
     known = get_args(Dtype)
     if dtype not in known:
-        raise InputError(f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}")
+        raise InputError(
+            f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}"
+        )
     return getattr(torch, dtype)
-
-
-def _require_device(device: str) -> None:
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"{device!r} is no device ({str(error).splitlines()[0]}); give cpu or cuda.") from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"{device!r} was asked for, and torch finds no such device on this machine; give device='cpu'.")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"{device!r} was asked for, and this machine has {torch.cuda.device_count()} of them.")
 
 
 def self_check(

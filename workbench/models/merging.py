@@ -27,7 +27,8 @@ def base_name(adapter: Path) -> str:
     config = read_mapping(adapter / CONFIG, "copy the adapter's own config there")
     if config.get("megatron_config"):
         raise InputError(
-            f"{adapter / CONFIG} names a module to import (megatron_config), and no code of a source is ever run; set it "
+            f"{adapter / CONFIG} names a module to import (megatron_config), and no code of a source is ever run; set "
+            "it "
             "to null."
         )
     base = config.get("base_model_name_or_path")
@@ -107,7 +108,8 @@ def _require_used(adapter: Path, adapted: Any, held: dict[str, Tensor]) -> None:
         faults += [f"not applied: {', '.join(unused[:4])}"] if unused else []
         raise InputError(
             f"the weights of the adapter {adapter} do not fit its base: {'; '.join(faults)} ({len(missing)} missing, "
-            f"{len(unused)} not applied); mend base_model_name_or_path and target_modules in its config, or save it anew."
+            f"{len(unused)} not applied); mend base_model_name_or_path and target_modules in its config, or save it "
+            "anew."
         )
 
 

@@ -6,7 +6,6 @@ once.
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -28,7 +27,6 @@ from workbench.models.folders import (
     config_of,
     plain_model,
     quiet,
-    read_mapping,
     refusing,
     require_complete,
     require_fitting,
@@ -69,8 +67,9 @@ def _is_adapter(directory: Path) -> bool:
 
 
 def local_directory(name: str | Path) -> Path:
-    """The local directory behind a name: itself, a converted GGUF file, or a hub snapshot (downloaded when online)."""
-    path = storage.recovered(Path(name).expanduser())
+    """The local directory behind a name: a bundled model's, itself, a converted GGUF file, or a hub snapshot
+    (downloaded when online)."""
+    path = storage.recovered(Path(storage.located(name)).expanduser())
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{path} is not a file; give the path of a GGUF file.")
@@ -127,7 +126,8 @@ def _base_directory(adapter: Path) -> Path:
         ) from None
     if _is_adapter(directory):
         raise InputError(
-            f"the base model of the adapter {adapter} is itself an adapter ({directory}); merge that one first and name "
+            f"the base model of the adapter {adapter} is itself an adapter ({directory}); merge that one first and "
+            "name "
             "the merged model as base_model_name_or_path."
         )
     return directory
@@ -167,12 +167,15 @@ def _convert_gguf(path: Path, target: Path) -> None:
     require_package("gguf", "gguf")
     with _alone(path) as folder, quiet():
         where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-        with refusing(f"{path} could not be read by transformers", "download or copy it again, or give the model itself"):
+        with refusing(
+            f"{path} could not be read by transformers", "download or copy it again, or give the model itself"
+        ):
             refuse_architecture(AutoConfig.from_pretrained(folder, **where), str(path))
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, **where, dtype=torch.float32, output_loading_info=True
             )
+            model, report = loaded
         require_complete(path, model, report)
     if hasattr(model.config, "quantization_config"):
         del (

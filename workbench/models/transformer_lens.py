@@ -85,7 +85,8 @@ def refuse_architecture(config: Any, name: str) -> None:
         ) from None
     if "attn" in blocks and "ln1_post" in blocks:
         raise InputError(
-            f"{name} is a {kind}, which is not supported: a norm stands between its attention and the residual stream, so "
+            f"{name} is a {kind}, which is not supported: a norm stands between its attention and the residual stream, "
+            "so "
             f"that its heads' outputs do not sum to the attention output of layer 0; {remedy}."
         )
 

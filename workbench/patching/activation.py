@@ -2,11 +2,12 @@
 everything after it follows.
 
 Unlike path patching, all that is downstream is recomputed, so the effect is the total one. Direction: corrupt into
-clean (noising); for clean into corrupt (denoising) pass `pairs.swapped()`. Sign: patched minus clean.
+clean (noising); for clean into corrupt (denoising) pass `pairs.swapped()`. Sign: clean minus patched, so what helps is
+positive.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,13 @@ from tqdm.auto import tqdm
 from workbench.errors import InputError, nearest
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.engine.chunks import MEMORY
-from workbench.patching.engine.replay import Replay, replay_of
+from workbench.patching.engine.replay import Replay
 from workbench.patching.engine.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
-from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
+from workbench.patching.execution import Execution
+from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric
+from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Position
 from workbench.values.scores import Scores, joined
 
@@ -47,22 +49,22 @@ def activation_patch(
     pairs: PromptPairs,
     site: str,
     *,
-    metric: Metric,
-    unit: str,
+    metric: str | Metric = "log_probability",
     positions: Sequence[Position] | Literal["each"] = ("all",),
-    batch: int = BATCH,
-    memory: int = MEMORY,
-    file: Path | None = None,
+    execution: Execution = Execution(),
 ) -> Scores:
     """Effect of patching a site, in every layer (and head), at each of some positions.
 
     Returns [layer example], [layer head example] for the sites of heads (k, v: key-value heads), with an axis
-    `position` before `example` when several are asked for or `each` (every token index on its own); patched minus
-    clean, 0 where a prompt has no such position. `memory`: bytes of one chunk of variants. `file`: where the scores are
-    kept; an interrupted sweep resumes from what is beside it. Errors: `InputError` for an unknown site or position, and
-    in training mode. Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
+    `position` before `example` when several are asked for or `each` (every token index on its own); clean minus
+    patched, 0 where a prompt has no such position. Errors: `InputError` for an unknown metric, site or position, in
+    training mode, and when the file is another sweep's. Source: Heimersheim & Nanda 2024, "How to use and interpret
+    activation patching".
     """
+    require_model(model)
+    require_pairs(pairs)
     model.require_eval()
+    pairs, measured = reading(model, pairs), metric_named(metric)
     if site not in SITES:
         raise InputError(f"no site {site!r} to patch; {nearest(site, SITES)}")
     if site == "resid_mid" and model.has_parallel_blocks:
@@ -70,80 +72,87 @@ def activation_patch(
             f"{model.name} has parallel blocks, in which no residual stream stands between attention and MLP; patch "
             "attn_out or mlp_out."
         )
-    place: Site = SITES[SITES.index(site)]
+    if positions != "each" and isinstance(positions, str):
+        raise InputError(f"`positions` are several names, or 'each': write ({positions!r},).")
     names = [str(index) for index in range(pairs.clean.shape[1])] if positions == "each" else list(positions)
-    parts = list(pairs.batches(batch))
+    sweep = _Activation(model, SITES[SITES.index(site)], measured, positions, names, execution)
+    settings = {"site": site, "positions": positions if positions == "each" else names}
+    scores = load_or_sweep(
+        execution.path,
+        lambda: identity("activation patching", model, [pairs], metrics=[measured], settings=settings),
+        lambda partial: sweep.scores(pairs, partial),
+    )
+    return scores if len(names) > 1 or positions == "each" else scores.select(position=names[0])
 
-    def sweep(partial: PartialFile | None) -> Scores:
-        progress, found = (
-            Progress.of((model.n_layers,), len(pairs), extra=(heads_of(place, model), len(names)), file=partial),
-            [],
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Activation:
+    """A sweep over the layers (and heads) of a site."""
+
+    model: HookedModel
+    site: Site
+    metric: Metric
+    positions: Sequence[Position] | Literal["each"]
+    names: list[str]
+    execution: Execution
+
+    def scores(self, pairs: PromptPairs, partial: PartialFile | None) -> Scores:
+        """Batch by batch."""
+        model, batch = self.model, self.execution.batch_of(BATCH)
+        parts = list(pairs.batches(batch))
+        extra = (heads_of(self.site, model), len(self.names))
+        progress, scores = Progress.of((model.n_layers,), len(pairs), extra=extra, file=partial), []
         with progress_bar(
-            total=model.n_layers * len(parts), desc=f"patching {site} of {model.name}", unit="layer"
+            total=model.n_layers * len(parts),
+            desc=f"patching {self.site} of {model.name}",
+            unit="layer",
+            shown=self.execution.progress,
         ) as bar:
             for number, part in enumerate(parts):
                 mine = progress.examples(number * batch, number * batch + len(part))
-                found.append(
-                    _sweep(model, part, place, _masks(part, positions), names, metric, unit, memory, bar, mine)
-                )
-        return joined(found)
+                scores.append(self._on(part, bar, mine))
+        return joined(scores)
 
-    found = kept(file, lambda: identity(model, parts, site, positions, unit), sweep)
-    return found if len(names) > 1 or positions == "each" else found.select(position=names[0])
+    def _on(self, pairs: PromptPairs, bar: "tqdm[Any]", progress: Progress) -> Scores:
+        model, site, masks = self.model, self.site, _masks(pairs, self.positions)
+        replay, heads = self.execution.replay(model, pairs), heads_of(site, model)
+        logits = model.activations(pairs.clean, pairs.mask, [])[0] if replay is None else replay.clean_logits
+        clean = self.metric(logits, pairs.answers, pairs.distractors)
+        values, everyone = progress.values, torch.arange(len(pairs))
+        corrupt = None if replay is None else Replay.of(model, replay.parts, pairs.swapped())
+        for layer in range(model.n_layers):
+            bar.update()
+            if progress.has([layer], everyone):
+                continue
+            runs = (
+                _through_hooks(model, pairs, site, layer, masks, heads)
+                if replay is None or corrupt is None
+                else _replayed(replay, corrupt, site, layer, masks, self.execution.memory)
+            )
+            for run in runs:
+                patched = self.metric(run.logits, pairs.answers[run.rows], pairs.distractors[run.rows])
+                values[layer, run.head, run.mask, run.rows.cpu()] = (clean[run.rows] - patched).to(values)
+            progress.mark([layer], everyone)
+        axes = ("layer", "head", "position", "example") if site in BY_HEAD else ("layer", "position", "example")
+        labels = {
+            "layer": [f"L{i}" for i in range(model.n_layers)],
+            "head": [f"H{i}" for i in range(heads)],
+            "position": self.names,
+        }
+        return Scores(
+            values=values.float() if site in BY_HEAD else values[:, 0].float(),
+            axes=axes,
+            labels={axis: tuple(labels[axis]) for axis in axes if axis != "example"},
+            unit=f"fall of {self.metric.unit}, {site} patched",
+            baseline=float(clean.mean()),
+        )
 
 
 def _masks(pairs: PromptPairs, positions: Sequence[Position] | Literal["each"]) -> list[Bool[Tensor, "batch pos"]]:
     if positions != "each":
         return [pairs.position(name) for name in positions]
-    alone = torch.eye(pairs.clean.shape[1], dtype=torch.bool, device=pairs.mask.device)
-    return [pairs.mask & here for here in alone]
-
-
-def _sweep(
-    model: HookedModel,
-    pairs: PromptPairs,
-    site: Site,
-    masks: Sequence[Tensor],
-    names: list[str],
-    metric: Metric,
-    unit: str,
-    memory: int,
-    bar: "tqdm[Any]",
-    progress: Progress,
-) -> Scores:
-    replay = replay_of(model, pairs)
-    heads = heads_of(site, model)
-    logits = model.activations(pairs.clean, pairs.mask, [])[0] if replay is None else replay.clean_logits
-    clean = metric(logits, pairs.answers, pairs.distractors)
-    values, everyone = progress.values, torch.arange(len(pairs))
-    corrupt = None if replay is None else Replay.of(model, replay.parts, pairs.swapped())
-    for layer in range(model.n_layers):
-        bar.update()
-        if progress.has([layer], everyone):
-            continue
-        runs = (
-            _through_hooks(model, pairs, site, layer, masks, heads)
-            if replay is None or corrupt is None
-            else _replayed(replay, corrupt, site, layer, masks, memory)
-        )
-        for run in runs:
-            patched = metric(run.logits, pairs.answers[run.rows], pairs.distractors[run.rows])
-            values[layer, run.head, run.mask, run.rows.cpu()] = (patched - clean[run.rows]).to(values)
-        progress.mark([layer], everyone)
-    axes = ("layer", "head", "position", "example") if site in BY_HEAD else ("layer", "position", "example")
-    labels = {
-        "layer": [f"L{i}" for i in range(model.n_layers)],
-        "head": [f"H{i}" for i in range(heads)],
-        "position": names,
-    }
-    return Scores(
-        values=values.float() if site in BY_HEAD else values[:, 0].float(),
-        axes=axes,
-        labels={axis: tuple(labels[axis]) for axis in axes if axis != "example"},
-        unit=f"change of {unit}, {site} patched",
-        baseline=float(clean.mean()),
-    )
+    each = torch.eye(pairs.clean.shape[1], dtype=torch.bool, device=pairs.mask.device)
+    return [pairs.mask & here for here in each]
 
 
 def _replayed(

@@ -2,12 +2,12 @@
 gradients (EAP-IG).
 
     score(sender -> receiver)
-      = sum over positions of (corrupt - clean output of the sender) . d metric / d (what the receiver reads)
+      = sum over positions of (clean - corrupt output of the sender) . d metric / d (what the receiver reads)
 
 The gradient is taken at the clean run (EAP), or averaged over `steps` points on the line from the clean to the corrupt
 input embeddings (EAP-IG-inputs; Hanna et al. 2024). It is a linear estimate of an exact path effect with MLPs frozen:
 `exact_edges` measures that, and `agreement` reports the rank correlation. Direction and sign are those of `path.py`:
-corrupt into clean, patched minus clean.
+corrupt into clean, clean minus patched.
 
 Receivers: q by query head, k and v by key-value head (with grouped-query attention the group's), each MLP's input, the
 logits.
@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,17 +30,19 @@ from workbench.models.hooked_model import HookedModel
 from workbench.models.parts import DecoderParts, decoder_parts
 from workbench.patching.engine.frozen import Variant
 from workbench.patching.engine.passage import Route
+from workbench.patching.execution import Execution
 from workbench.patching.path import PathPatcher
-from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
+from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric
-from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender
+from workbench.values.metrics import Metric, metric_named
+from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender, sender_named
 from workbench.values.scores import Scores, joined
 
 Input = Composition | Literal["logits"]
 """The kinds of input that exact edges lead into."""
-BATCH = 32
-"""Default number of prompts in one forward and backward."""
+BATCH, EXACT_BATCH = 32, 128
+"""Default numbers of prompts in one forward and backward, and in one forward of exact edges."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,30 +84,49 @@ def _before(sender: Sender, receiver: PathEnd | Literal["logits"], parallel: boo
 
 
 def attribute_edges(
-    model: HookedModel, pairs: PromptPairs, *, metric: Metric, unit: str, steps: int = 1, batch: int = BATCH
+    model: HookedModel,
+    pairs: PromptPairs,
+    *,
+    metric: str | Metric = "log_probability",
+    steps: int = 1,
+    execution: Execution = Execution(),
 ) -> Scores:
     """EAP (`steps=1`) or EAP-IG scores of every edge: [sender receiver example], NaN where there is no edge.
 
     Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). Costs two forwards and `steps`
-    forwards with a backward. Errors: `InputError` in training mode, and for a model whose blocks `parts.py` does not
-    know. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
+    forwards with a backward; `execution`: its batch, bar and file are used (nothing is kept before the end). Errors:
+    `InputError` in training mode, for an unknown metric, a model whose blocks `parts.py` does not know, and another
+    sweep's file. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
     """
+    require_model(model)
+    require_pairs(pairs)
     model.require_eval()
+    pairs, measured = reading(model, pairs), metric_named(metric)
+    if steps < 1:
+        raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
+    return load_or_sweep(
+        execution.path,
+        lambda: identity("attribution", model, [pairs], metrics=[measured], settings={"steps": steps}),
+        lambda _: _attributed(model, pairs, measured, steps, execution),
+    )
+
+
+def _attributed(model: HookedModel, pairs: PromptPairs, metric: Metric, steps: int, execution: Execution) -> Scores:
     parts = decoder_parts(model)
     if parts is None:
         raise InputError(
             f"{model.name}: attribution needs blocks of pre-norm attention and an MLP on TransformerLens 4; use exact "
             "path patching instead."
         )
-    if steps < 1:
-        raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
     edges = Edges.of(model)
     there = edges.connected(parallel=model.has_parallel_blocks)
-    found = []
-    for part in progress_bar(list(pairs.batches(batch)), desc=f"attributing edges of {model.name}", unit="batch"):
+    batches, values = list(pairs.batches(execution.batch_of(BATCH))), []
+    for part in progress_bar(
+        batches, desc=f"attributing edges of {model.name}", unit="batch", shown=execution.progress
+    ):
         change = _sent(model, part)
         gradients = sum(_gradients(model, parts, part, metric, step / steps) for step in range(steps)) / steps
-        found.append(torch.einsum("sbpd,rbpd->srb", change, gradients).cpu() * there[..., None])
+        values.append(torch.einsum("sbpd,rbpd->srb", change, gradients).cpu() * there[..., None])
     labels = {"sender": tuple(map(str, edges.senders)), "receiver": tuple(map(str, edges.receivers))}
     method = "EAP" if steps == 1 else f"EAP-IG ({steps} steps)"
     scores = [
@@ -114,9 +134,9 @@ def attribute_edges(
             values=part.float(),
             axes=("sender", "receiver", "example"),
             labels=labels,
-            unit=f"change of {unit}, {method}",
+            unit=f"fall of {metric.unit}, {method}",
         )
-        for part in found
+        for part in values
     ]
     return joined(scores)
 
@@ -135,13 +155,13 @@ def attribute_nodes(scores: Scores) -> Scores:
 
 @torch.no_grad()
 def _sent(model: HookedModel, pairs: PromptPairs) -> Float[Tensor, "sender batch pos d_model"]:
-    """Corrupt minus clean output of every sender."""
+    """Clean minus corrupt output of every sender."""
     names = [
         hooks.residual_pre(0),
         *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output)),
     ]
     runs = [model.activations(tokens, pairs.mask, names)[1] for tokens in (pairs.clean, pairs.corrupt)]
-    change = {name: runs[1][name] - runs[0][name] for name in names}
+    change = {name: runs[0][name] - runs[1][name] for name in names}
     written = [change[hooks.residual_pre(0)][None]]
     for layer in range(model.n_layers):
         written += [
@@ -224,46 +244,82 @@ def exact_edges(
     model: HookedModel,
     pairs: PromptPairs,
     *,
-    metric: Metric,
-    unit: str,
-    senders: Sequence[Sender] | None = None,
+    metric: str | Metric,
+    senders: Sequence[Sender | str] | None = None,
     compositions: Sequence[Composition] = ("q", "k", "v"),
     freeze_mlps: bool = True,
-    batch: int = 128,
-    file: Path | None = None,
+    execution: Execution = Execution(),
 ) -> Scores:
     """Exact path effects of senders on the logits and on each head's q, k, v: [sender receiver example], the same
     labels as `attribute_edges`.
 
-    With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates. MLP receivers are
-    NaN. `file`: where the scores are kept; an interrupted sweep resumes from what is beside it.
+    Clean minus patched. With `freeze_mlps` the path is the residual stream alone, which is what attribution estimates.
+    MLP receivers are NaN. Errors: `InputError` for an unknown metric, head or MLP, and another sweep's file.
     """
+    measured = metric_named(metric)
     edges = Edges.of(model)
-    chosen = edges.senders if senders is None else tuple(senders)
-    variants: list[Variant] = [frozenset([sender]) for sender in chosen]
-    there = Edges(senders=chosen, receivers=edges.receivers).connected(parallel=model.has_parallel_blocks)
-    labels = {"sender": tuple(map(str, chosen)), "receiver": tuple(map(str, edges.receivers))}
-    described, parts = (
-        f"change of {unit}, exact path effect" + (", MLPs frozen" if freeze_mlps else ""),
-        list(pairs.batches(batch)),
+    chosen = edges.senders if senders is None else tuple(sender_named(sender) for sender in senders)
+    sweep = _ExactEdges(model, measured, chosen, compositions, Route(freeze_mlps=freeze_mlps), execution)
+    settings = {"senders": chosen, "compositions": tuple(compositions), "freeze_mlps": freeze_mlps}
+    return load_or_sweep(
+        execution.path,
+        lambda: identity("exact edges", model, [pairs], metrics=[measured], settings=settings),
+        lambda partial: sweep.scores(pairs, edges, partial),
     )
 
-    def sweep(partial: PartialFile | None) -> Scores:
-        found = torch.full((*there.shape, len(pairs)), torch.nan)
-        progress = _progress(model, len(chosen), len(pairs), compositions, partial)
-        for start, part in zip(range(0, len(pairs), batch), parts, strict=True):
+
+@dataclass(frozen=True, slots=True)
+class _ExactEdges:
+    """A sweep of path effects."""
+
+    model: HookedModel
+    metric: Metric
+    senders: tuple[Sender, ...]
+    compositions: Sequence[Composition]
+    route: Route
+    execution: Execution
+
+    def scores(self, pairs: PromptPairs, edges: Edges, partial: PartialFile | None) -> Scores:
+        """Batch by batch."""
+        model, batch = self.model, self.execution.batch_of(EXACT_BATCH)
+        there = Edges(senders=self.senders, receivers=edges.receivers).connected(parallel=model.has_parallel_blocks)
+        values = torch.full((*there.shape, len(pairs)), torch.nan)
+        progress = _progress(model, len(self.senders), len(pairs), self.compositions, partial)
+        for start, part in zip(range(0, len(pairs), batch), pairs.batches(batch), strict=True):
             mine: dict[Input, Progress] = {
                 name: one.examples(start, start + len(part)) for name, one in progress.items()
             }
-            for receiver, effects in _on_receivers(
-                PathPatcher(model, part), variants, metric, Route(freeze_mlps=freeze_mlps), mine
-            ):
-                found[:, edges.receivers.index(receiver), start : start + len(part)] = effects.float().cpu()
+            for receiver, effects in self._on_receivers(part, mine):
+                values[:, edges.receivers.index(receiver), start : start + len(part)] = effects.float().cpu()
+        mlps = ", MLPs frozen" if self.route.freeze_mlps else ""
         return Scores(
-            values=found * there[..., None], axes=("sender", "receiver", "example"), labels=labels, unit=described
+            values=values * there[..., None],
+            axes=("sender", "receiver", "example"),
+            labels={"sender": tuple(map(str, self.senders)), "receiver": tuple(map(str, edges.receivers))},
+            unit=f"fall of {self.metric.unit}, exact path effect{mlps}",
         )
 
-    return kept(file, lambda: identity(model, parts, chosen, compositions, freeze_mlps, unit), sweep)
+    def _on_receivers(
+        self, pairs: PromptPairs, progress: Mapping[Input, Progress]
+    ) -> Iterator[tuple[PathEnd | Literal["logits"], Float[Tensor, "sender batch"]]]:
+        """(receiver, effect of each sender on it) on one batch of prompts."""
+        model, route, metric = self.model, self.route, self.metric
+        variants: list[Variant] = [frozenset([sender]) for sender in self.senders]
+        patcher = PathPatcher(model, pairs, execution=self.execution)
+        clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
+        for name, one in progress_bar(
+            progress.items(), desc=f"patching edges of {model.name}", unit="input", shown=self.execution.progress
+        ):
+            if name == "logits":
+                yield "logits", clean - patcher.effects(variants, route, metric, progress=one)
+                continue
+            each = clean - patcher.effects_on_each(variants, range(model.n_layers), name, route, metric, progress=one)
+            group = model.n_heads // each.shape[2]
+            for layer in range(model.n_layers):
+                yield from (
+                    (Receiver(Head(layer, place * group), name), each[:, layer, place])
+                    for place in range(each.shape[2])
+                )
 
 
 def _progress(
@@ -271,32 +327,14 @@ def _progress(
 ) -> dict[Input, Progress]:
     """What is found of the senders' paths into each kind of input."""
     counts = {"q": model.n_heads, "k": model.n_kv_heads, "v": model.n_kv_heads}
-    found: dict[Input, Progress] = {
+    progress: dict[Input, Progress] = {
         "logits": Progress.of((senders,), examples, file=partial and partial.named("logits"))
     }
     for name in compositions:
-        found[name] = Progress.of(
+        progress[name] = Progress.of(
             (senders, model.n_layers), examples, extra=(counts[name],), file=partial and partial.named(name)
         )
-    return found
-
-
-def _on_receivers(
-    patcher: PathPatcher, variants: Sequence[Variant], metric: Metric, route: Route, progress: Mapping[Input, Progress]
-) -> Iterator[tuple[PathEnd | Literal["logits"], Float[Tensor, "sender batch"]]]:
-    """(receiver, effect of each sender on it) on one batch of prompts."""
-    model, pairs = patcher.model, patcher.pairs
-    clean = metric(patcher.clean_logits, pairs.answers, pairs.distractors)
-    for name, found in progress_bar(progress.items(), desc=f"patching edges of {model.name}", unit="input"):
-        if name == "logits":
-            yield "logits", patcher.effects(variants, route, metric, progress=found) - clean
-            continue
-        each = patcher.effects_on_each(variants, range(model.n_layers), name, route, metric, progress=found) - clean
-        group = model.n_heads // each.shape[2]
-        for layer in range(model.n_layers):
-            yield from (
-                (Receiver(Head(layer, place * group), name), each[:, layer, place]) for place in range(each.shape[2])
-            )
+    return progress
 
 
 def agreement(estimated: Scores, exact: Scores) -> float:

@@ -104,7 +104,8 @@ class Conformance:
             )
         if any(check.verdict == "inconclusive" for check in self.checks):
             lines.append(
-                "  inconclusive is no fault: on random tokens these paths hardly change the logits (an untrained model?), "
+                "  inconclusive is no fault: on random tokens these paths hardly change the logits (an untrained "
+                "model?), "
                 "so that there is nothing to compare"
             )
         return "\n".join(lines)
@@ -140,7 +141,8 @@ def _clean_logits(model: HookedModel, seed: int) -> Tensor:
 def _loss(half: Tensor, full: Tensor, dtype: str) -> str:
     largest, size = float((half - full).abs().max()), float(full.abs().max())
     return (
-        f"judged in float32: in {dtype} the same logits (up to {size:.1e}) come out up to {largest:.1e} apart, and effects "
+        f"judged in float32: in {dtype} the same logits (up to {size:.1e}) come out up to {largest:.1e} apart, and "
+        "effects "
         "smaller than that are rounding"
     )
 
@@ -218,6 +220,7 @@ def require_conformance(found: Conformance) -> None:
     """Raise `InputError` naming the checks that found a difference; a check without evidence is no fault."""
     if found.wrong:
         raise InputError(
-            f"{found.model} is not supported exactly: {'; '.join(found.wrong)}. Report it with the model's config; do not "
+            f"{found.model} is not supported exactly: {'; '.join(found.wrong)}. Report it with the model's config; do "
+            "not "
             "patch it meanwhile."
         )

@@ -5,8 +5,8 @@ clean; MLPs are recomputed (so the path runs through MLPs and the residual strea
 receivers' q, k or v (or what an MLP reads) is recorded, and a clean run with only that replaced gives the patched
 logits. With no receivers the frozen run's own logits are the direct effect.
 
-Direction: corrupt into clean; for clean into corrupt pass `pairs.swapped()`. Sign: patched minus clean, so a head that
-the task needs has a negative score. LayerNorm is recomputed, rotary positions are the model's own. With grouped-query
+Direction: corrupt into clean; for clean into corrupt pass `pairs.swapped()`. Sign: clean minus patched, so a head that
+helps has a positive score. LayerNorm is recomputed, rotary positions are the model's own. With grouped-query
 attention a k or v receiver is the head's whole key-value group, or with `by_query_head` that head's own view of it.
 
 Cost, in forwards of the whole model: two for the clean and the corrupt run, whatever the number of senders; a sender to
@@ -17,8 +17,6 @@ the receivers' position on (`replay.py`).
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,21 +25,39 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
-from workbench.patching.engine.chunks import MEMORY, in_chunks
+from workbench.patching.effects import Effect
+from workbench.patching.engine.chunks import in_chunks
 from workbench.patching.engine.frozen import Corrupt, FrozenRuns, Variant, entry
 from workbench.patching.engine.hooked import HookedPatcher
-from workbench.patching.engine.passage import Passage, Place, Route, alike, by_first_receiver, place_of, rows_of
-from workbench.patching.engine.replay import replay_of
+from workbench.patching.engine.passage import (
+    Level,
+    Passage,
+    Route,
+    by_first_receiver,
+    group_by_stretch,
+    level_of,
+    rows_of,
+)
 from workbench.patching.engine.window import Spots
-from workbench.patching.progress import PartialFile, Progress, identity, kept, progress_bar
+from workbench.patching.execution import Engine, Execution
+from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
+from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric, relative_change
-from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
+from workbench.values.metrics import Metric, MetricFunction, metric_named, relative_fall
+from workbench.values.refs import (
+    Composition,
+    Embedding,
+    Head,
+    Mlp,
+    PathEnd,
+    Position,
+    Receiver,
+    Sender,
+    heads_named,
+    path_end_named,
+)
 from workbench.values.scores import Scores
 
-Engine = Literal["replay", "hooks"]
-Effect = Literal["difference", "relative"]
-"""patched - clean, or (patched - clean) / clean (Prakash's score for probabilities)."""
 BATCH = 128
 """Default number of prompts in one forward."""
 
@@ -50,23 +66,15 @@ class PathPatcher:
     """Path patching on one batch of pairs: the clean and corrupt runs are done once, and every path shares what it can
     with them."""
 
-    def __init__(
-        self, model: HookedModel, pairs: PromptPairs, *, memory: int = MEMORY, engine: Engine | None = None
-    ) -> None:
-        """`memory`: bytes that one chunk of variants may take. `engine`: None takes `replay` where it agrees with the
-        hooked forward, else `hooks`.
+    def __init__(self, model: HookedModel, pairs: PromptPairs, *, execution: Execution = Execution()) -> None:
+        """`execution`: its engine and memory are used.
 
         Errors: `InputError` in training mode, and where `replay` is asked for and not to be had.
         """
         model.require_eval()
-        self.model, self.pairs, self.memory = model, pairs, memory
-        self.replay = None if engine == "hooks" else replay_of(model, pairs)
+        self.model, self.pairs, self.memory = model, pairs, execution.memory
+        self.replay = execution.replay(model, pairs)
         if self.replay is None:
-            if engine == "replay":
-                raise InputError(
-                    f"{model.name} can't be replayed exactly (its blocks do more than the replay knows); leave "
-                    "`engine` out to go through hooks."
-                )
             self.hooked = HookedPatcher(model, pairs)
             self.clean_logits = self.hooked.clean_logits
             return
@@ -130,7 +138,7 @@ class PathPatcher:
         self,
         variants: Sequence[Variant],
         route: Route,
-        metric: Metric,
+        metric: MetricFunction,
         *,
         done: Callable[[int], object] = bool,
         progress: Progress | None = None,
@@ -177,13 +185,13 @@ class PathPatcher:
         if not route.receivers:
             yield from self._to_logits(variants, order, route, sending, progress)
             return
-        for rows in alike(self.pairs.mask, sending & receiving):
+        for rows in group_by_stretch(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
-            size = max(1, self.memory // passage.variant_bytes({place_of(receiver)[0] for receiver in route.receivers}))
+            size = max(1, self.memory // passage.variant_bytes({level_of(receiver)[0] for receiver in route.receivers}))
             parallel = self.replay.parts.blocks[0].parallel
             for first, group in by_first_receiver(variants, order, route.receivers, parallel=parallel):
 
-                def work(chunk: list[int], first: Place = first, passage: Passage = passage) -> Tensor:
+                def work(chunk: list[int], first: Level = first, passage: Passage = passage) -> Tensor:
                     return passage.through(first, [variants[n] for n in chunk])
 
                 for chunk, found in in_chunks(
@@ -199,7 +207,7 @@ class PathPatcher:
         layers: Sequence[int],
         composition: Composition,
         route: Route,
-        metric: Metric,
+        metric: MetricFunction,
         *,
         done: Callable[[int], object] = bool,
         progress: Progress | None = None,
@@ -227,7 +235,7 @@ class PathPatcher:
             return self._each_through_hooks(progress, order, variants, layers, composition, route, metric).to(clean)
         corrupt = self._sent_by(variants)
         sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
-        for rows in alike(self.pairs.mask, sending & receiving):
+        for rows in group_by_stretch(self.pairs.mask, sending & receiving):
             passage = Passage(self.replay.rows(rows), rows_of(corrupt, rows), sending[rows], receiving[rows], route)
             fit = max(1, self.memory // (count * passage.variant_bytes(layers[:1])))
             for group in _batched(sorted(layers), max(1, fit // len(order))):
@@ -259,7 +267,7 @@ class PathPatcher:
         layers: Sequence[int],
         composition: Composition,
         route: Route,
-        metric: Metric,
+        metric: MetricFunction,
     ) -> Tensor:
         group = 1 if composition == "q" else self.model.n_heads // self.model.n_kv_heads
         for place, layer in enumerate(layers):
@@ -349,71 +357,74 @@ def path_patch(
     model: HookedModel,
     pairs: PromptPairs,
     *,
-    metric: Metric,
-    unit: str,
+    metric: str | Metric = "log_probability",
     position: Position = "last",
-    receivers: Sequence[PathEnd] = (),
+    receivers: Sequence[PathEnd | str] = (),
     receiver_position: Position = "all",
-    senders: Sequence[Head] | None = None,
-    effect: Effect = "difference",
-    freeze_mlps: bool = False,
-    batch: int = BATCH,
-    memory: int = MEMORY,
-    engine: Engine | None = None,
-    file: Path | None = None,
+    senders: Iterable[Head | str] | None = None,
+    execution: Execution = Execution(),
 ) -> Scores:
     """Path effect of every head on its own, from `position`, on the receivers (the logits when there are none).
 
-    Returns [layer head example], patched minus clean (`effect="relative"`: divided by clean). A head at or above every
-    receiver has no path to it and is NaN, as are heads that are not among `senders` (None: all). `file`: where the
-    scores are kept, and what is found so far while the sweep runs; an interrupted sweep resumes from it. Errors:
-    `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch), and when `file` is another
-    sweep's. Source: Wang et al. 2022, section 3.1; Prakash et al. 2024, appendix D.
+    Returns [layer head example], clean minus patched. A head at or above every receiver has no path to it and is NaN,
+    as are heads that are not among `senders` (None: all). Relative effects and frozen MLPs: `sweep_heads`. Errors:
+    `InputError` when corrupt and clean metrics are equal on every prompt (nothing to patch), for an unknown metric,
+    head or position, and when the file is another sweep's. Source: Wang et al. 2022, section 3.1; Prakash et al. 2024,
+    appendix D.
     """
-    _refuse_unknown(model, receivers)
-    patchers = prepared(model, pairs, batch=batch, memory=memory, engine=engine)
-    route = Route(
-        position=position, receivers=tuple(receivers), receiver_position=receiver_position, freeze_mlps=freeze_mlps
-    )
-    return sweep_heads(patchers, route, metric=metric, unit=unit, effect=effect, senders=senders, file=file)
+    require_model(model)
+    require_pairs(pairs)
+    pairs, ends = reading(model, pairs), _several(receivers)
+    _refuse_unknown(model, ends)
+    route = Route(position=position, receivers=ends, receiver_position=receiver_position)
+    measured = metric_named(metric)
+    patchers = prepared(model, pairs, execution=execution)
+    return sweep_heads(patchers, route, metric=measured, senders=senders, execution=execution)
 
 
-def prepared(
-    model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH, memory: int = MEMORY, engine: Engine | None = None
-) -> list[PathPatcher]:
+def _several(receivers: Sequence[PathEnd | str]) -> tuple[PathEnd, ...]:
+    if isinstance(receivers, str):
+        raise InputError(f"`receivers` are several: write [{receivers!r}].")
+    return tuple(path_end_named(receiver) for receiver in receivers)
+
+
+def prepared(model: HookedModel, pairs: PromptPairs, *, execution: Execution = Execution()) -> list[PathPatcher]:
     """The clean and corrupt runs of all prompts, batch by batch, for several sweeps (they are kept in memory)."""
-    return [PathPatcher(model, part, memory=memory, engine=engine) for part in pairs.batches(batch)]
+    return [PathPatcher(model, part, execution=execution) for part in pairs.batches(execution.batch_of(BATCH))]
 
 
 def sweep_heads(
     patchers: Sequence[PathPatcher],
     route: Route,
     *,
-    metric: Metric,
-    unit: str,
+    metric: str | Metric,
     effect: Effect = "difference",
-    senders: Sequence[Head] | None = None,
-    file: Path | None = None,
+    senders: Iterable[Head | str] | None = None,
+    execution: Execution = Execution(),
 ) -> Scores:
-    """`path_patch` over a route on prompts that are prepared already."""
-    model = patchers[0].model
-    chosen = model.heads if senders is None else sorted({model.checked(head) for head in senders})
+    """`path_patch` over a route on prompts that are prepared already (whose engine, memory and batch count).
 
-    def identify() -> str:
-        some = () if senders is None else (chosen,)
-        return identity(model, [patcher.pairs for patcher in patchers], route, unit, effect, *some)
-
-    return kept(file, identify, lambda partial: _swept(patchers, route, metric, unit, effect, chosen, partial))
+    `effect="relative"`: divided by clean, NaN where that is 0.
+    """
+    model, measured = patchers[0].model, metric_named(metric)
+    chosen = model.heads if senders is None else sorted({model.checked(head) for head in heads_named(senders)})
+    settings = {"route": route, "effect": effect, "senders": chosen}
+    return load_or_sweep(
+        execution.path,
+        lambda: identity("path patching", model, [p.pairs for p in patchers], metrics=[measured], settings=settings),
+        lambda partial: _swept(patchers, route, measured, effect, chosen, partial, shown=execution.progress),
+    )
 
 
 def _swept(
     patchers: Sequence[PathPatcher],
     route: Route,
     metric: Metric,
-    unit: str,
     effect: Effect,
     chosen: Sequence[Head],
     partial: PartialFile | None,
+    *,
+    shown: bool,
 ) -> Scores:
     model = patchers[0].model
     clean, corrupt = _ends(patchers, metric)
@@ -422,25 +433,31 @@ def _swept(
             "clean and corrupt prompts give the same metric on every pair, so there is nothing to patch; make the "
             "corrupt prompts differ in what the answer depends on."
         )
-    top = max((place_of(receiver) for receiver in route.receivers), default=(model.n_layers, 0))
+    top = max((level_of(receiver) for receiver in route.receivers), default=(model.n_layers, 0))
     senders = [head for head in chosen if (head.layer, 0) < top]
     variants = [frozenset([head]) for head in senders]
-    with progress_bar(total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path") as bar:
+    with progress_bar(
+        total=len(senders) * len(clean), desc=f"path patching {model.name}", unit="path", shown=shown
+    ) as bar:
         progress, start, parts = Progress.of((len(senders),), len(clean), file=partial), 0, []
         for patcher in patchers:
             part, start = progress.examples(start, start + len(patcher.pairs)), start + len(patcher.pairs)
             parts.append(patcher.effects(variants, route, metric, done=bar.update, progress=part))
         patched = torch.cat(parts, 1)
     values = torch.full((model.n_layers, model.n_heads, len(clean)), torch.nan)
-    changes = relative_change(patched, clean) if effect == "relative" else patched - clean
-    for head, change in zip(senders, changes, strict=True):
-        values[head.layer, head.index] = change.float().cpu()
+    falls = relative_fall(patched, clean) if effect == "relative" else clean - patched
+    for head, fall in zip(senders, falls, strict=True):
+        values[head.layer, head.index] = fall.float().cpu()
     target = f"{', '.join(map(str, route.receivers))} at {route.receiver_position}" if route.receivers else "the logits"
-    described = f"{'relative ' if effect == 'relative' else ''}change of {unit}, path from {route.position} to {target}"
+    described = (
+        f"{'relative ' if effect == 'relative' else ''}fall of {metric.unit}, path from {route.position} to {target}"
+    )
     return Scores.of_heads(values, unit=described, baseline=float(clean.mean()))
 
 
-def _ends(patchers: Sequence[PathPatcher], metric: Metric) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+def _ends(
+    patchers: Sequence[PathPatcher], metric: MetricFunction
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     parts = [
         (
             metric(p.clean_logits, p.pairs.answers, p.pairs.distractors),
@@ -451,7 +468,7 @@ def _ends(patchers: Sequence[PathPatcher], metric: Metric) -> tuple[Float[Tensor
     return torch.cat([clean for clean, _ in parts]), torch.cat([corrupt for _, corrupt in parts])
 
 
-def activation_baselines(patchers: Sequence[PathPatcher], metric: Metric) -> tuple[float, float]:
+def activation_baselines(patchers: Sequence[PathPatcher], metric: str | Metric) -> tuple[float, float]:
     """Mean metric of the clean and of the corrupt run: the two ends that any patching effect lies between."""
-    clean, corrupt = _ends(patchers, metric)
+    clean, corrupt = _ends(patchers, metric_named(metric))
     return float(clean.mean()), float(corrupt.mean())

@@ -7,6 +7,8 @@ batch that it is done in.
 """
 
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +19,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm.asyncio import tqdm_asyncio as PlainBar
 from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import Metric
 from workbench.values.scores import Scores
 
 Places = Int[Tensor, " _"] | Sequence[int]
@@ -31,41 +35,67 @@ SECONDS = 10.0
 """Least time between two writes."""
 
 
-def identity(model: HookedModel, pairs: Sequence[PromptPairs], *settings: object) -> str:
-    """SHA-256 of a model's weights, the prompts, and whatever else a sweep's numbers depend on."""
-    return hashlib.sha256(
-        "|".join([model.fingerprint(), *(part.fingerprint() for part in pairs), *map(repr, settings)]).encode()
-    ).hexdigest()
+FORMAT = 2
+"""Of the identities: a new number where what they are made of changes."""
 
 
-def kept(file: Path | None, identify: Callable[[], str], sweep: Callable[["PartialFile | None"], Scores]) -> Scores:
+def identity(
+    sweep: str,
+    model: HookedModel,
+    pairs: Sequence[PromptPairs],
+    *,
+    metrics: Sequence[Metric],
+    replacement: str = "corrupt",
+    settings: Mapping[str, object],
+) -> str:
+    """SHA-256 of all that a sweep's numbers depend on, and so of what its files may be taken for.
+
+    That is: the kind of sweep, the model's weights, the prompts, what is measured (name, unit and function of each
+    metric), what stands in for a head (its `identity`), the sweep's own settings, and the number of this scheme. How it
+    is carried out (`Execution`) is no part of it.
+    """
+    parts = [
+        f"format {FORMAT}",
+        sweep,
+        model.fingerprint(),
+        *(part.fingerprint() for part in pairs),
+        *(metric.fingerprint for metric in metrics),
+        replacement,
+        *(f"{name}={value!r}" for name, value in sorted(settings.items())),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def load_or_sweep(
+    file: Path | None, identify: Callable[[], str], sweep: Callable[["PartialFile | None"], Scores]
+) -> Scores:
     """The scores of a sweep: from `file` when they are there, else computed (on from where an interruption left them)
     and written there.
 
     Errors: `InputError` when the file, or what is left of an interrupted sweep, has another identity.
     """
     files = None if file is None else {"": file}
-    return kept_together(files, identify, lambda partial: {"": sweep(partial)})[""]
+    return load_or_sweep_all(files, identify, lambda partial: {"": sweep(partial)})[""]
 
 
-def kept_together(
+def load_or_sweep_all(
     files: Mapping[str, Path] | None,
     identify: Callable[[], str],
     sweep: Callable[["PartialFile | None"], dict[str, Scores]],
 ) -> dict[str, Scores]:
-    """`kept` for one sweep that gives several scores, each with its file; what is found so far stands beside the
-    first."""
+    """`load_or_sweep` for one sweep that gives several scores, each with its file; what is found so far stands beside
+    the first."""
     if files is None:
         return sweep(None)
     known = identify()
     if all(file.exists() for file in files.values()):
         return {name: Scores.load(file, identity=known) for name, file in files.items()}
     partial = PartialFile(next(iter(files.values())), known)
-    found = sweep(partial)
+    scores = sweep(partial)
     for name, file in files.items():
-        found[name].save(file, identity=known)
+        scores[name].save(file, identity=known)
     partial.drop()
-    return found
+    return scores
 
 
 Tell = Callable[[float], object]
@@ -84,9 +114,19 @@ def watched(tell: Tell) -> Iterator[None]:
         _WATCHER.reset(token)
 
 
-def progress_bar(*items: Any, **settings: Any) -> "tqdm[Any]":
-    """A bar of a sweep, which goes when it is done; a watched sweep draws none."""
-    return tqdm(*items, leave=False, disable=_WATCHER.get() is not None, **settings)
+def progress_bar(*items: Any, shown: bool = True, **settings: Any) -> "tqdm[Any]":
+    """The one progress bar of all that takes long: on a terminal or in a notebook, gone when it is done.
+
+    None is drawn into a pipe or a file, nor of a watched sweep, nor where TQDM_DISABLE is set (`--quiet` sets it).
+    """
+    return tqdm(*items, leave=False, disable=not (shown and _WATCHER.get() is None and _has_eyes()), **settings)
+
+
+def _has_eyes() -> bool:
+    """Whether anybody sees a bar: a notebook draws its own, elsewhere it goes to standard error."""
+    if os.environ.get("TQDM_DISABLE"):
+        return False
+    return tqdm is not PlainBar or bool(sys.stderr and sys.stderr.isatty())
 
 
 class Progress:
@@ -171,8 +211,8 @@ class PartialFile:
         tensors, metadata = storage.read_tensors(self.path)
         if metadata.get("identity") != self.identity:
             raise InputError(
-                f"{self.path} is of another sweep (model, prompts or settings differ); delete it, or keep these scores "
-                "elsewhere."
+                f"{self.path} is of another sweep (model, prompts, metric or settings differ, or an earlier version of "
+                "the workbench began it); delete it, or keep these scores elsewhere."
             )
         values.copy_(tensors["values"])
         found.copy_(tensors["found"])

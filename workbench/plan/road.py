@@ -7,12 +7,15 @@ from typing import Any
 
 from workbench.errors import InputError
 from workbench.experiment import Prompts, located
+from workbench.experiment.conditions import METHOD
+from workbench.experiment.preflight import require_recipe, require_same_logits, training_conditions
 from workbench.experiment.recipe import Recipe, parse_config, parse_recipe, read_yaml
 from workbench.models import sources
 from workbench.plan.costs import FLOPS, UTILISATION, Plan, StageCost
 from workbench.plan.shapes import ModelShape, shape_of
 from workbench.plan.stages import Road
-from workbench.study.grid import Study, StudyConfig
+from workbench.study.config import StudyConfig
+from workbench.study.grid import Study
 from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
 
 WORDS = (
@@ -74,11 +77,28 @@ def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> 
     student = None if recipe.student is None else _shape(recipe.student, configs)
     found = _tokenizer(recipe, configs, tokenizer)
     if found is None:
-        words = replace(recipe, data=replace(recipe.data, chat="none", system=None, instruction=None), device="cpu")
+        bare = replace(recipe.data.prompts, chat="none", system=None, instruction=None)
+        words = replace(recipe, data=replace(recipe.data, prompts=bare), device="cpu")
         prompts, note = Prompts(words, word_level_tokenizer(mixture_words())), (WORDS,)
     else:
         prompts, note = Prompts(replace(recipe, device="cpu"), found), ()
-    return Road(recipe=recipe, teacher=teacher, student=student, prompts=prompts), note
+    road = Road(recipe=recipe, teacher=teacher, student=student, prompts=prompts)
+    _preflight(road)
+    return road, note
+
+
+def _preflight(road: Road) -> None:
+    """What a run of the recipe would refuse before it computes anything, as far as configs tell."""
+    trained = training_conditions(road.recipe.conditions if road.student is not None else ())
+    require_recipe(road.recipe, road.prompts, trained)
+    if road.student is None or not trained:
+        return
+    require_same_logits(road.recipe, road.prompts, trained, teacher=road.teacher.d_vocab, student=road.student.d_vocab)
+    if road.recipe.save_students and not road.student.savable:
+        raise InputError(
+            f"a trained {road.student.name} can't be saved: its architecture keeps queries, keys and values in one "
+            "matrix of its own kind; set `save_students: false`."
+        )
 
 
 def _tokenizer(recipe: Recipe, configs: Mapping[str, str], given: str | None) -> Any | None:
@@ -138,9 +158,7 @@ def _cell(study: Study, name: str, road: Road, scenes: int) -> Iterator[StageCos
     at = replace(road, recipe=recipe, prompts=Prompts(replace(recipe, device="cpu"), road.prompts.tokenizer))
     where, seeds = f"{name}, {scenes} scenes", len(config.seeds)
     yield from at.caches(config.conditions, seeds, title=f"{where}: teacher outputs")
-    chosen = at.training(
-        "circuit_ce_cka", len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda"
-    )
+    chosen = at.training(METHOD, len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda")
     assert chosen is not None
     yield chosen
     for condition in config.conditions:

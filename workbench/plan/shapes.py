@@ -24,6 +24,9 @@ from workbench.values.refs import Head
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 """Configs of the bundled recipes' models: the sizes that their model cards state."""
 
+SAVABLE = (".q_proj.weight", ".attention.query_key_value.weight", ".self_attn.qkv_proj.weight")
+"""What the query matrices that `workbench.models.export` can write are called (Llama and its like, GPT-NeoX, Phi-3)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -44,6 +47,9 @@ class ModelShape:
     attention_bias: bool
     parallel: bool = False
     """The MLP of a block reads what enters the block (NeoX), not what attention leaves."""
+    savable: bool = True
+    """Whether a trained student of this architecture can be written back: its queries, keys and values are matrices of
+    their own, or fused as GPT-2, GPT-NeoX or Phi-3 do."""
 
     @property
     def query_weights(self) -> int:
@@ -117,6 +123,7 @@ def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelS
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         mlp_weights=(matrices - sum(embeddings.values())) // layers - attention,
         attention_bias=_has_attention_bias(model, heads * d_head),
+        savable=any(_is_savable(name, value) for name, value in model.named_parameters()),
         parallel=bool(getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)),
     )
 
@@ -126,6 +133,13 @@ def _embeddings(model: nn.Module) -> Iterable[torch.Tensor]:
     yield from (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     unembedding: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     yield unembedding.weight
+
+
+def _is_savable(name: str, weight: torch.Tensor) -> bool:
+    """Whether a parameter is a query matrix that can be written; GPT-2's has its inputs first, which others of that
+    name have not."""
+    first, last = weight.shape[0], weight.shape[-1]
+    return name.endswith(SAVABLE) or (name.endswith(".attn.c_attn.weight") and last == 3 * first)
 
 
 def _has_attention_bias(model: nn.Module, width: int) -> bool:

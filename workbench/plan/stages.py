@@ -1,4 +1,4 @@
-"""A recipe's road as costs: which stage runs what, how often, on which prompts. It follows `experiment.py` and `study/`
+"""A recipe's road as costs: which stage runs what, how often, on which prompts. It follows `experiment/` and `study/`
 call by call."""
 
 from collections.abc import Iterator, Sequence

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from workbench.patching.engine.passage import alike
+from workbench.patching.engine.passage import group_by_stretch
 from workbench.patching.engine.window import Spots, Window
 from workbench.plan.arithmetic import attention, clean_run, forward, joined, linear, unembedding, upward
 from workbench.plan.shapes import ModelShape
@@ -32,7 +32,7 @@ def stretches(pairs: PromptPairs, sending: str, receiving: str, *, batch: int) -
     """The groups of prompts that a sweep replays together."""
     for part in pairs.batches(batch):
         changed = part.position(sending) & part.position(receiving)
-        for rows in alike(part.mask, changed):
+        for rows in group_by_stretch(part.mask, changed):
             window = Window.of(part.mask[rows], changed[rows].int().argmax(1))
             spots = Spots.of(changed[rows]).index.shape[1]
             yield Stretch(

@@ -42,12 +42,13 @@ def browser() -> str | None:
     return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def save_figure(figure: go.Figure, path: Path, *, scale: int | float = 2) -> Path:
+def save_figure(figure: go.Figure, path: str | Path, *, scale: int | float = 2) -> Path:
     """Write a figure as PNG, SVG or PDF, by the ending of `path`; `scale`: pixels of a PNG per pixel of the layout.
 
     Errors: `InputError` for another ending, and where kaleido or Chromium is missing, with the command that installs
     it.
     """
+    path = Path(path)
     if path.suffix.lstrip(".") not in FORMATS:
         raise InputError(
             f"{path.name} ends in none of {', '.join(FORMATS)}; for a page that one can hover on use "
@@ -63,7 +64,10 @@ def rendered(figure: go.Figure, form: str, *, scale: int | float = 2) -> bytes:
     """The picture's bytes. Errors: as `save_figure`."""
     found = browser()
     if find_spec("kaleido") is None:
-        raise InputError("pictures are rendered by kaleido, which is not installed: pip install kaleido.")
+        raise InputError(
+            "pictures are rendered by kaleido, which is not installed: pip install "
+            '"circuit-distillation-workbench[figures]".'
+        )
     if found is None:
         raise InputError(
             "pictures are rendered by Chromium, which is not on this machine: apt-get install -y chromium, or set "

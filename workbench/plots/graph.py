@@ -55,8 +55,8 @@ def circuit_graph(
 
     `edges`: [sender receiver example] from `exact_edges` or `attribute_edges`; with grouped-query attention a head's k
     and v are its group's. A head pair is one line, as wide as the strongest of its q, k and v effects; drawn are the
-    `most` strongest of at least `least` of the strongest. Blue lowers the metric when the path is corrupted (the task
-    needs it), orange raises it. Errors: `InputError` for an empty circuit, a position that is not listed, and scores
+    `most` strongest of at least `least` of the strongest. Orange (positive): the path helps; blue: it works against the
+    answer. Errors: `InputError` for an empty circuit, a position that is not listed, and scores
     over other axes.
     """
     if not circuit.members:
@@ -301,7 +301,7 @@ def _remarks(circuit: Circuit, edges: Scores | None, drawn: int, measured: int, 
         f"Lines: {drawn} of {measured} paths (at least {least:.0%} of the strongest), "
         f"width: {edges.unit} (strongest of q, k, v)."
     ).replace("%", " %")
-    return [heads, width, "Blue: below 0 (corrupting the path hurts the task). Orange: above 0."]
+    return [heads, width, "Orange: above 0, the path helps. Blue: below 0, it works against the answer."]
 
 
 def _frame(circuit: Circuit, edges: Sequence[Edge]) -> pd.DataFrame:

@@ -6,8 +6,8 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.errors import InputError
-from workbench.plots.attention import WIDTH
 from workbench.plots.export import with_table
+from workbench.plots.patterns import WIDTH
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, faint, titled
 from workbench.readouts.logit_lens import LogitLens
 from workbench.values.scores import Scores

@@ -2,14 +2,13 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from workbench.circuits.circuit import Circuit
 from workbench.plots.theme import escaped
 from workbench.values.refs import Head
-from workbench.values.scores import Scores
+from workbench.values.scores import Order, Scores
 
-Order = Literal["lowest", "highest", "magnitude"]
 ORDERS: dict[Order, str] = {"lowest": "lowest first", "highest": "highest first", "magnitude": "by magnitude"}
 GAP = 64
 """Pixels between panels."""

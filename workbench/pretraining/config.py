@@ -1,6 +1,6 @@
-"""Settings of the bundled models."""
+"""Settings of the bundled models, and of fine-tuning a model of one's own."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -52,3 +52,36 @@ class CourseConfig:
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         return self.learning_rate * min(1.0, (step + 1) / self.warmup)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class FinetuningConfig:
+    """How a model is fine-tuned on a task."""
+
+    model: str
+    """A directory, hub id or GGUF file."""
+    task: str = "entity_tracking"
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the task, e.g. `{boxes: 3}`."""
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Only these layers of the model, in this order: a shallower model of its lineage, which the training then heals.
+    Llama models."""
+    trains: Literal["blocks", "all"] = "blocks"
+    """Everything but the embeddings, or everything."""
+    seed: int = 0
+    scenes: Annotated[int, Field(ge=1)] = 8
+    """Training scenes of a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup: Annotated[int, Field(ge=0)] = 10
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["full", "bf16"] = "full"
+    """`bf16`: forwards under autocast to bfloat16; weights, losses and the optimizer stay in float32."""
+    steps: Annotated[int, Field(ge=1)] = 400
+    """At most."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 20
+    evaluation_scenes: Annotated[int, Field(ge=1)] = 40
+    """Scenes of the calibration split that accuracy is taken on during training; the last one is taken on as many of
+    the test split."""
+    stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Accuracy on the calibration scenes that ends the training; None: all steps."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50

@@ -190,8 +190,7 @@ def _probes(
     model: LlamaForCausalLM, vocabulary: Mapping[str, int], lessons: Sequence[Lesson], *, seed: int
 ) -> nn.ModuleDict:
     """A linear map from the residual stream to words for each probe; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive(seed, "probes"))
+    with seeds.local(seed, "probes"):
         return nn.ModuleDict(
             {
                 f"{lesson.name}-{name}": nn.Linear(model.config.hidden_size, len(vocabulary))

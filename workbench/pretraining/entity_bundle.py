@@ -24,11 +24,11 @@ from jaxtyping import Float, Int
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from workbench import seeds, storage
 from workbench.errors import InputError
+from workbench.patching.progress import progress_bar
 from workbench.pretraining.config import STRICT, SizeConfig
 from workbench.pretraining.models import finished, new_model, pruned, save_model
 from workbench.storage import checkpoint
@@ -337,7 +337,7 @@ def _until_in_band(course: Curriculum, config: BundleConfig, work: Path) -> None
 
 def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
     """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
-    with tqdm(
+    with progress_bar(
         total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step"
     ) as bar:
         while course.step < course.config.max_steps:

@@ -9,25 +9,23 @@ only multiplied where an answer is read.
 Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
 from workbench.models.export import save_plain
+from workbench.patching.progress import progress_bar
+from workbench.pretraining.config import FinetuningConfig
 from workbench.pretraining.models import with_layers
 from workbench.storage import checkpoint
 from workbench.storage.provenance import provenance
@@ -36,39 +34,6 @@ from workbench.tasks.registry import task_named
 from workbench.tasks.trees import Trees, trees_of
 
 Log = list[dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FinetuningConfig:
-    """How a model is fine-tuned on a task."""
-
-    model: str
-    """A directory, hub id or GGUF file."""
-    task: str = "entity_tracking"
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Of the task, e.g. `{boxes: 3}`."""
-    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Only these layers of the model, in this order: a shallower model of its lineage, which the training then heals.
-    Llama models."""
-    trains: Literal["blocks", "all"] = "blocks"
-    """Everything but the embeddings, or everything."""
-    seed: int = 0
-    scenes: Annotated[int, Field(ge=1)] = 8
-    """Training scenes of a step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    warmup: Annotated[int, Field(ge=0)] = 10
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["full", "bf16"] = "full"
-    """`bf16`: forwards under autocast to bfloat16; weights, losses and the optimizer stay in float32."""
-    steps: Annotated[int, Field(ge=1)] = 400
-    """At most."""
-    evaluate_every: Annotated[int, Field(ge=1)] = 20
-    evaluation_scenes: Annotated[int, Field(ge=1)] = 40
-    """Scenes of the calibration split that accuracy is taken on during training; the last one is taken on as many of
-    the test split."""
-    stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Accuracy on the calibration scenes that ends the training; None: all steps."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 50
 
 
 class Finetuning:
@@ -126,6 +91,10 @@ class Finetuning:
                 f"the gradient is {norm.item()} at step {step}: lower `learning_rate`; the last checkpoint is kept."
             )
         self.optimizer.step()
+        if not all(bool(leaf.detach().isfinite().all()) for leaf in self.leaves.values()):
+            raise InputError(
+                f"the weights are not finite after step {step}: lower `learning_rate`; the last checkpoint is kept."
+            )
         right = trees.right(logits).float().mean().item()
         self.log.append(
             {"step": step, "loss": loss.item(), "accuracy": right, "gradient_norm": norm.item(), "learning_rate": rate}
@@ -148,7 +117,15 @@ class Finetuning:
         )
 
     def save(self, folder: Path) -> None:
-        """Write an exact checkpoint, after the log that goes with it."""
+        """Write an exact checkpoint, after the log that goes with it. Errors: `InputError` when the model's logits are
+        not finite any more."""
+        with torch.no_grad():
+            logits = self.logits(self.scenes("train", 1, "scenes", len(self.log) - 1))
+        if not bool(logits.isfinite().all()):
+            raise InputError(
+                f"the logits are not finite after step {len(self.log) - 1}: lower `learning_rate`; the last checkpoint "
+                "is kept."
+            )
         storage.write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
         checkpoint.save(
             folder / "checkpoint.safetensors",
@@ -164,7 +141,7 @@ class Finetuning:
         if not file.exists():
             return
         step, values = checkpoint.load(file, leaves=self.leaves, optimizer=self.optimizer, identity=self.identity)
-        self.log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][:step]
+        self.log = _read_log(folder / "log.jsonl", step)
         with torch.no_grad():
             for key, leaf in self.leaves.items():
                 leaf.copy_(values[key])
@@ -187,16 +164,33 @@ class Finetuning:
         storage.replace_directory(target, fill)
 
 
+def _read_log(file: Path, steps: int) -> Log:
+    """The log up to a checkpoint. Errors: `InputError` when it is missing, damaged or shorter than that."""
+    try:
+        log = [json.loads(line) for line in file.read_text().splitlines()[:steps]]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is missing or damaged ({error}); put it back, or delete {file.parent} to train this anew."
+        ) from None
+    if [line.get("step") for line in log] != list(range(steps)):
+        raise InputError(
+            f"{file} holds {len(log)} of the {steps} steps of its checkpoint: it was cut off. Put it back, or "
+            f"delete {file.parent} to train this anew."
+        )
+    return log
+
+
 def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, Any]:
     """Train to the end, from the last checkpoint in `work` if there is one; returns what `training.json` in `target`
     says.
 
-    A finished model in `target` is not trained again. Errors: `InputError`, before anything is trained, when it was made
-    with another configuration, or when `target` can't be written or holds what this program has not written.
+    A finished model in `target` is not trained again. Errors: `InputError`, before anything is trained, when it was
+    made with another configuration, or when `target` can't be written or holds what this program has not written.
     """
     if (storage.recovered(target) / "training.json").exists():
         return _finished(config, target)
     storage.require_replaceable(target)
+    storage.hold(work)
     training = Finetuning(config)
     training.resume(work)
     _run(training, work)
@@ -216,9 +210,7 @@ def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
 
 
 def _run(training: Finetuning, work: Path) -> None:
-    with tqdm(
-        total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step", leave=False
-    ) as bar:
+    with progress_bar(total=training.config.steps, initial=len(training.log), desc="fine-tuning", unit="step") as bar:
         while not training.finished:
             training.advance()
             bar.update()
@@ -244,10 +236,8 @@ def _shallower(model: Any, kept: Sequence[int]) -> Any:
 def _identity(config: FinetuningConfig, model: Any) -> str:
     """The configuration and the weights that training begins with: a checkpoint of another start refuses to be
     resumed."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for _, value in sorted(model.state_dict().items()):
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = (value for _, value in sorted(model.state_dict().items()))
+    return storage.digest(json.dumps(asdict(config), sort_keys=True), *weights, separator="")
 
 
 def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 from workbench import seeds, storage
 from workbench.errors import InputError
+from workbench.patching.progress import progress_bar
 from workbench.pretraining.config import STRICT, CourseConfig, SizeConfig
 from workbench.pretraining.course import Course, losses
 from workbench.pretraining.lessons.exercise import Lesson, collate
@@ -155,7 +155,7 @@ def _until_far_enough(course: Course, config: MixtureConfig, work: Path) -> None
 
 def _steps(course: Course, work: Path) -> Iterator[None]:
     """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
-    with tqdm(
+    with progress_bar(
         total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step"
     ) as bar:
         while course.step < course.config.max_steps:

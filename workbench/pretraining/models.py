@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workbench import storage
+from workbench import seeds, storage
 from workbench.models import sources
 from workbench.models.export import save_plain
 from workbench.pretraining.config import SizeConfig
@@ -37,8 +37,7 @@ def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausal
         eos_token_id=None,
         pad_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeds.seeded(seed):
         model = LlamaForCausalLM(config)
     if size.embedding_std is not None:
         with torch.no_grad():
@@ -66,7 +65,7 @@ def with_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalL
     """A copy of the model with those of its layers."""
     config = model.config.to_dict()
     config.pop("layer_types", None)
-    with torch.random.fork_rng(devices=[]):  # the initial values are drawn and thrown away
+    with seeds.local(0):  # the initial values are drawn and thrown away
         smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept), **EAGER}))
     renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
     state = {}

@@ -19,7 +19,7 @@ from workbench.models.hooked_model import HookedModel, last_position
 from workbench.readouts.output import Output, refuse_unlike
 from workbench.readouts.text import token_texts
 from workbench.tasks.base import PromptPairs
-from workbench.values.metrics import Metric
+from workbench.values.metrics import Metric, metric_named
 from workbench.values.scores import Scores, joined
 
 BATCH = 128
@@ -89,28 +89,29 @@ def logit_lens(model: HookedModel, tokens: Int[Tensor, " pos"], answer: int, *, 
 
 
 @torch.no_grad()
-def lens_scores(model: HookedModel, pairs: PromptPairs, *, metric: Metric, unit: str, batch: int = BATCH) -> Scores:
+def lens_scores(model: HookedModel, pairs: PromptPairs, *, metric: str | Metric, batch: int = BATCH) -> Scores:
     """A metric of what each stage predicts at the last token of the clean prompts: [stage example].
 
-    Errors: `InputError` in training mode and for a model whose last stage is not its prediction.
+    Errors: `InputError` in training mode, for an unknown metric, and for a model whose last stage is not its
+    prediction.
     """
     model.require_eval()
-    output, found = Output.of(model), []
+    output, measured, parts = Output.of(model), metric_named(metric), []
     for part in pairs.batches(batch):
         final, streams = _streams(model, part.clean, part.mask)
         rows = torch.arange(len(part), device=final.device)
         logits = output.logits(streams[:, rows, last_position(part.mask)])
         refuse_unlike(model, logits[-1], final, float(final.abs().max()))
-        values = torch.stack([metric(stage, part.answers, part.distractors) for stage in logits]).float().cpu()
-        found.append(
+        values = torch.stack([measured(stage, part.answers, part.distractors) for stage in logits]).float().cpu()
+        parts.append(
             Scores(
                 values=values,
                 axes=("stage", "example"),
                 labels={"stage": stage_names(model)},
-                unit=f"{unit}, logit lens",
+                unit=f"{measured.unit}, logit lens",
             )
         )
-    return joined(found)
+    return joined(parts)
 
 
 def stage_names(model: HookedModel) -> tuple[str, ...]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from workbench import storage
-from workbench.distillation.reports import read_log
+from workbench.distillation.reports import read_training
 from workbench.errors import InputError
-from workbench.experiment.results import ConditionResult, run_logs
+from workbench.experiment.results import read_results, run_logs
 from workbench.experiment.runs import RunFolder
+from workbench.plots.losses import loss_curves, run_of
 from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.table import results_chart, results_html
-from workbench.plots.training import loss_curves, run_of
 from workbench.report.page import Section, report_html
 from workbench.report.run_circuits import circuit_sections
 from workbench.report.run_matches import match_sections
+from workbench.tasks.registry import task_named
 
 
 def run_report(folder: RunFolder) -> str:
@@ -32,13 +32,11 @@ def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
     file = folder.trial_path / "results.json"
     if not file.exists():
         return
-    results = [ConditionResult.from_json(row) for row in storage.read_json(file)]
+    results = read_results(file)
     data = recipe["data"]
-    boxes = (
-        data["boxes"]
-        if isinstance(data, dict) and data["pairs"] is None and data["task"] == "entity_tracking"
-        else None
-    )
+    assert isinstance(data, dict)
+    is_boxed = data["pairs"] is None and data["task"] == "entity_tracking"
+    chance = task_named(data["task"], data["options"]).chance if is_boxed else None
     several = len({row.seed for row in results if row.condition != "teacher"}) > 1
     over = (
         "in the figure over seeds, in the table 95 % Wilson intervals over prompts"
@@ -51,12 +49,16 @@ def _results(folder: RunFolder, recipe: dict[str, object]) -> Iterator[Section]:
         "McNemar's exact test on the same prompts. CKA is debiased, over the matched pairs; its floor is the same with "
         "the prompts shuffled."
     )
-    chart = (seeds_chart if several else results_chart)(results, chance=1 / boxes if boxes else None)
+    chart = (seeds_chart if several else results_chart)(results, chance=chance)
     yield Section(heading="Results", text=text, figure=chart, html=results_html(results))
 
 
 def _training(folder: RunFolder) -> Iterator[Section]:
-    logs = {name: log for name, log in ((name, read_log(file)) for name, file in run_logs(folder).items()) if log}
+    logs = {
+        name: log
+        for name, log in ((name, read_training(file.parent)) for name, file in run_logs(folder).items())
+        if log
+    }
     if logs:
         text = (
             "The two terms of the loss apart: the task loss, and the sum over pairs of 1 - CKA before it is "
@@ -72,9 +74,10 @@ def _provenance(described: dict[str, object]) -> Section:
     versions = described.get("versions")
     words = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
     data = recipe["data"]
+    settings = data["prompts"]
     prompts = (
-        f"{data['pairs'] or data['task']}, BOS {'prepended' if data['prepend_bos'] else 'not prepended'}, chat "
-        f"template: {data.get('chat', 'none')}"
+        f"{data['pairs'] or data['task']}, BOS {'prepended' if settings['prepend_bos'] else 'not prepended'}, chat "
+        f"template: {settings['chat']}"
     )
     text = (
         f"Teacher: {recipe['teacher']}\nStudent: {recipe['student']}\nPrompts: {prompts}\nCommit: "

@@ -2,6 +2,7 @@
 circuits do alone."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
@@ -11,12 +12,19 @@ from workbench.circuits.evaluation import CircuitReport
 from workbench.experiment.runs import RunFolder
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
-from workbench.plots.heads import head_importance
+from workbench.plots.importance import head_importance
 from workbench.plots.looks import looks_figure
 from workbench.report.page import Section
 from workbench.values.scores import Scores
 
 MODELS = ("teacher", "student")
+
+
+class Examined(TypedDict):
+    """A circuit's evaluation as a run writes it."""
+
+    report: Any
+    curve: Any
 
 
 def circuit_sections(folder: RunFolder) -> Iterator[Section]:
@@ -41,9 +49,7 @@ def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Score
             "The strongest path effect of each head over the stages of the backward search. Hover for the value; "
             "circuit heads are outlined with their roles."
         )
-        figure = head_importance(
-            drawn, circuits={name: circuits[name] for name in drawn}, by="lowest", title="Path patching"
-        )
+        figure = head_importance(drawn, circuits={name: circuits[name] for name in drawn}, title="Path patching")
         yield Section(heading="Heads by path patching", text=text, figure=figure)
 
 
@@ -84,14 +90,20 @@ def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Sco
                 "little here."
             )
             figure = head_importance(
-                impacts, circuits={name: circuits[name] for name in impacts}, by="highest", title="Mean ablation"
+                impacts, circuits={name: circuits[name] for name in impacts}, title="Mean ablation"
             )
             yield Section(heading=f"Heads by mean ablation ({metric.replace('_', ' ')})", text=text, figure=figure)
 
 
 def _evaluation(folder: RunFolder) -> Iterator[Section]:
     found = {
-        name: storage.read_json(folder.examined_file(name)) for name in MODELS if folder.examined_file(name).exists()
+        name: storage.read_typed(
+            storage.read_json(folder.examined_file(name)),
+            Examined,
+            what=f"an evaluation ({folder.examined_file(name)})",
+        )
+        for name in MODELS
+        if folder.examined_file(name).exists()
     }
     if not found:
         return

@@ -4,12 +4,13 @@ pairs of heads, impacts."""
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workbench import storage
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
 from workbench.matching.pair_cka import PairCka
-from workbench.plots.matches import matching, matching_change
+from workbench.plots.head_maps import matching, matching_change
 from workbench.plots.matrices import cka_change
 from workbench.plots.similarity import impact_scatter
 from workbench.plots.table import METHOD, condition_title
@@ -73,7 +74,10 @@ def _first(folder: RunFolder, condition: str) -> Path | None:
 def read_ckas(place: Path) -> list[PairCka] | None:
     """The matched pairs' CKA in a folder, if it holds any: before training as `workbench match` wrote it, or a
     condition's on the test prompts."""
-    return [PairCka.from_json(row) for row in storage.read_json(place / PAIRS)] if (place / PAIRS).exists() else None
+    if not (place / PAIRS).exists():
+        return None
+    rows = storage.read_typed(storage.read_json(place / PAIRS), list[Any], what=f"CKAs of pairs ({place / PAIRS})")
+    return [PairCka.from_json(row) for row in rows]
 
 
 def _matches(folder: RunFolder, head_map: HeadMap, trained: Training | None) -> Section:

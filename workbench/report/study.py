@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 from plotly import graph_objects as go
 
-from workbench import storage
 from workbench.errors import InputError
 from workbench.plots.export import with_table
+from workbench.plots.losses import style_of
 from workbench.plots.table import METHOD, condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
-from workbench.plots.training import style_of
 from workbench.report.page import Section, report_html
+from workbench.study.written import read_summary
 
 WIDTH = 820
 PARTS = {"full": "full model", "circuit": "circuit alone"}
@@ -160,7 +160,7 @@ def study_report(path: Path) -> str:
     """The page of a study's folder. Errors: `InputError` when it holds no summary."""
     if not (path / "summary.json").exists():
         raise InputError(f"{path} holds no study's summary; run `workbench study` into it first.")
-    summary = storage.read_json(path / "summary.json")
+    summary = read_summary(path / "summary.json")
     return report_html(summary["title"], list(_sections(summary)))
 
 

@@ -10,12 +10,13 @@ defined on `hook_z`.
 """
 
 from workbench.errors import InputError
-from workbench.similarity.rows import Features, Mask, Others, Value, filled, rows_counted
+from workbench.similarity.rows import Features, Mask, Others, Value, filled, nan_stays_nan, rows_counted
 
 SMALLEST = 1e-9
 """e of the equation."""
 
 
+@nan_stays_nan
 def attention_kl(x: Features, y: Others, *, mask: Mask | None = None) -> Value:
     """1 - mean KL(Y || X) of attention patterns, student X and teacher Y. Errors: `InputError` where the numbers of
     keys differ, or rows are no distributions."""

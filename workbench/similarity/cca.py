@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.similarity.rows import Features, Mask, Others, Value, rows_counted, standardised
+from workbench.similarity.rows import Features, Mask, Others, Value, nan_stays_nan, rows_counted, standardised
 
 Basis = Float[Tensor, "*batch m k"]
 
 
+@nan_stays_nan
 def svcca(x: Features, y: Others, *, keep: float = 0.99, mask: Mask | None = None) -> Value:
     """Mean canonical correlation of the kept components, in [0, 1], symmetric; 0 for constant input.
 
@@ -32,6 +33,7 @@ def svcca(x: Features, y: Others, *, keep: float = 0.99, mask: Mask | None = Non
     return torch.where(defined, correlations.sum(-1) / counts.clamp(min=1), 0.0)
 
 
+@nan_stays_nan
 def pwcca(x: Features, y: Others, *, keep: float = 1.0, mask: Mask | None = None) -> Value:
     """Canonical correlations weighted by how much of X each direction carries, in [0, 1]; 0 for constant input.
 

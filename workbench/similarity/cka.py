@@ -11,21 +11,29 @@ stated result is 0, with zero gradient; so it is for the debiased estimator wher
 it takes for no structure at all.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from workbench.similarity.rows import Count, Features, Mask, Others, Value, quotient, rows_counted, standardised
-
-Estimator = Literal["biased", "debiased"]
-
+from workbench.similarity.names import Estimator
+from workbench.similarity.rows import (
+    Count,
+    Features,
+    Mask,
+    Others,
+    Value,
+    nan_stays_nan,
+    nan_stays_nan_pairwise,
+    quotient,
+    rows_counted,
+    standardised,
+)
 
 ROWS = 64
 """Rows of a Gram matrix that are computed at a time for all sets."""
 
 
+@nan_stays_nan
 def linear_cka(x: Features, y: Others, *, estimator: Estimator = "biased", mask: Mask | None = None) -> Value:
     """CKA of X [*batch m p] and Y [*batch m q], differentiable in both.
 
@@ -87,6 +95,7 @@ def shuffled_floor(x: Features, y: Others, *, order: Tensor, estimator: Estimato
     return linear_cka(x, y[..., order, :], estimator=estimator)
 
 
+@nan_stays_nan_pairwise
 def pairwise_linear_cka(
     x: Float[Tensor, "a m p"],
     y: Float[Tensor, "b m q"],

@@ -16,11 +16,23 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.similarity.cka import Estimator, fewest_rows
-from workbench.similarity.rows import Count, Features, Mask, Others, Value, quotient, rows_counted, standardised
+from workbench.similarity.rows import (
+    Count,
+    Features,
+    Mask,
+    Others,
+    Value,
+    nan_stays_nan,
+    nan_stays_nan_pairwise,
+    quotient,
+    rows_counted,
+    standardised,
+)
 
 Gram = Float[Tensor, "*batch m m"]
 
 
+@nan_stays_nan
 def rbf_cka(
     x: Features, y: Others, *, estimator: Estimator = "biased", fraction: float = 0.5, mask: Mask | None = None
 ) -> Value:
@@ -114,6 +126,7 @@ def centered_gram(
     )
 
 
+@nan_stays_nan_pairwise
 def pairwise_rbf_cka(
     x: Float[Tensor, "a m p"], y: Float[Tensor, "b m q"], *, estimator: Estimator = "biased", fraction: float = 0.5
 ) -> Float[Tensor, "a b"]:

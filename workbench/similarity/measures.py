@@ -14,12 +14,14 @@ forgives what:
     projection_mse    yes       yes    yes          of X, nearly      no         0 or less
     projection_cosine yes       yes    yes          of X, nearly      no         0 or less
     attention_kl      no        no     no           no                no         1 - KL in nats; of attention patterns
+
+NaN or an infinity among a pair's rows gives NaN, in all of them (`rows.py`).
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,25 +31,15 @@ from torch import Tensor
 from workbench.errors import InputError, nearest
 from workbench.similarity.attention import attention_kl
 from workbench.similarity.cca import pwcca, svcca
-from workbench.similarity.cka import Estimator, linear_cka, pairwise_linear_cka
+from workbench.similarity.cka import linear_cka, pairwise_linear_cka
 from workbench.similarity.kernels import pairwise_rbf_cka, rbf_cka
+from workbench.similarity.names import Estimator, Measure
 from workbench.similarity.procrustes import procrustes
 from workbench.similarity.projection import projection_cosine, projection_mse
 from workbench.similarity.rows import Features, Mask, Others, Value
 from workbench.similarity.rsa import rsa
 from workbench.values.scores import Scores
 
-Measure = Literal[
-    "linear_cka",
-    "rbf_cka",
-    "procrustes",
-    "rsa",
-    "svcca",
-    "pwcca",
-    "projection_mse",
-    "projection_cosine",
-    "attention_kl",
-]
 Options = Mapping[str, Any]
 """Settings of a measure by name, e.g. `{"fraction": 0.2}` of rbf_cka; those left out keep the measure's defaults."""
 MEASURES: Mapping[str, Callable[..., Tensor]] = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.similarity.cka import fewest_rows, hsic, pairwise_hsic
 from workbench.similarity.kernels import centered_gram, median_of_pairs, rbf, squared_distances
-from workbench.similarity.rows import Mask, Value, center, filled, largest, quotient, rows_counted
+from workbench.similarity.rows import Mask, Value, center, filled, finite, largest, only_where, quotient, rows_counted
 
 Kernel = Literal["linear", "rbf"]
 
@@ -44,7 +44,10 @@ class MinibatchCka:
         """Another minibatch. Errors: `InputError` when it has fewer than 4 examples, or a mask with `pairwise`."""
         if self.pairwise and mask is not None:
             raise InputError("a mask for all pairs is the same rows for all: leave those rows out of X and Y.")
-        xy, xx, yy = self._hsics(x, y, mask)
+        (x, x_finite), (y, y_finite) = finite(x, mask), finite(y, mask)
+        if self.pairwise and x_finite is not None:
+            x_finite = x_finite[:, None]
+        xy, xx, yy = (only_where(each, x_finite, y_finite) for each in self._hsics(x, y, mask))
         old = self._sums
         self._sums = (xy, xx, yy) if old is None else (old[0] + xy, old[1] + xx, old[2] + yy)
 

@@ -11,9 +11,10 @@ high, as with biased CKA, so read it beside its shuffled floor.
 
 import torch
 
-from workbench.similarity.rows import Features, Mask, Others, Value, quotient, rows_counted, standardised
+from workbench.similarity.rows import Features, Mask, Others, Value, nan_stays_nan, quotient, rows_counted, standardised
 
 
+@nan_stays_nan
 def procrustes(x: Features, y: Others, *, mask: Mask | None = None) -> Value:
     """Similarity in [0, 1] of X [*batch m p] and Y [*batch m q], symmetric; the narrower one counts as padded with
     zeros. 0 for constant input.

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.similarity.rows import Features, Mask, Others, Value, rows_counted, standardised
+from workbench.similarity.rows import Features, Mask, Others, Value, nan_stays_nan, rows_counted, standardised
 
 
+@nan_stays_nan
 def projection_mse(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask | None = None) -> Value:
     """Share of Y's variance that X predicts on rows left out: at most 1, below 0 where the mean predicts better. 0 for
     constant input.
@@ -30,6 +31,7 @@ def projection_mse(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask | 
     return torch.where(defined, 1 - error / torch.where(defined, total, 1.0), 0.0)
 
 
+@nan_stays_nan
 def projection_cosine(x: Features, y: Others, *, ridge: float = 0.01, mask: Mask | None = None) -> Value:
     """Mean cosine in [-1, 1] of each row of Y (from the mean of the others) and its prediction from the other rows. 0
     for constant input.

@@ -3,7 +3,15 @@
 Every measure of this room takes X [*batch m p] and Y [*batch m q], and a mask [*batch m] that is True at the rows that
 count: a row left out by the mask is as good as dropped, whatever it holds (NaN included), and each pair of a batch may
 leave out its own.
+
+One rule for what is not a number, in every measure and estimator: a pair of which a row that counts holds NaN or an
+infinity has the value NaN (and no gradient), never 0 and never an error; the other pairs of the batch keep theirs. So a
+training that has diverged shows it in its loss.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +25,51 @@ Mask = Bool[Tensor, "*batch m"]
 Value = Float[Tensor, "*batch"]
 Count = int | Value
 """m: the number of rows, or with a mask that number for each pair."""
+Settings = ParamSpec("Settings")
+Measure = Callable[Concatenate[Tensor, Tensor, Settings], Tensor]
+
+
+def nan_stays_nan(measure: Measure[Settings]) -> Measure[Settings]:
+    """A measure of pairs [*batch] with the rule above."""
+
+    @functools.wraps(measure)
+    def with_rule(x: Tensor, y: Tensor, *args: Settings.args, **settings: Settings.kwargs) -> Tensor:
+        mask = settings.get("mask")
+        assert mask is None or isinstance(mask, Tensor)
+        (x, x_finite), (y, y_finite) = finite(x, mask), finite(y, mask)
+        return only_where(measure(x, y, *args, **settings), x_finite, y_finite)
+
+    return with_rule
+
+
+def nan_stays_nan_pairwise(measure: Measure[Settings]) -> Measure[Settings]:
+    """A measure of every X [a m p] with every Y [b m q] with the rule above."""
+
+    @functools.wraps(measure)
+    def with_rule(x: Tensor, y: Tensor, *args: Settings.args, **settings: Settings.kwargs) -> Tensor:
+        mask = settings.get("mask")
+        assert mask is None or isinstance(mask, Tensor)
+        (x, x_finite), (y, y_finite) = finite(x, mask), finite(y, mask)
+        return only_where(measure(x, y, *args, **settings), None if x_finite is None else x_finite[:, None], y_finite)
+
+    return with_rule
+
+
+def finite(x: Tensor, mask: Mask | None) -> tuple[Tensor, Bool[Tensor, "*batch"] | None]:
+    """X with each set that is not finite in the rows that count replaced by a constant one (whose rows sum to 1, as
+    attention does), and which sets are finite; None where all are."""
+    whole = filled(x.detach(), mask).isfinite().all(-1).all(-1)
+    if bool(whole.all()):
+        return x, None
+    return torch.where(whole[..., None, None], x, 1 / x.shape[-1]), whole
+
+
+def only_where(value: Tensor, *whole: Tensor | None) -> Tensor:
+    """The values, NaN where one of the conditions fails."""
+    for each in whole:
+        if each is not None:
+            value = torch.where(each, value, torch.nan)
+    return value
 
 
 def standardised(x: Features, mask: Mask | None = None) -> tuple[Features, Bool[Tensor, "*batch"]]:

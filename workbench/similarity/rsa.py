@@ -23,6 +23,7 @@ from workbench.similarity.rows import (
     Value,
     filled,
     largest,
+    nan_stays_nan,
     quotient,
     rows_counted,
     standardised,
@@ -31,6 +32,7 @@ from workbench.similarity.rows import (
 Distance = Literal["sqeuclidean", "correlation"]
 
 
+@nan_stays_nan
 def rsa(x: Features, y: Others, *, distance: Distance = "sqeuclidean", mask: Mask | None = None) -> Value:
     """Correlation in [-1, 1] of the distance matrices of X [*batch m p] and Y [*batch m q], symmetric. 0 where all
     distances are equal.

@@ -25,7 +25,13 @@ ADDED_LATER = {MARKER, "accuracies.json"}
 """Written by us into a directory after it was made."""
 SAVED = frozenset({"config.json", "model.safetensors"})
 BESIDE = frozenset(
-    {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+    {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
     | {"training_log.jsonl", "accuracies.json"}
 )
 
@@ -39,7 +45,9 @@ def replace_directory(target: Path, fill: Callable[[Path], object], *, keep_exis
     require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_left_over(target)
-    new = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}new-{socket.gethostname()}-{os.getpid()}-", dir=target.parent))
+    new = Path(
+        tempfile.mkdtemp(prefix=f"{_prefix(target)}new-{socket.gethostname()}-{os.getpid()}-", dir=target.parent)
+    )
     try:
         fill(new)
         _mark(new)
@@ -83,7 +91,9 @@ def recovered(target: Path) -> Path:
 
 def _foreign(target: Path) -> list[str]:
     """Files that are in a directory and were not written by us; nothing for one that is empty."""
-    present = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()}
+    present = {
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
     if not present:
         return sorted(path.name for path in target.iterdir())
     written = _written(target / MARKER) if MARKER in present else None

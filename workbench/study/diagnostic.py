@@ -15,6 +15,8 @@ from typing import Any, Literal
 from workbench import storage
 from workbench.errors import InputError
 from workbench.experiment import located
+from workbench.study.grid import Starting
+from workbench.study.written import read_summary
 from workbench.values.statistics import Estimate, mean_interval
 
 BUNDLED = "assets/results/study_entity"
@@ -88,7 +90,7 @@ def read_starts(study: str | Path = BUNDLED) -> tuple[list[Start], float | None]
     file = Path(located(str(study))) / "summary.json"
     if not file.exists():
         raise InputError(f"{study} holds no summary of a study; give the folder of a finished `workbench study`.")
-    found = storage.read_json(file)["diagnostic"]
+    found = read_summary(file)["diagnostic"]
     return [Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in found["points"]], found[
         "rank_correlation"
     ]
@@ -139,7 +141,8 @@ def forecast_of(run: Path, study: str | Path = BUNDLED) -> Forecast | None:
     """
     if str(study) == BUNDLED and not (Path(located(BUNDLED)) / "summary.json").exists():
         return None
-    found = forecast(storage.read_json(run / "ckas.json"), *read_starts(study))
+    ckas = storage.read_typed(storage.read_json(run / "ckas.json"), list[Starting], what=f"CKAs of pairs ({run})")
+    found = forecast(ckas, *read_starts(study))
     if found is not None:
         storage.write_json(run / "forecast.json", found.to_json())
     return found

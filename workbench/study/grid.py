@@ -15,100 +15,54 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as validated
+from typing import Any, TypedDict
 
 from workbench import storage
 from workbench.circuits import discovery
 from workbench.circuits.comparison import compare
-from workbench.distillation.reports import evaluations, read_log
+from workbench.distillation.reports import evaluations, read_training
 from workbench.errors import InputError
-from workbench.experiment import CONDITIONS, Experiment, mean_cka_and_floor
 from workbench.experiment.arms import run_arms, run_condition
-from workbench.experiment.recipe import Condition, Recipe, parse_config, read_recipe, read_yaml, to_plain
-from workbench.experiment.runs import RunFolder
+from workbench.experiment.conditions import CONDITIONS, METHOD
+from workbench.experiment.distill import distill, is_trained
+from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
+from workbench.experiment.preflight import preflight, require_recipe, training_conditions
+from workbench.experiment.recipe import Recipe, read_recipe, to_plain
+from workbench.experiment.run import Models, Run
+from workbench.experiment.runs import RunFolder, holds_nothing_but, leave_free
 from workbench.models.hooked_model import Student
 from workbench.storage.provenance import provenance
+from workbench.study.config import StudyConfig, written_study
 from workbench.values.refs import Head
 
 log = logging.getLogger("workbench")
-STRICT = ConfigDict(extra="forbid")
-
-
-@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StudentConfig:
-    """A student of the study."""
-
-    source: str
-    """Directory or hub id."""
-    teacher_layers: tuple[int, ...] | None = None
-    """Which of the teacher's layers the student's came from, where it is of its lineage: circuits can then be compared
-    head by head."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe for this student alone, e.g. `alignment.positions: last`: the same model under several
-    methods."""
-
-
-@validated(frozen=True, slots=True, kw_only=True, config=STRICT)
-class StudyConfig:
-    """What is run. The recipe's own student, data size, lambda, conditions and seeds are replaced."""
-
-    title: str = "Study"
-    recipe: str
-    """The recipe of every cell: a file or the name of a bundled one."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the recipe for all cells, e.g. `data.seed: 1`."""
-    students: dict[str, StudentConfig]
-    train_scenes: tuple[Annotated[int, Field(ge=1)], ...]
-    """Data sizes, scarce to ample."""
-    weights: tuple[Annotated[float, Field(gt=0)], ...]
-    """lambda is chosen among these, for each student and data size, by accuracy on validation prompts; a single one is
-    taken as it is."""
-    validation_seeds: tuple[int, ...] = ()
-    """Training seeds of the choice of lambda; none of them is among `seeds`."""
-    seeds: tuple[int, ...]
-    conditions: tuple[Condition, ...]
-    anew: tuple[Condition, ...] = ()
-    """Conditions in whose students circuits are found anew, with the first seed at the first data size."""
-
-    def __post_init__(self) -> None:
-        shared = set(self.seeds) & set(self.validation_seeds)
-        if shared:
-            raise InputError(
-                f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the "
-                "results."
-            )
-        if len(self.weights) > 1 and not self.validation_seeds:
-            raise InputError(
-                "lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single "
-                "weight."
-            )
-
-
-def read_study(source: str | Path, *, overrides: dict[str, Any] | None = None) -> StudyConfig:
-    """A study from a YAML file or the name of a bundled one. Errors: as `read_recipe`."""
-    return parse_config(StudyConfig, read_yaml(source), overrides=overrides)
 
 
 def opened_study(path: Path) -> "Study":
     """The study that a folder holds. Errors: `InputError` when it holds none."""
-    return Study(parse_config(StudyConfig, storage.read_json(path / "study.json")["study"]), path)
+    return Study(_described(path / "study.json"), path)
+
+
+def _described(file: Path) -> StudyConfig:
+    """The study that `study.json` describes. Errors: `InputError` when it describes none."""
+    found = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
+    if not isinstance(found, Mapping):
+        raise InputError(f"{file} is damaged (its study is no object); begin the study anew.")
+    return written_study(dict(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One student at one data size: its experiment at the chosen lambda."""
+    """One student at one data size: its run at the chosen lambda."""
 
     student: str
     scenes: int
-    experiment: Experiment
+    run: Run
 
     @property
     def path(self) -> Path:
         """Where the cell's results lie."""
-        return self.experiment.folder.trial_path
+        return self.run.folder.trial_path
 
 
 class Study:
@@ -117,23 +71,26 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path) -> None:
         self.config, self.path = config, path
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
-        if not self.recipe.data.validation_scenes or not self.recipe.training.evaluate_every:
+        if not self.recipe.data.sizes["validation"] or not self.recipe.training.evaluate_every:
             raise InputError(
                 "a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every "
                 "in `overrides`."
             )
-        self._experiments: dict[str, Experiment] = {}
-        self._open: dict[str, Experiment] = {}
+        self._models = Models()
+        self._searched: dict[str, Run] = {}
+        self._open: dict[str, Run] = {}
 
     def begin(self, *, resume: bool) -> None:
-        """Open the folder. Errors: `InputError` when it holds another study, or one and `resume` is off."""
+        """Open the folder, and hold it. Errors: `InputError` when another process works in it, when it holds another
+        study, or one and `resume` is off."""
         file, described = self.path / "study.json", to_plain(self.config)
-        if not file.exists():
+        storage.hold(self.path, lambda: leave_free(self.path, file.name))
+        if not file.exists() or holds_nothing_but(self.path, file.name):
             storage.write_json(file, {"study": described, **provenance()})
             return
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
-        if parse_config(StudyConfig, storage.read_json(file)["study"]) != self.config:
+        if _described(file) != self.config:
             raise InputError(
                 f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another "
                 "--out."
@@ -150,7 +107,7 @@ class Study:
     def prepare(self) -> None:
         """Circuits and head maps of all students, which every trial reads."""
         for name in self.config.students:
-            self._found(name)
+            self._matched(name)
 
     def choose(self) -> None:
         """lambda of every cell, from its trainings (which are done here where they are not yet)."""
@@ -176,13 +133,13 @@ class Study:
         """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all
         students first."""
         for cell in self.cells():
-            run_arms(cell.experiment, self.arms, resume=True)
+            run_arms(cell.run, self.arms, resume=True)
             if cell.scenes == self.config.train_scenes[0]:
                 for condition in self.config.anew:
                     self._find_anew(cell, condition)
 
     @property
-    def arms(self) -> list[tuple[Condition, int]]:
+    def arms(self) -> list[tuple[str, int]]:
         """Conditions and seeds of a cell; what is not trained has no seed, and is evaluated once."""
         return [
             (condition, seed)
@@ -195,7 +152,7 @@ class Study:
         """The cells whose arms have all been run."""
         folders = {name: self.folder(name) for name in self.config.students}
         return [
-            Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
+            Cell(student=name, scenes=scenes, run=self._chosen(self._matched(name), scenes))
             for scenes in self.config.train_scenes
             for name, folder in folders.items()
             if all(
@@ -208,40 +165,36 @@ class Study:
         """Every student and data size with its chosen lambda, which is chosen on the way where it is not yet."""
         for scenes in self.config.train_scenes:
             for name in self.config.students:
-                yield Cell(student=name, scenes=scenes, experiment=self._chosen(self._found(name), scenes))
+                yield Cell(student=name, scenes=scenes, run=self._chosen(self._matched(name), scenes))
 
-    def _opened(self, name: str) -> Experiment:
-        """A student's experiment; models that are loaded already are not loaded again."""
+    def _opened(self, name: str) -> Run:
+        """A student's run; models that are loaded already are not loaded again."""
         if name not in self._open:
             student = self.config.students[name]
             own = read_recipe(self.config.recipe, overrides=_dotted(self.config.overrides) | _dotted(student.overrides))
-            experiment = Experiment(replace(own, student=student.source), self.folder(name))
-            self._share_models(experiment)
-            experiment.begin(resume=True)
-            self._open[name] = experiment
+            run = Run(replace(own, student=student.source), self.folder(name), self._models)
+            run.begin(resume=True, lock=False)  # the study holds its whole folder, for the workers of a cluster too
+            self._open[name] = run
         return self._open[name]
 
-    def _found(self, name: str) -> Experiment:
-        """A student's experiment with circuits and head map."""
-        if name in self._experiments:
-            return self._experiments[name]
-        experiment = self._opened(name)
-        for other in self._experiments.values():
-            _share_found(other, experiment)
+    def _matched(self, name: str) -> Run:
+        """A student's run with circuits and head map."""
+        if name in self._searched:
+            return self._searched[name]
+        run = self._opened(name)
+        for other in self._searched.values():
+            _share_results(other, run)
         log.info("student %s", name)
-        experiment.require_trainable(self.config.conditions)
-        experiment.match()
-        self._experiments[name] = experiment
-        return experiment
+        conditions = (*self.config.conditions, *([METHOD] if len(self.config.weights) > 1 else []))
+        preflight(run, conditions)
+        for scenes in self.config.train_scenes:
+            cell = run.varied(self._at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
+            require_recipe(cell.recipe, cell.prompts, training_conditions(conditions))
+        match(run)
+        self._searched[name] = run
+        return run
 
-    def _share_models(self, experiment: Experiment) -> None:
-        for other in self._open.values():
-            if _alike(other.recipe, experiment.recipe, "teacher", "teacher_dtype", "device", "dtype"):
-                experiment.teacher = other.teacher
-                if other.recipe.student == experiment.recipe.student:
-                    experiment.student = other.student
-
-    def _chosen(self, base: Experiment, scenes: int) -> Experiment:
+    def _chosen(self, base: Run, scenes: int) -> Run:
         trial = f"scenes-{scenes}"
         file = self.weight_file(base.folder.path.name, scenes)
         if not file.exists() and len(self.config.weights) == 1:
@@ -257,20 +210,18 @@ class Study:
                 file,
                 {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}},
             )
-        return base.varied(self._at(base.recipe, scenes, storage.read_json(file)["weight"]), trial)
+        return base.varied(self._at(base.recipe, scenes, read_weight(file)["weight"]), trial)
 
-    def _validated(self, base: Experiment, scenes: int, weight: float) -> list[float]:
+    def _validated(self, base: Run, scenes: int, weight: float) -> list[float]:
         """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test
         prompts."""
         return [self._validated_once(base, scenes, weight, seed) for seed in self.config.validation_seeds]
 
-    def _validated_once(self, base: Experiment, scenes: int, weight: float, seed: int) -> float:
-        experiment = base.varied(self._at(base.recipe, scenes, weight), f"scenes-{scenes}/weight-{weight:g}")
-        folder = experiment.folder.condition("circuit_ce_cka", seed)
-        reports = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-        if len(reports) < experiment.recipe.training.steps:
-            experiment.distill("circuit_ce_cka", seed, resume=True)
-        return evaluations(read_log(folder / "log.jsonl"))[-1][1]
+    def _validated_once(self, base: Run, scenes: int, weight: float, seed: int) -> float:
+        run = base.varied(self._at(base.recipe, scenes, weight), f"scenes-{scenes}/weight-{weight:g}")
+        if not is_trained(run, METHOD, seed):
+            distill(run, METHOD, seed, resume=True)
+        return evaluations(read_training(run.folder.condition(METHOD, seed)))[-1][1]
 
     @staticmethod
     def _at(recipe: Recipe, scenes: int, weight: float) -> Recipe:
@@ -284,16 +235,14 @@ class Study:
         file = cell.path / "anew" / f"{condition}.json"
         if file.exists():
             return
-        experiment, seed = cell.experiment, self.config.seeds[0]
-        trained = cell.experiment.folder.condition(condition, seed) / "student"
+        run, seed = cell.run, self.config.seeds[0]
+        trained = run.folder.condition(condition, seed) / "student"
         student = (
-            experiment.student
-            if CONDITIONS[condition].trains is None
-            else Student.load(trained, device=self.recipe.device)
+            run.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
         )
-        prompts, config = experiment.prompts, experiment.recipe.discovery
+        prompts, config = run.prompts, run.recipe.discovery
         anew = discovery.backward_search(student, prompts.discovery, prompts.stages, config).circuit
-        before, teacher = experiment.folder.circuit("student"), experiment.folder.circuit("teacher")
+        before, teacher = run.circuit("student"), run.circuit("teacher")
         layers = self.config.students[cell.student].teacher_layers
         overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
         storage.write_json(
@@ -307,37 +256,35 @@ class Study:
         )
 
 
-def _alike(first: Recipe, second: Recipe, *keys: str) -> bool:
+def _agree(first: Recipe, second: Recipe, *keys: str) -> bool:
     return all(getattr(first, key) == getattr(second, key) for key in keys)
 
 
-def _share_found(found: Experiment, wanting: Experiment) -> None:
+def _share_results(made: Run, wanting: Run) -> None:
     """Scores and circuits that a study has found already in the same model, by the same search, serve again."""
-    first, second = found.recipe, wanting.recipe
-    searched = _alike(
+    first, second = made.recipe, wanting.recipe
+    searched = _agree(
         first, second, "teacher", "teacher_dtype", "device", "dtype", "data", "stages", "discovery", "evaluation"
     )
     if not searched or first.matching.metric != second.matching.metric:
         return
     for model in ("teacher", "student") if first.student == second.student else ("teacher",):
-        for file in sorted(
-            [*found.folder.path.glob(f"scores/{model}-*"), *found.folder.path.glob(f"circuits/{model}*")]
-        ):
-            target = wanting.folder.path / file.relative_to(found.folder.path)
+        for file in sorted([*made.folder.path.glob(f"scores/{model}-*"), *made.folder.path.glob(f"circuits/{model}*")]):
+            target = wanting.folder.path / file.relative_to(made.folder.path)
             if not target.exists():
                 storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
 
 
 def _dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`{"training": {"steps": 20}}`, as `--set overrides.training.steps=20` gives it, as `{"training.steps": 20}`."""
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in overrides.items():
-        found |= (
+        dotted |= (
             {f"{key}.{rest}": inner for rest, inner in _dotted(value).items()}
             if isinstance(value, Mapping) and value
             else {key: value}
         )
-    return found
+    return dotted
 
 
 def lineage_overlap(student: tuple[Head, ...], teacher: tuple[Head, ...], layers: tuple[int, ...]) -> float:
@@ -350,14 +297,33 @@ def lineage_overlap(student: tuple[Head, ...], teacher: tuple[Head, ...], layers
 def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, float] | None:
     """(mean CKA, mean floor) of the pairs that a condition aligns, in the untrained student on the discovery prompts;
     None if it aligns none."""
-    experiment, spec = cell.experiment, CONDITIONS[condition]
-    if spec.aligns is None:
+    run, aligning = cell.run, CONDITIONS[condition]
+    if aligning.aligns is None:
         return None
     file = cell.path / "starting" / f"{condition}-{seed}.json"
     if not file.exists():
         cka, floor = mean_cka_and_floor(
-            experiment.ckas(experiment.student, experiment.head_map_of(spec, seed), experiment.prompts.discovery)
+            aligned_ckas(run, run.student, head_map_of(run, aligning, seed), run.prompts.discovery)
         )
         storage.write_json(file, {"cka": cka, "floor": floor})
-    found: Mapping[str, float] = storage.read_json(file)
+    found = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
     return found["cka"], found["floor"]
+
+
+class Starting(TypedDict):
+    """Where the pairs of a training began."""
+
+    cka: float
+    floor: float
+
+
+class ChosenWeight(TypedDict):
+    """The chosen lambda, and what each trial gave on validation prompts."""
+
+    weight: float
+    validation_accuracy: dict[str, list[float]]
+
+
+def read_weight(file: Path) -> ChosenWeight:
+    """A cell's chosen lambda. Errors: `InputError` when the file is missing or damaged."""
+    return storage.read_typed(storage.read_json(file), ChosenWeight, what=f"a chosen lambda ({file})")

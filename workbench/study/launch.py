@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from workbench.errors import InputError
+from workbench.experiment.conditions import METHOD
 from workbench.models.sources import require_package
 from workbench.study.grid import Study, opened_study
 
@@ -48,7 +49,7 @@ def choices(study: Study) -> Iterator[Trial]:
             if not study.weight_file(student, scenes).exists():
                 for weight in config.weights:
                     yield from (
-                        Trial(student=student, scenes=scenes, condition="circuit_ce_cka", seed=seed, weight=weight)
+                        Trial(student=student, scenes=scenes, condition=METHOD, seed=seed, weight=weight)
                         for seed in config.validation_seeds
                     )
 
@@ -94,9 +95,9 @@ class _Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray  # pyright: ignore[reportMissingImports]
 
-        kept = {name: os.environ[name] for name in ("WORKBENCH_CACHE", "HF_HUB_OFFLINE") if name in os.environ}
+        passed = {name: os.environ[name] for name in ("WORKBENCH_CACHE", "HF_HUB_OFFLINE") if name in os.environ}
         settings: dict[str, Any] = {
-            "runtime_env": {"env_vars": {**kept, "OMP_NUM_THREADS": str(self.threads)}},
+            "runtime_env": {"env_vars": {**passed, "OMP_NUM_THREADS": str(self.threads)}},
             "log_to_driver": False,
         }
         if not os.environ.get("RAY_ADDRESS"):

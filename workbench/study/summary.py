@@ -9,18 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from scipy import stats
 from torch import Tensor
 
 from workbench import storage
-from workbench.distillation.reports import evaluations, read_log, steps_to_reach
+from workbench.distillation.reports import LOG, evaluations, read_training, steps_to_reach
 from workbench.errors import InputError
-from workbench.experiment import CONDITIONS
-from workbench.experiment.results import COMPARED_WITH, TITLES, ConditionResult, collect, in_columns
-from workbench.experiment.transfer import read_outcomes, transfer_table, transfer_text
-from workbench.study.grid import Cell, Study, starting_similarity
+from workbench.experiment.conditions import BASELINES, CONDITIONS, PLAIN, TEACHER, TITLES
+from workbench.experiment.distill import trainable_heads
+from workbench.experiment.results import ConditionResult, collect, in_columns, read_outcomes
+from workbench.experiment.transfer import read_outcomes as read_transfer
+from workbench.experiment.transfer import transfer_table, transfer_text
+from workbench.study.grid import Cell, Study, read_weight, starting_similarity
 from workbench.values.statistics import compared, mean_interval
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
@@ -44,26 +45,25 @@ def summarise(study: Study) -> dict[str, Any]:
 
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
-    rows = [
-        row for row in collect(cell.experiment.folder) if row.seed in study.config.seeds or row.condition == "teacher"
-    ]
-    weight = storage.read_json(cell.path / "weight.json")
+    rows = [row for row in collect(cell.run.folder) if row.seed in study.config.seeds or row.condition == TEACHER]
+    weight = read_weight(cell.path / "weight.json")
     by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
-    target = _mean_end(cell, study, "circuit_ce")
+    target = _mean_end(cell, study, PLAIN)
     anew = {
-        file.stem: _without_circuit(storage.read_json(file)) for file in sorted((cell.path / "anew").glob("*.json"))
+        file.stem: _without_circuit(storage.read_typed(storage.read_json(file), dict, what=f"a circuit anew ({file})"))
+        for file in sorted((cell.path / "anew").glob("*.json"))
     }
     return {
         "student": cell.student,
         "train_scenes": cell.scenes,
-        "train_prompts": len(cell.experiment.prompts.train),
-        "test_prompts": len(cell.experiment.prompts.test),
+        "train_prompts": len(cell.run.prompts.train),
+        "test_prompts": len(cell.run.prompts.test),
         "weight": weight["weight"],
         "validation_accuracy": weight["validation_accuracy"],
         "heads_trained": _heads_trained(cell),
         "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
         "comparisons": {
-            other: _comparisons(study, cell, other) for other in COMPARED_WITH if other in study.config.conditions
+            other: _comparisons(study, cell, other) for other in BASELINES if other in study.config.conditions
         },
         "circuits_anew": anew,
         "transfer": _transfer(study, cell),
@@ -73,12 +73,12 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
 def _transfer(study: Study, cell: Cell) -> dict[str, Any]:
     """What training did to the other tasks that the recipe names."""
     folders = {
-        name: [cell.experiment.folder.condition(name, seed) for seed in study.config.seeds]
+        name: [cell.run.folder.condition(name, seed) for seed in study.config.seeds]
         for name in TITLES
-        if name != "teacher"
+        if name != TEACHER
     }
-    folders["teacher"] = [cell.experiment.folder.condition("teacher", 0)]
-    return transfer_table({name: found for name, paths in folders.items() if (found := read_outcomes(paths))})
+    folders[TEACHER] = [cell.run.folder.condition(TEACHER, 0)]
+    return transfer_table({name: found for name, paths in folders.items() if (found := read_transfer(paths))})
 
 
 def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
 def _heads_trained(cell: Cell) -> dict[str, Any]:
     """How many of the student's heads a circuit condition trains, how many are matched, and to how many of the
     teacher's."""
-    head_map, shape = cell.experiment.folder.head_map(), cell.experiment.folder.circuit("student").shape
-    able = len(cell.experiment.trainable_heads)
-    heads = min(able, cell.experiment.recipe.training.most or able)
+    head_map, shape = cell.run.head_map(), cell.run.circuit("student").shape
+    able = len(trainable_heads(cell.run))
+    heads = min(able, cell.run.recipe.training.most or able)
     return {
         "heads": heads,
         "of": shape[0] * shape[1],
@@ -117,25 +117,29 @@ def _condition(study: Study, cell: Cell, rows: Sequence[ConditionResult], target
     }
 
 
-def _logs(study: Study, cell: Cell, condition: str) -> list[Path]:
-    files = [cell.experiment.folder.condition(condition, seed) / "log.jsonl" for seed in study.config.seeds]
-    return [file for file in files if file.exists()]
+def _trainings(study: Study, cell: Cell, condition: str) -> list[Path]:
+    folders = [cell.run.folder.condition(condition, seed) for seed in study.config.seeds]
+    return [folder for folder in folders if (folder / LOG).exists()]
 
 
 def _mean_end(cell: Cell, study: Study, condition: str) -> float | None:
     """Mean validation accuracy that a condition ends at."""
-    ends = [evaluations(read_log(file))[-1][1] for file in _logs(study, cell, condition)]
+    ends = [evaluations(read_training(folder))[-1][1] for folder in _trainings(study, cell, condition)]
     return sum(ends) / len(ends) if ends else None
 
 
 def _steps(study: Study, cell: Cell, condition: str, target: float | None) -> list[int | None]:
     """Steps of each seed to the validation accuracy that circuit CE ends at on average."""
-    return [] if target is None else [steps_to_reach(read_log(file), target) for file in _logs(study, cell, condition)]
+    return (
+        []
+        if target is None
+        else [steps_to_reach(read_training(folder), target) for folder in _trainings(study, cell, condition)]
+    )
 
 
 def _curve(study: Study, cell: Cell, condition: str) -> list[dict[str, Any]]:
     """Validation accuracy over the steps, mean and interval over seeds."""
-    runs = [dict(evaluations(read_log(file))) for file in _logs(study, cell, condition)]
+    runs = [dict(evaluations(read_training(folder))) for folder in _trainings(study, cell, condition)]
     steps = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
     return [{"step": step, **mean_interval([run[step] for run in runs]).to_json()} for step in steps]
 
@@ -143,19 +147,18 @@ def _curve(study: Study, cell: Cell, condition: str) -> list[dict[str, Any]]:
 def _outcomes(study: Study, cell: Cell, condition: str) -> list[Outcomes]:
     trained = CONDITIONS[condition].trains is not None
     seeds = study.config.seeds if trained else study.config.seeds[:1] * len(study.config.seeds)
-    files = [cell.experiment.folder.condition(condition, seed) / "outcomes.safetensors" for seed in seeds]
-    return [{name: value.to(torch.bool) for name, value in storage.read_tensors(file)[0].items()} for file in files]
+    return [read_outcomes(cell.run.folder.condition(condition, seed)) for seed in seeds]
 
 
 def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
     """Every condition against another one: full accuracy and circuit accuracy."""
     second, scene = (
         _outcomes(study, cell, other),
-        len(cell.experiment.prompts.test) // cell.experiment.recipe.data.test_scenes,
+        len(cell.run.prompts.test) // cell.run.prompts.allotment.sizes["test"],
     )
     found = {}
     for condition in study.config.conditions:
-        if condition != other:
+        if other in CONDITIONS[condition].compared_with:
             first = _outcomes(study, cell, condition)
             found[condition] = {
                 part: compared([run[part] for run in first], [run[part] for run in second], clusters=scene).to_json()
@@ -169,23 +172,13 @@ def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
     floor."""
     points = []
     for cell in cells:
-        results = {(row.condition, row.seed): row for row in collect(cell.experiment.folder)}
+        results = {(row.condition, row.seed): row for row in collect(cell.run.folder)}
         for condition in study.config.conditions:
             for seed in study.config.seeds:
                 start = starting_similarity(cell, condition, seed)
-                if (
-                    start is None
-                    or ("circuit_ce", seed) not in results
-                    or condition
-                    not in (
-                        "circuit_ce_cka",
-                        "circuit_ce_random_cka",
-                        "circuit_ce_shuffled_cka",
-                        "circuit_ce_paper_cka",
-                    )
-                ):
+                if start is None or (PLAIN, seed) not in results or not _is_plain_with_alignment(condition):
                     continue
-                gain = results[condition, seed].full_accuracy - results["circuit_ce", seed].full_accuracy
+                gain = results[condition, seed].full_accuracy - results[PLAIN, seed].full_accuracy
                 points.append(
                     {
                         "student": cell.student,
@@ -201,6 +194,12 @@ def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
     gains = [point["gain"] for point in points]
     correlation = float(stats.spearmanr(above, gains)[0]) if len(set(above)) > 2 and len(set(gains)) > 2 else None  # pyright: ignore[reportArgumentType]
     return {"points": points, "rank_correlation": correlation}
+
+
+def _is_plain_with_alignment(name: str) -> bool:
+    """Whether a condition is circuit CE and an alignment, so that its gain is the alignment's."""
+    condition, plain = CONDITIONS[name], CONDITIONS[PLAIN]
+    return (condition.trains, condition.task_loss) == (plain.trains, plain.task_loss) and condition.aligns is not None
 
 
 def text(summary: Mapping[str, Any]) -> str:
@@ -244,7 +243,7 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
 
 
 def _condition_text(name: str, found: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:
-    against = cell["comparisons"].get("circuit_ce", {}).get(name)
+    against = cell["comparisons"].get(PLAIN, {}).get(name)
     differences = [
         text for part in ("full", "circuit") for text in (_difference_text(against[part]) if against else ("-", "-"))
     ]

@@ -4,8 +4,8 @@ The road: `Task.pairs` (text) -> `to_dataset` (checked row by row against a toke
 tensors). A user's own pairs enter at `load_pairs` and travel the same road.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -15,29 +15,42 @@ from datasets import Dataset, Features, List, Value
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from workbench import storage
 from workbench.errors import InputError, nearest
-from workbench.tasks.pairs import Pair, Span, Split, numbered_pairs
+from workbench.tasks.pairs import (
+    MOST_SHOWN,
+    Pair,
+    Span,
+    Split,
+    bad_rows,
+    named,
+    numbered_pairs,
+    refuse_broken_text,
+    repeated,
+)
+from workbench.tasks.positions import named_positions
+from workbench.tasks.records import FORM, RowError
+from workbench.tasks.stages import Stage
+
+__all__ = ["Pair", "PromptPairs", "RowError", "Span", "Split", "Stage", "Task"]
+log = logging.getLogger("workbench")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A group of heads in a backward search: where its heads act and whose input they write to.
-
-    `into=None` means the logits; otherwise `composition` says which input (q, k or v) of the heads of group `into`
-    receives.
-    """
+class Origin:
+    """Where pairs come from: what is known of them beyond their tokens."""
 
     name: str
-    title: str
-    position: str
-    into: str | None = None
-    composition: Literal["q", "k", "v"] | None = None
+    """A task's name, or a file's."""
+    split: Split | None = None
+    """Of a task: which of its disjoint parts."""
+    stages: tuple[Stage, ...] = ()
+    """The stages of the circuit that the task declares; empty where none are known."""
+    chance: float | None = None
+    """Accuracy of guessing."""
 
-    def __post_init__(self) -> None:
-        if (self.into is None) != (self.composition is None):
-            raise InputError(
-                f"stage {self.name!r}: `into` and `composition` go together (both, or neither for the logits)."
-            )
+    def __str__(self) -> str:
+        return self.name if self.split is None else f"{self.name}, {self.split} split"
 
 
 @runtime_checkable
@@ -74,6 +87,8 @@ class PromptPairs:
     teacher: "PromptPairs | None" = None
     """Where the teacher has another tokenizer: its reading of the same prompts, row by row
     (`workbench.tasks.tokenizers`)."""
+    origin: Origin | None = None
+    """Where they come from, if that is known. It is no part of the fingerprint: the same tokens are the same pairs."""
 
     def __post_init__(self) -> None:
         if self.teacher is not None and (
@@ -91,8 +106,24 @@ class PromptPairs:
     def __len__(self) -> int:
         return self.clean.shape[0]
 
+    def __repr__(self) -> str:
+        named = ", ".join(name for name in self.positions if name != "all")
+        source = "" if self.origin is None else f"; from {self.origin}"
+        return f"PromptPairs: {len(self)} pairs of up to {self.clean.shape[1]} tokens; positions {named}{source}"
+
+    def __getitem__(self, index: slice | Int[Tensor, " rows"]) -> "PromptPairs":
+        """`pairs[:40]`: the pairs of some rows."""
+        if not isinstance(index, slice | Tensor):
+            raise InputError(f"pairs[{index!r}] is no selection of pairs; take a slice, such as pairs[:40].")
+        return self.rows(index)
+
     def position(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """The mask of a named position. Errors: `InputError` naming the known positions."""
+        """The mask of a named position, of several together (`last+labels`), or of all real tokens but some (`not
+        last+labels`). Errors: `InputError` naming the known positions."""
+        if name.startswith("not "):
+            return self.positions["all"] & ~self.position(name.removeprefix("not "))
+        if "+" in name and name not in self.positions:
+            return torch.stack([self.position(part) for part in name.split("+")]).any(0)
         if name not in self.positions:
             raise InputError(f"these prompts have no position {name!r}; {nearest(name, self.positions)}")
         return self.positions[name]
@@ -114,12 +145,15 @@ class PromptPairs:
         values = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in ("positions", "teacher")
+            if field.name not in ("positions", "teacher", "origin")
         }
         tensors: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
         teacher = None if self.teacher is None else self.teacher._each(change)
         return PromptPairs(
-            **tensors, positions={name: change(mask) for name, mask in self.positions.items()}, teacher=teacher
+            **tensors,
+            positions={name: change(mask) for name, mask in self.positions.items()},
+            teacher=teacher,
+            origin=self.origin,
         )
 
     def swapped(self) -> "PromptPairs":
@@ -133,16 +167,15 @@ class PromptPairs:
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, answer and position: the key of anything cached for these pairs."""
-        digest = hashlib.sha256()
         named = [self.clean, self.corrupt, self.mask, self.answers, self.distractors]
         named += [self.positions[name] for name in sorted(self.positions)]
         named += [tensor for tensor in (self.answer_tokens, self.distractor_tokens) if tensor is not None]
-        digest.update("|".join(sorted(self.positions)).encode())
-        for tensor in named:
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        digest.update(b"" if self.teacher is None else self.teacher.fingerprint().encode())
-        return digest.hexdigest()
+        return storage.digest(
+            "|".join(sorted(self.positions)),
+            *(part for tensor in named for part in (str(tuple(tensor.shape)), tensor)),
+            "" if self.teacher is None else self.teacher.fingerprint(),
+            separator="",
+        )
 
     def prompts(self) -> set[bytes]:
         """The clean prompts without their padding, for checks of disjointness."""
@@ -175,45 +208,91 @@ def task_dataset(
 ) -> Dataset:
     """The task's pairs as a `datasets.Dataset`, checked row by row against the tokenizer."""
     pairs = task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)
-    return to_dataset(enumerate(pairs), tokenizer, source=f"{task.name} ({split})", multi_token=multi_token)
+    return to_dataset(enumerate(pairs, 1), tokenizer, source=f"{task.name} ({split})", multi_token=multi_token)
 
 
 def load_pairs(
-    source: str | Path | Dataset, tokenizer: Any, *, split: str = "train", multi_token: bool = False
+    source: str | Path | Dataset,
+    tokenizer: Any,
+    *,
+    split: str = "train",
+    multi_token: bool = False,
+    skip_bad_rows: bool = False,
 ) -> Dataset:
     """A user's own pairs, checked row by row against the tokenizer.
 
-    `source`: a JSONL file, a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with the columns clean, corrupt,
-    answer, distractor and (optionally) positions: name -> token index without BOS (negative counts from the end),
-    several of them, or a piece of the clean prompt (its last token counts). Also read where they are there:
-    `corrupt_answer` and `facts`, as in `Pair`. Errors: `InputError` with the row's number.
+    `source`: a JSONL file (UTF-8, one object a line), a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with
+    the columns clean, corrupt, answer, distractor and (optionally) positions, an object (JSON text in a CSV file) of
+    name -> place. A place is a token's number without BOS (0 is the first; negative counts from the end, -1 is the
+    last), a list of them, a piece of the clean prompt (meant is the last token of its last occurrence), or a list of
+    character spans [[start, end], ...] of the clean prompt. `last` and `all` are always there. Also read where they are
+    there: `corrupt_answer` and `facts`, as in `Pair`. `skip_bad_rows` leaves bad rows out and logs how many and why;
+    repeated prompts are logged by number. Errors: `InputError` listing all bad rows, counted from 1, with their
+    reasons.
     """
-    named = str(source) if not isinstance(source, Dataset) else "the dataset"
-    return to_dataset(numbered_pairs(source, split=split), tokenizer, source=named, multi_token=multi_token)
+    problems: list[RowError] = []
+    pairs = numbered_pairs(source, split=split, problems=problems)
+    copies = repeated(pairs)
+    if copies:
+        told = ", ".join(f"row {row} repeats row {first}" for row, first in copies[:MOST_SHOWN])
+        log.warning("%s: %d clean prompts stand twice (%s)", named(source), len(copies), told)
+    return to_dataset(
+        pairs,
+        tokenizer,
+        source=named(source),
+        multi_token=multi_token,
+        problems=problems,
+        skip_bad_rows=skip_bad_rows,
+    )
 
 
-def to_dataset(pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str, multi_token: bool = False) -> Dataset:
+def to_dataset(
+    pairs: Iterable[tuple[int, Pair]],
+    tokenizer: Any,
+    *,
+    source: str,
+    multi_token: bool = False,
+    problems: list[RowError] | None = None,
+    skip_bad_rows: bool = False,
+) -> Dataset:
     """Numbered pairs -> a `Dataset` with token positions (indices into the prompt without BOS).
 
-    `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. Errors:
-    `InputError` with the row's number.
+    `multi_token` lets an answer or a distractor have several tokens, as long as their first ones differ. `problems`:
+    rows that were bad before they came here; it takes up those that are bad here. Errors: `InputError` listing all bad
+    rows, or (with `skip_bad_rows`) when none is left.
     """
-    rows = [checked_row(number, pair, tokenizer, multi_token=multi_token) for number, pair in pairs]
+    rows: list[dict[str, Any]] = []
+    bad = [] if problems is None else problems
+    for number, pair in pairs:
+        try:
+            row = checked_row(number, pair, tokenizer, multi_token=multi_token)
+            _refuse_other_columns(number, row, rows[0] if rows else row)
+            rows.append(row)
+        except RowError as problem:
+            bad.append(problem)
+    if bad:
+        error = bad_rows(bad, of=len(bad) + len(rows), source=source)
+        if not skip_bad_rows or not rows:
+            raise error
+        log.warning("%s", error)
+        log.warning("%s: %d rows are left out, %d are used", source, len(bad), len(rows))
     if not rows:
-        raise InputError(f"{source} holds no pairs.")
-    names = set(rows[0]["positions"])
-    for number, row in enumerate(rows):
-        if set(row["positions"]) != names:
-            raise InputError(
-                f"row {number} of {source} names the positions {sorted(row['positions'])}, the first row "
-                f"{sorted(names)}; name the same in each."
-            )
-        if row.keys() != rows[0].keys() or set(row.get("facts", ())) != set(rows[0].get("facts", ())):
-            raise InputError(
-                f"row {number} of {source} has other columns or facts than the first row; give `corrupt_answer` and "
-                "`facts` in each or in none."
-            )
+        raise InputError(f"{source} holds no pairs; give {FORM}.")
     return Dataset.from_list(rows, features=features_of(rows[0]))
+
+
+def _refuse_other_columns(number: int, row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    if row["positions"].keys() != first["positions"].keys():
+        raise RowError(
+            number,
+            f"names the positions {sorted(row['positions'])}, the first good row {sorted(first['positions'])}; name "
+            "the same in each.",
+        )
+    if row.keys() != first.keys() or set(row.get("facts", ())) != set(first.get("facts", ())):
+        raise RowError(
+            number,
+            "has other columns or facts than the first good row; give `corrupt_answer` and `facts` in each or in none.",
+        )
 
 
 def features_of(row: Mapping[str, Any]) -> Features:
@@ -225,32 +304,29 @@ def features_of(row: Mapping[str, Any]) -> Features:
 
 
 def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = False) -> dict[str, Any]:
-    """A pair as a row with token positions. Errors: `InputError` with the row's number."""
+    """A pair as a row with token positions. Errors: `RowError` with the row's number."""
+    for column in ("clean", "corrupt", "answer", "distractor"):
+        refuse_broken_text(number, column, getattr(pair, column))
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
-    length, other = len(encoded["input_ids"]), len(tokenizer(pair.corrupt, add_special_tokens=False)["input_ids"])
+    corrupt, *endings = read_endings(pair, tokenizer)
+    length, other = len(encoded["input_ids"]), len(corrupt)
+    if not length or not other:
+        raise RowError(number, "a prompt is empty; write prompts that end where the answer should follow.")
     if length != other:
-        raise InputError(
-            f"row {number}: the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt "
-            "lengths. Reword one."
+        raise RowError(
+            number,
+            f"the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. "
+            "Reword one.",
         )
-    for column in ("answer", "distractor"):
-        word = getattr(pair, column)
-        if not multi_token and single_token(tokenizer, word) is None:
-            count = len(tokenizer(word, add_special_tokens=False)["input_ids"])
-            raise InputError(
-                f"row {number}: the {column} {word!r} is {count} token(s) or unknown to this tokenizer; it must be one "
-                "known token. Choose another word (mind the space before it)."
-            )
     if pair.answer == pair.distractor:
-        raise InputError(
-            f"row {number}: answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer."
+        raise RowError(
+            number, f"answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer."
         )
-    if multi_token:
-        _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"])
-    positions = {
-        name: token_indices(number, name, where, pair.clean, encoded["offset_mapping"])
-        for name, where in pair.positions.items()
-    }
+    _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"], endings, multi_token)
+    try:
+        positions = named_positions(pair, encoded["offset_mapping"])
+    except InputError as error:
+        raise RowError(number, str(error)) from None
     return {
         "clean": pair.clean,
         "corrupt": pair.corrupt,
@@ -262,59 +338,44 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
     }
 
 
-def _refuse_unscorable(number: int, pair: Pair, tokenizer: Any, prompt: list[int]) -> None:
-    """Answers of several tokens: known ones, which do not merge with the end of the prompt, and which differ in the
-    first."""
+def read_endings(pair: Pair, tokenizer: Any) -> list[list[int]]:
+    """The tokens of: the corrupt prompt, answer, distractor, clean prompt with answer, clean prompt with distractor."""
+    texts = [pair.corrupt, pair.answer, pair.distractor, pair.clean + pair.answer, pair.clean + pair.distractor]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _refuse_unscorable(
+    number: int, pair: Pair, tokenizer: Any, prompt: list[int], endings: Sequence[list[int]], multi_token: bool
+) -> None:
+    """Answers of known tokens (of one, unless `multi_token`), which do not merge with the end of the prompt, and which
+    differ in the first. `endings`: the last four of `read_endings`."""
     first = {}
-    for column in ("answer", "distractor"):
+    for column, ids, whole in zip(("answer", "distractor"), endings[:2], endings[2:], strict=True):
         word = getattr(pair, column)
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if not ids or tokenizer.unk_token_id in ids:
-            raise InputError(
-                f"row {number}: the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another "
-                "word."
+        if not multi_token and (len(ids) != 1 or ids[0] == tokenizer.unk_token_id):
+            raise RowError(
+                number,
+                f"the {column} {word!r} is {len(ids)} token(s) or unknown to this tokenizer; it must be one known "
+                "token. Choose another word (mind the space before it), or set `multi_token`.",
             )
-        if tokenizer(pair.clean + word, add_special_tokens=False)["input_ids"] != [*prompt, *ids]:
-            raise InputError(
-                f"row {number}: the {column} {word!r} merges with the end of the prompt into other tokens. Mind the "
-                "space between them."
+        if not ids or tokenizer.unk_token_id in ids:
+            raise RowError(
+                number,
+                f"the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another word.",
+            )
+        if whole != [*prompt, *ids]:
+            raise RowError(
+                number,
+                f"the {column} {word!r} merges with the end of the prompt into other tokens. Mind the space between "
+                "them.",
             )
         first[column] = ids[0]
     if first["answer"] == first["distractor"]:
-        raise InputError(
-            f"row {number}: answer {pair.answer!r} and distractor {pair.distractor!r} begin with the same token; "
-            "choose another distractor."
+        raise RowError(
+            number,
+            f"answer {pair.answer!r} and distractor {pair.distractor!r} begin with the same token; choose another "
+            "distractor.",
         )
-
-
-def token_indices(number: int, name: str, where: Any, text: str, offsets: list[Span]) -> list[int]:
-    """Where a named position is, as token indices. Errors: `InputError` with the row's number where it is missing or
-    out of range."""
-    if isinstance(where, str):
-        start = text.rfind(where)
-        if start < 0:
-            raise InputError(f"row {number}: position {name!r} is {where!r}, which the clean prompt does not contain.")
-        return [_covering(offsets, start, start + len(where))[-1]]
-    entries = [where] if isinstance(where, int) else list(where)
-    found = sorted(
-        {
-            index
-            for entry in entries
-            for index in (
-                _covering(offsets, *entry) if isinstance(entry, tuple) else [entry + len(offsets) * (entry < 0)]
-            )
-        }
-    )
-    if not found or not all(0 <= index < len(offsets) for index in found):
-        raise InputError(
-            f"row {number}: position {name!r} ({where!r}) is outside the {len(offsets)} tokens of the prompt."
-        )
-    return found
-
-
-def _covering(offsets: list[Span], start: int, end: int) -> list[int]:
-    """The tokens that overlap the characters [start, end)."""
-    return [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
 
 
 def encode(

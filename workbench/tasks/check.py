@@ -10,11 +10,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workbench.errors import InputError
-from workbench.tasks.base import Pair, Split, Task, single_token, token_indices
+from workbench.tasks.base import Pair, Split, Task, read_endings
+from workbench.tasks.positions import named_positions
 
 FaultKind = Literal[
     "cannot draw",
@@ -120,13 +121,21 @@ def _reproducibility(
     task: Task, tokenizer: Any, drawn: Mapping[Split, list[Pair]], scenes: int, seed: int
 ) -> Iterator[Fault]:
     for split in SPLITS:
-        if list(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)) != drawn[split]:
+        if _again(task, tokenizer, split, scenes, seed) != drawn[split]:
             yield Fault(
                 kind="not reproducible",
                 message=f"split {split}: the same seed gives other pairs; draw from `seeds.chooser(seed, ...)` alone.",
             )
-    if list(task.pairs(tokenizer, split="train", scenes=scenes, seed=seed + 1)) == drawn["train"]:
+    if _again(task, tokenizer, "train", scenes, seed + 1) == drawn["train"]:
         yield Fault(kind="one sample for all seeds", message="another seed gives the same pairs; use the seed.")
+
+
+def _again(task: Task, tokenizer: Any, split: Split, scenes: int, seed: int) -> list[Pair] | None:
+    """Another drawing; None where a task with few scenes gives fewer this time."""
+    try:
+        return list(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed))
+    except InputError:
+        return None
 
 
 def _rows(
@@ -160,7 +169,7 @@ def _against_before(pair: Pair, answers: dict[str, str]) -> Iterator[tuple[Fault
 
 def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -> Iterator[tuple[FaultKind, str]]:
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
-    clean, corrupt = encoded["input_ids"], tokenizer(pair.corrupt, add_special_tokens=False)["input_ids"]
+    clean, (corrupt, *endings) = encoded["input_ids"], read_endings(pair, tokenizer)
     if len(clean) != len(corrupt):
         yield "unequal lengths", f"the clean prompt has {len(clean)} tokens, the corrupt one {len(corrupt)}"
     if clean == corrupt:
@@ -169,18 +178,16 @@ def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -
         yield "answer is distractor", f"both are {pair.answer!r}"
     if pair.corrupt_answer == pair.answer and not keeps_answer:
         yield "same answer", f"the corrupt prompt is answered {pair.answer!r} too"
-    for word in (pair.answer, pair.distractor):
-        if not multi_token and single_token(tokenizer, word) is None:
-            yield (
-                "answer tokens",
-                f"{word!r} is {len(tokenizer(word, add_special_tokens=False)['input_ids'])} token(s) or unknown, not "
-                "one known token",
-            )
+    for word, ids, whole in zip((pair.answer, pair.distractor), endings[:2], endings[2:], strict=True):
+        if not multi_token and (len(ids) != 1 or ids[0] == tokenizer.unk_token_id):
+            yield "answer tokens", f"{word!r} is {len(ids)} token(s) or unknown, not one known token"
+        elif whole != [*clean, *ids]:
+            yield "answer tokens", f"{word!r} merges with the end of the prompt into other tokens"
     for name, where in pair.positions.items():
         try:
-            token_indices(0, name, where, pair.clean, encoded["offset_mapping"])
+            named_positions(replace(pair, positions={name: where}), encoded["offset_mapping"])
         except InputError as error:
-            yield "positions", str(error).removeprefix("row 0: ")
+            yield "positions", str(error)
 
 
 def _stage_positions(task: Task, pairs: Sequence[Pair]) -> Iterator[Fault]:

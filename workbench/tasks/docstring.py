@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 from workbench import seeds
 from workbench.errors import InputError, nearest
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct, fitting
 from workbench.tasks.wording import fill, split_by_hash, words_of
 
 ARGUMENTS, DOCUMENTED = 6, 2
@@ -72,21 +73,23 @@ class Docstring:
                 f"{len(names)} and {len(prose)} of ours. "
                 "Use a tokenizer with more whole words."
             )
-        draw, seen = seeds.chooser(seed, self.name, self.corruption, split), set()
-        while len(seen) < scenes:
-            pair = self._pair(draw, split, names, prose, first=len(seen) % (ARGUMENTS - DOCUMENTED))
-            if pair.clean not in seen:
-                seen.add(pair.clean)
-                yield pair
+        draw = seeds.chooser(seed, self.name, self.corruption, split)
+        yield from distinct(
+            lambda place: self._pair(draw, split, names, prose, first=place % (ARGUMENTS - DOCUMENTED)),
+            scenes=scenes,
+            key=lambda pair: pair.clean,
+            what=f"{self.name} ({split})",
+        )
 
     def _pair(
         self, draw: random.Random, split: Split, names: tuple[str, ...], prose: tuple[str, ...], *, first: int
     ) -> Pair:
         """A pair whose documentation begins with the argument of number `first`."""
-        while True:
-            function, *arguments = draw.sample(names, 1 + ARGUMENTS)
-            if split_by_hash(arguments) == split:
-                break
+        function, *arguments = fitting(
+            lambda: draw.sample(names, 1 + ARGUMENTS),
+            lambda words: split_by_hash(words[1:]) == split,
+            what=f"{self.name} ({split})",
+        )
         others = draw.sample([name for name in names if name not in (function, *arguments)], ARGUMENTS + DOCUMENTED)
         next_one = first + DOCUMENTED
         fixed = {"function": function, **{f"w{number}": word for number, word in enumerate(draw.sample(prose, 7))}}

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct, fitting
 from workbench.tasks.entity_tracking import LABELS, OBJECTS
 from workbench.tasks.wording import fill, split_by_hash, words_of
 
@@ -160,12 +161,13 @@ class EntityOperations:
                 f"tokenizer has {len(things)} and {len(labels)} of ours and lacks {missing or 'no other word'}. Use "
                 "fewer boxes or another tokenizer."
             )
-        draw, seen = seeds.chooser(seed, self.name, self.boxes, self.fewest, self.most, str(self.empty), split), set()
-        while len(seen) < scenes:
-            pair = self._pair(draw, split, things, labels)
-            if pair.clean not in seen:
-                seen.add(pair.clean)
-                yield pair
+        draw = seeds.chooser(seed, self.name, self.boxes, self.fewest, self.most, str(self.empty), split)
+        yield from distinct(
+            lambda _: self._pair(draw, split, things, labels),
+            scenes=scenes,
+            key=lambda pair: pair.clean,
+            what=f"{self.name} ({split})",
+        )
 
     def _pair(self, draw: random.Random, split: Split, things: tuple[str, ...], labels: tuple[str, ...]) -> Pair:
         scene = history(draw, self.boxes, draw.randint(self.fewest, self.most))
@@ -210,8 +212,13 @@ def scene_words(
 ) -> dict[str, str]:
     """A word for each thing and box, such that the scene is of the split."""
     boxes = len(scene.contents)
-    while True:
+
+    def make() -> dict[str, str]:
         words = {f"o{number}": word for number, word in enumerate(draw.sample(things, boxes + SPARE))}
-        words |= {f"b{number}": word for number, word in enumerate(draw.sample(labels, boxes))}
-        if split_by_hash(f"{field}:{word}" for field, word in words.items()) == split:
-            return words
+        return words | {f"b{number}": word for number, word in enumerate(draw.sample(labels, boxes))}
+
+    return fitting(
+        make,
+        lambda words: split_by_hash(f"{field}:{word}" for field, word in words.items()) == split,
+        what=f"entity operations ({split})",
+    )

@@ -10,7 +10,6 @@ Splits are disjoint by construction: a scene (as a set of object-label pairs) be
 its SHA-256, whatever the seed or the size of the sample.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.tasks.base import Pair, Span, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct, fitting
 
 OBJECTS = tuple(
     "apple ball bag bell boat bomb bone book boot bottle bread brick bus cake camera card chain chair clock coat "
@@ -35,9 +35,7 @@ Scene = tuple[tuple[str, str], ...]
 
 def split_of(scene: Scene) -> Split:
     """The split that a scene belongs to: 80 % train, 10 % calibration, 10 % test, by SHA-256 of the unordered scene."""
-    digest = hashlib.sha256("|".join(sorted(f"{thing}:{label}" for thing, label in scene)).encode()).digest()
-    bucket = int.from_bytes(digest[:4], "big") % 10
-    return "train" if bucket < 8 else "calibration" if bucket == 8 else "test"
+    return seeds.split(f"{thing}:{label}" for thing, label in scene)
 
 
 def draw_scene(
@@ -53,10 +51,11 @@ def draw_scene(
     used = {word for pair in exclude for word in pair}
     things = [thing for thing in objects if thing not in used]
     letters = [label for label in labels if label not in used]
-    while True:
-        scene = tuple(zip(draw.sample(things, boxes), draw.sample(letters, boxes), strict=True))
-        if split_of(scene) == split:
-            return scene
+    return fitting(
+        lambda: tuple(zip(draw.sample(things, boxes), draw.sample(letters, boxes), strict=True)),
+        lambda scene: split_of(scene) == split,
+        what=f"entity tracking ({split})",
+    )
 
 
 def context(scene: Scene) -> str:
@@ -115,14 +114,15 @@ class EntityTracking:
                 "labels; this tokenizer has "
                 f"{len(words)} and {len(labels)} of ours. Use fewer boxes or a tokenizer with more whole words."
             )
-        seen: set[frozenset[tuple[str, str]]] = set()
         draw = seeds.chooser(seed, self.name, self.boxes, split)
-        while len(seen) < scenes:
-            scene = draw_scene(draw, self.boxes, split, objects=words, labels=labels)
-            if frozenset(scene) not in seen:
-                seen.add(frozenset(scene))
-                asked = range(self.boxes) if self.queries is None else draw.sample(range(self.boxes), self.queries)
-                yield from (self._pair(draw, scene, index, split, words, labels) for index in asked)
+        for scene in distinct(
+            lambda _: draw_scene(draw, self.boxes, split, objects=words, labels=labels),
+            scenes=scenes,
+            key=frozenset,
+            what=f"{self.name} ({split})",
+        ):
+            asked = range(self.boxes) if self.queries is None else draw.sample(range(self.boxes), self.queries)
+            yield from (self._pair(draw, scene, index, split, words, labels) for index in asked)
 
     def _pair(
         self,

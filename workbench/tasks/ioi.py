@@ -13,7 +13,6 @@ place and object:
 Splits are disjoint by the names: a pair of names belongs to train, calibration or test by its SHA-256.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 from workbench import seeds
 from workbench.errors import InputError, nearest
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct, fitting
 from workbench.tasks.wording import words_of
 
 NAMES = tuple(
@@ -46,8 +46,7 @@ Order = Literal["both", "abba", "baba"]
 
 def split_of(names: tuple[str, str]) -> Split:
     """The split of a pair of names: 60 % train, 20 % calibration, 20 % test, by SHA-256 of the unordered pair."""
-    bucket = int.from_bytes(hashlib.sha256("|".join(sorted(names)).encode()).digest()[:4], "big") % 10
-    return "train" if bucket < 6 else "calibration" if bucket < 8 else "test"
+    return seeds.split(names, train=6, calibration=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,19 +105,13 @@ class IndirectObject:
                 f"IOI needs a dozen one-token names, places and things; this tokenizer has {len(names)}, {len(places)} "
                 f"and {len(things)} of ours."
             )
-        draw, seen = seeds.chooser(seed, self.name, split), set()
-        while len(seen) < scenes:
-            pair = self._pair(
-                draw,
-                split,
-                names,
-                places,
-                things,
-                swapped=len(seen) % 2 == 1 if self.order == "both" else self.order == "baba",
-            )
-            if pair.clean not in seen:
-                seen.add(pair.clean)
-                yield pair
+        draw = seeds.chooser(seed, self.name, split)
+
+        def make(place: int) -> Pair:
+            swapped = place % 2 == 1 if self.order == "both" else self.order == "baba"
+            return self._pair(draw, split, names, places, things, swapped=swapped)
+
+        yield from distinct(make, scenes=scenes, key=lambda pair: pair.clean, what=f"{self.name} ({split})")
 
     def _pair(
         self,
@@ -130,10 +123,11 @@ class IndirectObject:
         *,
         swapped: bool,
     ) -> Pair:
-        while True:
-            subject, recipient, *others = draw.sample(names, 5)
-            if split_of((subject, recipient)) == split:
-                break
+        subject, recipient, *others = fitting(
+            lambda: draw.sample(names, 5),
+            lambda five: split_of((five[0], five[1])) == split,
+            what=f"{self.name} ({split})",
+        )
         words = {"place": draw.choice(places), "thing": draw.choice(things)}
         template = draw.choice(TEMPLATES) if self.template is None else TEMPLATES[self.template]
         order = {"first": subject, "second": recipient} if swapped else {"first": recipient, "second": subject}
@@ -168,8 +162,12 @@ class IndirectObject:
             case "swapped":
                 return {"first": order["second"], "second": order["first"], "subject": subject}, f" {recipient}"
             case "random":
-                new = others[:2]
-                while split_of((new[0], new[1])) != split_of((subject, recipient)):
-                    new = draw.sample([name for name in names if name not in (subject, recipient)], 2)
+                new, home = others[:2], split_of((subject, recipient))
+                if split_of((new[0], new[1])) != home:
+                    new = fitting(
+                        lambda: draw.sample([name for name in names if name not in (subject, recipient)], 2),
+                        lambda two: split_of((two[0], two[1])) == home,
+                        what=f"{self.name} ({home})",
+                    )
                 renamed = {subject: new[0], recipient: new[1]}
                 return {**{place: renamed[name] for place, name in order.items()}, "subject": new[0]}, f" {new[1]}"

@@ -1,18 +1,26 @@
-"""A pair of prompts as text, and reading a user's own from a file, a dataset or the hub."""
+"""A pair of prompts as text, and what a row of a user's own file must hold to be one.
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+Rows are counted from 1 wherever they are named: a line of a JSONL file, a record of a CSV or Parquet file.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from workbench.errors import InputError, nearest
+from workbench.seeds import Split as Split
+from workbench.storage import json_value
+from workbench.tasks.records import RowError, records_of
 
-Split = Literal["train", "calibration", "test"]
 Span = tuple[int, int]
 """Characters [start, end) of a prompt."""
+TEXTS = ("clean", "corrupt", "answer", "distractor")
+MOST_SHOWN = 20
+"""How many bad rows an error lists; it counts them all."""
+LARGEST_FACT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,51 +42,116 @@ class Pair:
     the queried box."""
 
 
-def numbered_pairs(source: str | Path | Dataset, *, split: str = "train") -> Iterator[tuple[int, Pair]]:
-    """The numbered pairs of a file, a dataset or a hub id, not yet checked against a tokenizer. Errors: `InputError`
-    with the row's number."""
-    if isinstance(source, Dataset):
-        records: Iterable[tuple[int, Any]] = enumerate(source)
-    elif str(source).endswith((".jsonl", ".json")):
-        records = _json_lines(Path(source))
-    elif str(source).endswith((".csv", ".parquet")):
-        kind = "csv" if str(source).endswith(".csv") else "parquet"
-        records = enumerate(load_dataset(kind, data_files=str(source), split="train"))
-    else:
-        records = enumerate(load_dataset(str(source), split=split))
-    return ((number, _pair(number, record)) for number, record in records)
+def numbered_pairs(
+    source: str | Path | Dataset, *, split: str = "train", problems: list[RowError] | None = None
+) -> list[tuple[int, Pair]]:
+    """The numbered pairs of a file, a dataset or a hub id, not yet checked against a tokenizer; rows count from 1.
+
+    `source`: a JSONL file (UTF-8, one object a line), a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with
+    the columns clean, corrupt, answer, distractor and (optionally) positions, corrupt_answer and facts (positions and
+    facts as JSON text in a CSV file). A position is a token's number (0 is the first token, without
+    BOS; -1 the last), a list of them, a piece of the clean prompt (meant is the last token of its last occurrence), or
+    a list of character spans [[start, end], ...]. `problems` takes up the bad rows, which are left out. Errors:
+    `InputError` for a source that can't be read, and, without `problems`, listing all bad rows with their reasons.
+    """
+    found: list[tuple[int, Pair]] = []
+    bad: list[RowError] = []
+    for record in records_of(source, split=split):
+        try:
+            if isinstance(record, RowError):
+                raise record
+            number, values = record
+            found.append((number, _pair(number, values)))
+        except RowError as problem:
+            bad.append(problem)
+    if problems is not None:
+        problems += bad
+    elif bad:
+        raise bad_rows(bad, of=len(bad) + len(found), source=named(source))
+    return found
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    if not path.is_file():
-        raise InputError(
-            f"{path} is not a file; give a JSONL file with one pair a line (clean, corrupt, answer, distractor, "
-            "positions)."
-        )
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"row {number} of {path} is not JSON ({error}); write one object a line.") from None
+def named(source: Any) -> str:
+    """A source in words."""
+    return str(source) if isinstance(source, str | Path) else "the dataset"
+
+
+def bad_rows(problems: Iterable[RowError], *, of: int, source: str) -> InputError:
+    """One error for all bad rows of a source: how many, the first twenty with their reasons, and the remedies."""
+    ordered = sorted(problems, key=lambda problem: problem.number)
+    lines = [f"  row {problem.number}: {problem.reason}" for problem in ordered[:MOST_SHOWN]]
+    more = len(ordered) - len(lines)
+    return InputError(
+        f"{len(ordered)} of {of} rows of {source} can't be used (rows count from 1):\n"
+        + "\n".join(lines)
+        + (f"\n  ... and {more} more" if more else "")
+        + "\nMend them, or leave them out: `skip_bad_rows=True`, in a recipe `data.skip_bad_rows: true`."
+    )
 
 
 def _pair(number: int, record: Any) -> Pair:
     if not isinstance(record, Mapping):
-        raise InputError(f"row {number} is not an object with columns clean, corrupt, answer, distractor.")
-    for column in ("clean", "corrupt", "answer", "distractor"):
+        raise RowError(number, f"not an object with the columns {', '.join(TEXTS)}.")
+    for column in TEXTS:
         if not isinstance(record.get(column), str):
-            raise InputError(f"row {number} has no text in column {column!r}; {nearest(column, record)}")
-    text = {name: record[name] for name in ("clean", "corrupt", "answer", "distractor")}
+            what = "no column" if column not in record else f"{type(record[column]).__name__}, not text, in column"
+            raise RowError(number, f"{what} {column!r}; {nearest(column, map(str, record))}")
+        refuse_broken_text(number, f"column {column!r}", record[column])
+    corrupt_answer = record.get("corrupt_answer")
+    if not isinstance(corrupt_answer, str | None):
+        raise RowError(number, f"corrupt_answer is {corrupt_answer!r}; write a text, or leave it out.")
+    refuse_broken_text(number, "corrupt_answer", corrupt_answer or "")
     return Pair(
-        **text,
-        positions=_mapping(record, "positions"),
-        corrupt_answer=record.get("corrupt_answer"),
-        facts=_mapping(record, "facts") or None,
+        **{column: record[column] for column in TEXTS},
+        positions=_mapping(number, record, "positions"),
+        corrupt_answer=corrupt_answer or None,
+        facts=_facts(number, record),
     )
 
 
-def _mapping(record: Mapping[str, Any], column: str) -> dict[str, Any]:
+def refuse_broken_text(number: int, what: str, text: str) -> None:
+    """Refuse what is no text in any encoding (a lone half of a surrogate pair)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            number, f"{what} holds half of a character ({text[error.start]!r}); write the whole one, as UTF-8."
+        ) from None
+
+
+def _mapping(number: int, record: Mapping[str, Any], column: str) -> dict[str, Any]:
     """A column that holds an object, or its JSON (in a CSV file)."""
-    value = record.get(column) or {}
-    return dict(json.loads(value) if isinstance(value, str) else value)
+    value = record.get(column)
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json_value(value)
+        except ValueError as error:
+            raise RowError(number, f"{column} is not JSON ({error}); write for example {EXAMPLES[column]}.") from None
+        if value is None:
+            return {}
+    if not isinstance(value, Mapping):
+        raise RowError(number, f"{column} is {value!r:.60}, no object; write for example {EXAMPLES[column]}.")
+    for name in value:
+        refuse_broken_text(number, f"{column}: the name {name!r}", str(name))
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise RowError(number, f"{column} has the name {name!r}; give it a name of plain characters.")
+    return dict(value)
+
+
+EXAMPLES = {"positions": '{"subject": "Peter", "verb": 3}', "facts": '{"boxes": 5}'}
+
+
+def _facts(number: int, record: Mapping[str, Any]) -> dict[str, int] | None:
+    facts = _mapping(number, record, "facts")
+    for name, value in facts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > LARGEST_FACT:
+            raise RowError(number, f"fact {name!r} is {value!r:.60}; facts are whole numbers of at most 2**31 - 1.")
+    return facts or None
+
+
+def repeated(pairs: Sequence[tuple[int, Pair]]) -> list[tuple[int, int]]:
+    """(row, the earlier row that it repeats) for every clean prompt that came before."""
+    first: dict[str, int] = {}
+    return [(number, first[pair.clean]) for number, pair in pairs if first.setdefault(pair.clean, number) != number]

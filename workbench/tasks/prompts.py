@@ -10,43 +10,43 @@ positions move along:
 Templates that write a BOS themselves are refused together with `prepend_bos`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 
 from workbench.errors import InputError
-from workbench.tasks.base import Pair, PromptPairs, encode, to_dataset, token_indices
-
-Chat = Literal["none", "user", "assistant"]
+from workbench.tasks.base import Pair, PromptPairs, encode, to_dataset
+from workbench.tasks.positions import named_positions
+from workbench.tasks.records import RowError
+from workbench.tasks.settings import PromptConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSettings:
-    """How prompts are put to a model."""
+class PromptSettings(PromptConfig):
+    """Settings at work: pairs -> a checked dataset -> tensors."""
 
-    prepend_bos: bool = False
-    padding_side: Literal["left", "right"] = "left"
-    chat: Chat = "none"
-    system: str | None = None
-    """The system message; None leaves it to the template, which may have one of its own."""
-    instruction: str | None = None
-    """With `chat: assistant`, the user's message."""
-    multi_token: bool = False
-    """Let answers have several tokens: metrics score the first, `workbench.tasks.scoring` the whole."""
-
-    def __post_init__(self) -> None:
-        if (self.chat == "assistant") != (self.instruction is not None):
-            raise InputError(
-                "`chat: assistant` and `instruction` go together: the prompt goes on a reply to that instruction."
-            )
-        if self.system is not None and self.chat == "none":
-            raise InputError("a system message needs a chat template; set `chat` to user or assistant.")
-
-    def dataset(self, pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, source: str) -> Dataset:
-        """Numbered pairs -> a checked dataset, wrapped in the chat template where one is set."""
-        return to_dataset(self.wrapped(pairs, tokenizer), tokenizer, source=source, multi_token=self.multi_token)
+    def dataset(
+        self,
+        pairs: Iterable[tuple[int, Pair]],
+        tokenizer: Any,
+        *,
+        source: str,
+        problems: list[RowError] | None = None,
+        skip_bad_rows: bool = False,
+    ) -> Dataset:
+        """Numbered pairs -> a checked dataset, wrapped in the chat template where one is set. `problems` and
+        `skip_bad_rows`: as in `to_dataset`."""
+        bad = [] if problems is None else problems
+        return to_dataset(
+            self.wrapped(pairs, tokenizer, problems=bad),
+            tokenizer,
+            source=source,
+            multi_token=self.multi_token,
+            problems=bad,
+            skip_bad_rows=skip_bad_rows,
+        )
 
     def encode(self, dataset: Dataset, tokenizer: Any) -> PromptPairs:
         """A dataset made with these settings -> tensors."""
@@ -58,18 +58,26 @@ class PromptSettings:
             multi_token=self.multi_token,
         )
 
-    def wrapped(self, pairs: Iterable[tuple[int, Pair]], tokenizer: Any) -> Iterator[tuple[int, Pair]]:
-        """The pairs in the chat template. Errors: `InputError` for a tokenizer without one, or a template that changes
-        the prompt."""
+    def wrapped(
+        self, pairs: Iterable[tuple[int, Pair]], tokenizer: Any, *, problems: list[RowError] | None = None
+    ) -> list[tuple[int, Pair]]:
+        """The pairs in the chat template; rows that it can't take go to `problems`, where that is given. Errors:
+        `InputError` for a tokenizer without one, or a template that changes the prompt."""
         if self.chat == "none":
-            yield from pairs
-            return
+            return list(pairs)
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 "this tokenizer has no chat template; set `chat` to none, or use an instruct model's tokenizer."
             )
+        found = []
         for number, pair in pairs:
-            yield number, self._wrap(number, pair, tokenizer)
+            try:
+                found.append((number, self._wrap(number, pair, tokenizer)))
+            except RowError as problem:
+                if problems is None:
+                    raise
+                problems.append(problem)
+        return found
 
     def _wrap(self, number: int, pair: Pair, tokenizer: Any) -> Pair:
         clean, start = self._turns(number, pair.clean, tokenizer)
@@ -90,9 +98,9 @@ class PromptSettings:
             text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
         start = text.rfind(prompt)
         if start < 0:
-            raise InputError(
-                f"row {number}: the chat template changes the prompt {prompt!r} (does it begin or end with white "
-                "space?); reword it."
+            raise RowError(
+                number,
+                f"the chat template changes the prompt {prompt!r} (does it begin or end with white space?); reword it.",
             )
         if self.prepend_bos and tokenizer.bos_token and text.startswith(tokenizer.bos_token):
             raise InputError("this chat template writes the BOS token itself; set `prepend_bos` to false.")
@@ -102,10 +110,11 @@ class PromptSettings:
 def _moved(number: int, pair: Pair, tokenizer: Any, start: int) -> dict[str, Any]:
     """The named positions of the bare prompt as characters of the wrapped one."""
     offsets = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    found = {
-        name: [offsets[index] for index in token_indices(number, name, where, pair.clean, offsets)]
-        for name, where in pair.positions.items()
-    }
+    try:
+        places = named_positions(pair, offsets)
+    except InputError as error:
+        raise RowError(number, str(error)) from None
+    found = {name: [offsets[index] for index in tokens] for name, tokens in places.items()}
     return {
         name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans)
         for name, spans in found.items()

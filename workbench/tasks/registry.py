@@ -2,13 +2,24 @@
 ours do the same."""
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_type_hints
 
 from workbench.errors import InputError, nearest
+from workbench.storage import read_typed
 from workbench.tasks.base import Task
 
 GROUP = "workbench.tasks"
+
+
+def _require_types(name: str, kind: Any, options: Mapping[str, Any]) -> None:
+    """Refuse an option of another type than the task's field says (3.5 boxes); what is unknown is refused later."""
+    types = get_type_hints(kind) if is_dataclass(kind) else {}
+    for option, value in options.items():
+        if option in types:
+            what = f"the option {option!r} of the task {name}"
+            read_typed(value, types[option], what=what, remedy=f"set {option} to what the task takes")
 
 
 def task_names() -> list[str]:
@@ -23,6 +34,7 @@ def task_named(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if not points:
         raise InputError(f"no task {name!r} is installed; {nearest(name, task_names())}")
     kind = points[0].load()
+    _require_types(name, kind, options or {})
     try:
         task = kind(**(options or {}))
     except TypeError as error:

@@ -23,15 +23,15 @@ def task_stream(
 def _rows(
     *, task: Task, tokenizer: Any, split: Split, scenes: int, seed: int, multi_token: bool
 ) -> Iterator[dict[str, Any]]:
-    for number, pair in enumerate(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed)):
+    for number, pair in enumerate(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed), 1):
         yield checked_row(number, pair, tokenizer, multi_token=multi_token)
 
 
-def save_pairs(dataset: Dataset, path: Path) -> None:
+def save_pairs(dataset: Dataset, path: str | Path) -> None:
     """Write pairs as a Parquet file, whole or not at all."""
-    storage.write_atomically(path, lambda temporary: dataset.to_parquet(str(temporary)))
+    storage.write_atomically(Path(path), lambda temporary: dataset.to_parquet(str(temporary)))
 
 
-def read_pairs(path: Path, tokenizer: Any, *, multi_token: bool = False) -> Dataset:
+def read_pairs(path: str | Path, tokenizer: Any, *, multi_token: bool = False) -> Dataset:
     """Pairs of a Parquet file, checked against the tokenizer; equal to what was saved."""
     return load_pairs(path, tokenizer, multi_token=multi_token)

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal, get_args
 from workbench import seeds
 from workbench.errors import InputError, nearest
 from workbench.tasks.base import Pair, Split, Stage, single_token_words
+from workbench.tasks.drawing import distinct, fitting
 from workbench.tasks.ioi import NAMES
 from workbench.tasks.stories import (
     CONTAINERS,
@@ -126,14 +127,14 @@ class TheoryOfMind:
         fixed = ("can", "cannot", UNKNOWN) if self.scenario == "visibility" else ("present", "absent")
         lexicon = Lexicon.of(tokenizer, fixed)
         draw = seeds.chooser(seed, self.name, self.scenario, self.counterfactual, str(self.instruction), split)
-        cells, seen = _endless(draw, self.cells()), set()
-        while len(seen) < scenes:
-            cell = next(cells)
-            pair = self._pair(draw, lexicon, cell, split)
-            while pair.clean in seen:
-                pair = self._pair(draw, lexicon, cell, split)
-            seen.add(pair.clean)
-            yield pair
+        cells, asked = _endless(draw, self.cells()), list[Cell]()
+
+        def make(place: int) -> Pair:
+            if place == len(asked):  # a repeated prompt is drawn again for the same cell
+                asked.append(next(cells))
+            return self._pair(draw, lexicon, asked[place], split)
+
+        yield from distinct(make, scenes=scenes, key=lambda pair: pair.clean, what=f"{self.name} ({split})")
 
     def cells(self) -> list[Cell]:
         """One balanced cycle of questions: every answer of the scenario equally often, for each who, what and
@@ -176,40 +177,36 @@ class TheoryOfMind:
         )
 
     def _story(self, draw: random.Random, lexicon: Lexicon, cell: Cell, split: Split) -> Story:
-        while True:
-            characters = _two(draw, lexicon.names)
-            if self.scenario == "visibility":
-                objects, states, (who, asked, *sees) = (
-                    _two(draw, lexicon.containers),
-                    _two(draw, lexicon.contents),
-                    cell,
-                )
-                story: Story = VisibilityStory(
-                    characters=characters,
-                    objects=objects,
-                    states=states,
-                    sees=(sees[0], sees[1]),
-                    who=characters[who],
-                    asked=objects[asked],
-                )
-            else:
-                thing, states, (mover, who, present, _) = (
-                    draw.choice(lexicon.things),
-                    _two(draw, lexicon.containers),
-                    cell,
-                )
-                story = BeliefStory(
-                    characters=characters, mover=mover, thing=thing, states=states, present=present, who=characters[who]
-                )
-            if story.split == split:
-                return story
+        return fitting(
+            lambda: self._any_story(draw, lexicon, cell),
+            lambda story: story.split == split,
+            what=f"{self.name} ({split})",
+        )
+
+    def _any_story(self, draw: random.Random, lexicon: Lexicon, cell: Cell) -> Story:
+        characters = _two(draw, lexicon.names)
+        if self.scenario == "visibility":
+            objects, states, (who, asked, *sees) = _two(draw, lexicon.containers), _two(draw, lexicon.contents), cell
+            return VisibilityStory(
+                characters=characters,
+                objects=objects,
+                states=states,
+                sees=(sees[0], sees[1]),
+                who=characters[who],
+                asked=objects[asked],
+            )
+        thing, states, (mover, who, present, _) = draw.choice(lexicon.things), _two(draw, lexicon.containers), cell
+        return BeliefStory(
+            characters=characters, mover=mover, thing=thing, states=states, present=present, who=characters[who]
+        )
 
     def _other(self, draw: random.Random, lexicon: Lexicon, story: Story, split: Split) -> Story:
         """The story of the corrupt prompt: of the same split, with another answer."""
-        while True:
-            other = self._changed(draw, lexicon, story, split)
-            if other.split == split and other.believed != story.believed:
-                return other
+        return fitting(
+            lambda: self._changed(draw, lexicon, story, split),
+            lambda other: other.split == split and other.believed != story.believed,
+            what=f"{self.name} ({split}), corrupt prompts",
+        )
 
     def _changed(self, draw: random.Random, lexicon: Lexicon, story: Story, split: Split) -> Story:
         match self.counterfactual:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from workbench.errors import InputError
-from workbench.tasks.base import PromptPairs, single_token
+from workbench.tasks.base import PromptPairs, checked_row, single_token
 from workbench.tasks.pairs import Pair
+from workbench.tasks.positions import RESERVED, by_index
 from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.records import RowError
 from workbench.values.refs import Position
 
 
@@ -47,32 +49,52 @@ def read_by_both(
     *,
     source: str,
     settings: PromptSettings | None = None,
+    problems: list[RowError] | None = None,
+    skip_bad_rows: bool = False,
 ) -> PromptPairs:
     """Numbered pairs in the tokens of the student's tokenizer, with the same in the teacher's beside them.
 
-    Errors: `InputError` for positions given as token indices, and for what one of the tokenizers can't read.
+    `problems`, `skip_bad_rows`: as in `to_dataset`; a row is left out where one of them can't read it. Errors:
+    `InputError` for positions given as token indices, and for what one of the tokenizers can't read.
     """
-    settings, pairs = settings or PromptSettings(), list(pairs)
+    settings, readers = settings or PromptSettings(), (student, teacher)
+    bad, good = [] if problems is None else problems, list[tuple[int, Pair]]()
     for number, pair in pairs:
-        refuse_token_indices(number, pair)
-        for tokenizer in (student, teacher):
-            refuse_unknown_words(pair, tokenizer)
-    ours, theirs = (
-        settings.encode(settings.dataset(pairs, tokenizer, source=source), tokenizer)
-        for tokenizer in (student, teacher)
-    )
-    return replace(ours, teacher=theirs)
+        try:
+            refuse_token_indices(number, pair)
+            for tokenizer in readers:
+                _refuse_unreadable(number, pair, tokenizer, settings)
+            good.append((number, pair))
+        except RowError as problem:
+            bad.append(problem)
+    first = settings.dataset(good, student, source=source, problems=bad, skip_bad_rows=skip_bad_rows)
+    second = settings.dataset(good, teacher, source=source)
+    return replace(settings.encode(first, student), teacher=settings.encode(second, teacher))
+
+
+def _refuse_unreadable(number: int, pair: Pair, tokenizer: Any, settings: PromptSettings) -> None:
+    """Errors: `RowError` for a row that a tokenizer can't read."""
+    try:
+        refuse_unknown_words(pair, tokenizer)
+    except InputError as error:
+        raise RowError(number, str(error)) from None
+    for _, wrapped in settings.wrapped([(number, pair)], tokenizer):
+        checked_row(number, wrapped, tokenizer, multi_token=settings.multi_token)
 
 
 def refuse_token_indices(number: int, pair: Pair) -> None:
-    """Refuse positions that are the numbers of tokens, which are other words in other tokens."""
-    for name, where in pair.positions.items():
-        entries = [where] if isinstance(where, int | str) else list(where)
-        if any(isinstance(entry, int) for entry in entries):
-            raise InputError(
-                f"row {number}: position {name!r} is given by token index, but the models have different tokenizers; "
-                "give a piece of the clean prompt."
-            )
+    """Refuse positions that are the numbers of tokens, which are other words in other tokens. `last` and `all` mean the
+    same in any."""
+    try:
+        numbered = [name for name in by_index(pair.positions) if name not in RESERVED]
+    except InputError as error:
+        raise RowError(number, str(error)) from None
+    if numbered:
+        raise RowError(
+            number,
+            f"position {numbered[0]!r} is given by token index, but the models have different tokenizers; give a piece "
+            "of the clean prompt.",
+        )
 
 
 def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:

@@ -4,10 +4,10 @@ fill("{who} opens the {thing}.", who="Ann", thing="box") -> "Ann opens the box."
 17),)}
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from string import Formatter
 
+from workbench import seeds
 from workbench.tasks.base import Span, Split
 
 Spans = Mapping[str, tuple[Span, ...]]
@@ -40,8 +40,5 @@ def words_of(template: str) -> tuple[str, ...]:
 
 
 def split_by_hash(words: Iterable[str]) -> Split:
-    """The split that a set of words belongs to whatever their order: 80 % train, 10 % calibration, 10 % test, by
-    SHA-256."""
-    digest = hashlib.sha256("|".join(sorted(words)).encode()).digest()
-    bucket = int.from_bytes(digest[:4], "big") % 10
-    return "train" if bucket < 8 else "calibration" if bucket == 8 else "test"
+    """The split that a set of words belongs to whatever their order: 80 % train, 10 % calibration, 10 % test."""
+    return seeds.split(words)

@@ -1,18 +1,57 @@
 """Logits and answers -> one value per example. Averaging, errors and intervals happen once, in `Scores`.
 
-All take final logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
+A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final
+logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Metric = Callable[
+from workbench.errors import InputError, nearest
+
+MetricFunction = Callable[
     [Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], Int[Tensor, " batch"]], Float[Tensor, " batch"]
 ]
-"""(logits, answers, distractors) -> one value per example."""
+"""(logits, answers, distractors) -> one value per example; higher is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is measured of the logits: `metric(logits, answers, distractors)` -> one value per example."""
+
+    name: str
+    """As a recipe or a result names it: `log_probability`."""
+    unit: str
+    """What a value is, in words: `log probability`."""
+    function: MetricFunction
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.unit or not callable(self.function):
+            raise InputError("a metric has a name, a unit in words, and a function of (logits, answers, distractors).")
+
+    def __call__(
+        self, logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batch"], distractors: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        return self.function(logits, answers, distractors)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the metric is, for the identity of what is computed with it: name, unit, and the function's qualified
+        name."""
+        return f"{self.name} | {self.unit} | {_qualified(self.function)}"
+
+
+def _qualified(function: object) -> str:
+    if isinstance(function, functools.partial):
+        return f"{_qualified(function.func)} of {function.args!r} {sorted(function.keywords.items())!r}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
+
 
 Logits = Float[Tensor, "batch d_vocab"]
 Ids = Int[Tensor, " batch"]
@@ -62,14 +101,39 @@ def sequence_log_probability(
 
 
 METRICS: dict[str, Metric] = {
-    "log_probability": log_probability,
-    "probability": probability,
-    "logit_difference": logit_difference,
-    "accuracy": accuracy,
+    function.__name__: Metric(function.__name__, function.__name__.replace("_", " "), function)
+    for function in (log_probability, probability, logit_difference, accuracy)
 }
 """The metrics that a recipe can name."""
 
 
-def relative_change(patched: Float[Tensor, "*sweep batch"], clean: PerExample) -> Float[Tensor, "*sweep batch"]:
-    """(patched - clean) / clean, the score of Prakash et al. for probabilities; NaN where clean is 0."""
-    return torch.where(clean == 0, torch.nan, (patched - clean) / clean)
+def metric_named(metric: str | Metric | MetricFunction) -> Metric:
+    """The metric of a name, or the metric itself.
+
+    Errors: `InputError` for an unknown name (with the nearest), and for a function that has no name and unit yet.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise InputError(f"no metric {metric!r}; {nearest(metric, METRICS)}")
+        return METRICS[metric]
+    raise InputError(
+        f"{metric!r} is no metric by itself: say what it measures, `Metric(name=..., unit=..., function=f)`, or name "
+        f"one of {', '.join(METRICS)}."
+    )
+
+
+def metrics_named(metrics: str | Metric | Iterable[str | Metric]) -> list[Metric]:
+    """Several metrics, each once. Errors: as `metric_named`, and for two of one name."""
+    several = [metric_named(each) for each in ([metrics] if isinstance(metrics, str | Metric) else metrics)]
+    names = [metric.name for metric in several]
+    if len(set(names)) < len(names):
+        raise InputError(f"two metrics of one name among {', '.join(names)}; give each its own.")
+    return several
+
+
+def relative_fall(patched: Float[Tensor, "*sweep batch"], clean: PerExample) -> Float[Tensor, "*sweep batch"]:
+    """(clean - patched) / clean, the score of Prakash et al. for probabilities with its sign turned (positive: the head
+    helps); NaN where clean is 0."""
+    return torch.where(clean == 0, torch.nan, (clean - patched) / clean)

@@ -1,6 +1,7 @@
 """Names of places in a model: heads, receivers. Frozen, ordered, hashable and inert: no model in sight."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ class Head:
     @classmethod
     def parse(cls, text: str) -> "Head":
         """`L5H3` or `5.3` -> Head(5, 3)."""
-        match = re.fullmatch(r"L?(\d+)[H.](\d+)", text.strip())
+        match = re.fullmatch(r"L?(\d+)[H.](\d+)", text.strip()) if isinstance(text, str) else None
         if match is None:
             raise InputError(f"{text!r} is not a head; write L5H3 (layer 5, head 3).")
         return cls(int(match[1]), int(match[2]))
@@ -68,3 +69,43 @@ Sender = Head | Mlp | Embedding
 """What can write to the residual stream."""
 PathEnd = Receiver | Mlp
 """What can read from the residual stream on its way to the logits."""
+
+
+def head_named(head: Head | str) -> Head:
+    """`L5H3` -> Head(5, 3); a head stays itself. Errors: `InputError` for anything else."""
+    return head if isinstance(head, Head) else Head.parse(head)
+
+
+def heads_named(heads: Iterable[Head | str]) -> list[Head]:
+    """`head_named` of several, in their order. Errors: `InputError` also for a text that is one name (which is no list
+    of names)."""
+    if isinstance(heads, str):
+        raise InputError(f"{heads!r} names one head where several are meant; write [{heads!r}].")
+    return [head_named(head) for head in heads]
+
+
+def sender_named(sender: Sender | str) -> Sender:
+    """`L5H3`, `M5` or `embed` -> the sender; a sender stays itself. Errors: `InputError` for anything else."""
+    if not isinstance(sender, str):
+        return sender
+    if sender.strip() == "embed":
+        return Embedding()
+    return _mlp(sender) or Head.parse(sender)
+
+
+def path_end_named(end: PathEnd | str) -> PathEnd:
+    """`L5H3.q` or `M5` -> the receiver; a receiver stays itself. Errors: `InputError` for anything else."""
+    if not isinstance(end, str):
+        return end
+    head, _, composition = end.strip().rpartition(".")
+    if composition in ("q", "k", "v") and head:
+        return Receiver(Head.parse(head), composition)
+    mlp = _mlp(end)
+    if mlp is None:
+        raise InputError(f"{end!r} reads nothing; write L5H3.q (or .k, .v), or M5 for an MLP.")
+    return mlp
+
+
+def _mlp(text: str) -> Mlp | None:
+    match = re.fullmatch(r"M(\d+)", text.strip())
+    return None if match is None else Mlp(int(match[1]))

@@ -2,13 +2,21 @@
 
 Values are one number per example wherever examples exist (`example` is then the last axis); means, errors and intervals
 happen here, once. NaN = not measured; it is never counted.
+
+Sign, everywhere: an effect is positive where the head helps. Path patching, activation patching and edges are clean
+minus patched (with the corrupt activation put into the clean run), ablation is whole minus ablated, attribution
+estimates these; each is a fall of the metric, and its unit begins with "fall of".
+
+In the glossary's one sentence: *effect* = how much the metric falls when a head's contribution is taken away; positive
+means that the head helps, negative that it works against the answer.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +26,12 @@ from torch import Tensor
 
 from workbench import seeds, storage
 from workbench.errors import InputError, nearest
-from workbench.values.refs import Head
+from workbench.values.refs import Head, head_named
+
+Order = Literal["lowest", "highest", "magnitude"]
+"""Which scores come first."""
+FORMAT = 2
+"""Of the files. In 1 (no number) path effects, activation patching and edges were patched minus clean ("change of")."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,16 +107,15 @@ class Scores:
         example axis.
         """
         values = self._examples().double()
-        flat, found = values.nan_to_num(0.0).flatten(0, -2), values.nan_to_num(0.0).sum(-1).flatten()
+        flat, observed = values.nan_to_num(0.0).flatten(0, -2), values.nan_to_num(0.0).sum(-1).flatten()
         sign = {"two-sided": 0.0, "greater": 1.0, "less": -1.0}[side]
         beyond, draw = torch.ones(len(flat), dtype=torch.float64), seeds.generator(seed, "sign flips")
         for start in range(0, permutations, 1000):
             count = min(1000, permutations - start)
             flips = torch.randint(0, 2, (count, flat.shape[1]), generator=draw).double() * 2 - 1
             sums, slack = flips @ flat.T, 1e-12 * flat.abs().sum(-1)
-            beyond += ((sums.abs() >= found.abs() - slack) if sign == 0 else (sign * sums >= sign * found - slack)).sum(
-                0
-            )
+            further = sums.abs() >= observed.abs() - slack if sign == 0 else sign * sums >= sign * observed - slack
+            beyond += further.sum(0)
         p = beyond / (permutations + 1)
         return torch.where(values.isnan().all(-1), torch.nan, p.view(values.shape[:-1]))
 
@@ -134,9 +146,11 @@ class Scores:
         largest = self.mean()[~self.mean().isnan()].abs().max()
         return replace(self, values=self.values / largest, unit=f"{self.unit}, divided by the largest", baseline=None)
 
-    def ranked(self, *, by: Literal["lowest", "highest", "magnitude"] = "lowest") -> list[Head]:
-        """The measured heads of [layer head] scores, most important first (`lowest`: the most negative is the most
-        important)."""
+    def ranked(self, *, by: Order = "highest") -> list[Head]:
+        """The measured heads of [layer head] scores, most important first: those that help most (`highest`), those that
+        work most against the answer (`lowest`), or both (`magnitude`)."""
+        if by not in get_args(Order):
+            raise InputError(f"heads are ranked by {', '.join(get_args(Order))}; {nearest(by, get_args(Order))}")
         means = self.mean()
         if self.axes[:2] != ("layer", "head") or means.ndim != 2:
             raise InputError(f"only scores over (layer, head) rank heads; these are over {self.axes}.")
@@ -144,12 +158,13 @@ class Scores:
         heads = [Head(layer, head) for layer, head in (~means.isnan()).nonzero().tolist()]
         return sorted(heads, key=lambda head: (float(keys[head.layer, head.index]), head))
 
-    def top(self, count: int, *, by: Literal["lowest", "highest", "magnitude"] = "lowest") -> list[Head]:
+    def top(self, count: int, *, by: Order = "highest") -> list[Head]:
         """The `count` most important heads."""
         return self.ranked(by=by)[:count]
 
-    def at(self, head: Head) -> Tensor:
+    def at(self, head: Head | str) -> Tensor:
         """The value (or values per example) of a head."""
+        head = head_named(head)
         if not (head.layer < self.values.shape[0] and head.index < self.values.shape[1]):
             raise InputError(
                 f"{head} is outside the {self.values.shape[0]} layers x {self.values.shape[1]} heads of these scores."
@@ -169,35 +184,74 @@ class Scores:
             frame["examples"] = (~self.values.isnan()).sum(-1).flatten().numpy()
         return frame
 
-    def save(self, path: Path, *, identity: str = "") -> None:
+    def save(self, path: str | Path, *, identity: str = "") -> None:
         """Write safetensors with the axes, labels, unit and baseline in its metadata; `identity` says what they were
         computed from."""
         described = {"axes": self.axes, "labels": self.labels, "unit": self.unit, "baseline": self.baseline}
         storage.write_tensors(
-            path, {"values": self.values}, metadata={"scores": json.dumps(described), "identity": identity}
+            Path(path),
+            {"values": self.values},
+            metadata={"scores": json.dumps({"format": FORMAT, **described}), "identity": identity},
         )
 
     @classmethod
-    def load(cls, path: Path, *, identity: str | None = None) -> "Scores":
-        """Read what `save` wrote. Errors: `InputError` when missing, damaged, or (where `identity` is given) computed
-        from something else."""
-        tensors, metadata = storage.read_tensors(path)
+    def load(cls, path: str | Path, *, identity: str | None = None) -> "Scores":
+        """Read what `save` wrote; effects of earlier versions get today's sign (`upgraded`).
+
+        Errors: `InputError` when missing, damaged, of a later version, or (where `identity` is given) computed from
+        something else.
+        """
+        tensors, metadata = storage.read_tensors(Path(path))
         if "scores" not in metadata or "values" not in tensors:
             raise InputError(f"{path} holds no scores; it was written by something else.")
-        if identity is not None and metadata.get("identity") != identity:
-            raise InputError(
-                f"{path} holds scores of another model, other prompts or settings; delete it, or keep these scores "
-                "elsewhere."
+        try:
+            described = storage.read_typed(json.loads(metadata["scores"]), _Described, what="a description of scores")
+            if not tensors["values"].is_floating_point():
+                raise InputError(f"their values are {tensors['values'].dtype}, not floating-point numbers.")
+            scores = cls(
+                values=tensors["values"],
+                axes=described.axes,
+                labels=described.labels,
+                unit=described.unit,
+                baseline=described.baseline,
             )
-        described: dict[str, Any] = json.loads(metadata["scores"])
-        labels = {axis: tuple(names) for axis, names in described["labels"].items()}
-        return cls(
-            values=tensors["values"],
-            axes=tuple(described["axes"]),
-            labels=labels,
-            unit=described["unit"],
-            baseline=described["baseline"],
-        )
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path} holds no scores that can be read: {str(error).rstrip('.')}; delete it and run the stage that "
+                "writes it again."
+            ) from None
+        written = described.format
+        if written > FORMAT:
+            raise InputError(f"{path} was written by a later version of the workbench (format {written}); update it.")
+        if identity is not None and metadata.get("identity") != identity:
+            what = "another model, other prompts or settings, or another metric"
+            if written < FORMAT:
+                what = "an earlier version of the workbench, which did not say enough of what they were computed from"
+            raise InputError(f"{path} holds scores of {what}; delete it, or keep these scores elsewhere.")
+        return scores if written >= FORMAT else upgraded(scores)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    """What is written of scores beside their values."""
+
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
+    unit: str
+    baseline: float | None
+    format: int = 1
+
+
+CHANGE = re.compile(r"^(relative )?change of ")
+
+
+def upgraded(scores: Scores) -> Scores:
+    """Scores of format 1 with today's sign: what was a change (patched minus clean) becomes a fall (clean minus
+    patched); all other scores are as they were."""
+    if not CHANGE.match(scores.unit):
+        return scores
+    unit = CHANGE.sub(lambda match: f"{match[1] or ''}fall of ", scores.unit)
+    return replace(scores, values=-scores.values, unit=unit.replace(" (patched minus clean)", ""))
 
 
 def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:

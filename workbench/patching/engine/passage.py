@@ -15,9 +15,9 @@ from workbench.patching.engine.replay import Inputs, Replay, linear
 from workbench.patching.engine.window import Spots, Window
 from workbench.values.refs import Composition, Mlp, PathEnd, Position, Receiver
 
-ALIKE = 0.8
+SHARE_OF_STRETCH = 0.8
 """Prompts whose stretch to recompute is at least this share of the longest one's are replayed together."""
-Place = tuple[int, int]
+Level = tuple[int, int]
 """(layer, 0 for the inputs of its attention, 1 for that of its MLP)."""
 
 
@@ -34,18 +34,18 @@ class Route:
     """k and v receivers: the head's own view of its group's key or value, in place of the whole group's."""
 
 
-def place_of(receiver: PathEnd) -> Place:
+def level_of(receiver: PathEnd) -> Level:
     """Where a receiver reads."""
     return (receiver.layer, 1) if isinstance(receiver, Mlp) else (receiver.head.layer, 0)
 
 
 def by_first_receiver(
     variants: Sequence[Variant], order: Sequence[int], receivers: Sequence[PathEnd], *, parallel: bool
-) -> Iterator[tuple[Place, list[int]]]:
+) -> Iterator[tuple[Level, list[int]]]:
     """The variants (numbers, in `order`) that share the lowest receiver they can reach; those that reach none are left
     out."""
-    places = sorted({place_of(receiver) for receiver in receivers})
-    groups: dict[Place, list[int]] = {}
+    places = sorted({level_of(receiver) for receiver in receivers})
+    groups: dict[Level, list[int]] = {}
     for number in order:
         layer, part = entry(variants[number])
         reached = [
@@ -58,14 +58,16 @@ def by_first_receiver(
     yield from groups.items()
 
 
-def alike(mask: Bool[Tensor, "batch pos"], changed: Bool[Tensor, "batch pos"]) -> Iterator[Int[Tensor, " rows"]]:
+def group_by_stretch(
+    mask: Bool[Tensor, "batch pos"], changed: Bool[Tensor, "batch pos"]
+) -> Iterator[Int[Tensor, " rows"]]:
     """Prompts in groups of like stretches from their first changed position to the last token; prompts without a change
     are left out."""
     stretch = torch.where(changed.any(1), last_position(mask) - changed.int().argmax(1) + 1, 0)
     rows = stretch.argsort(descending=True, stable=True)
     rows = rows[stretch[rows] > 0]
     while len(rows):
-        count = int((stretch[rows] >= ALIKE * stretch[rows[0]]).sum())
+        count = int((stretch[rows] >= SHARE_OF_STRETCH * stretch[rows[0]]).sum())
         yield rows[:count].sort().values
         rows = rows[count:]
 
@@ -93,15 +95,15 @@ class Passage:
         """How much memory one variant takes at most on its way through receivers in some layers."""
         return self.replay.variant_bytes(self.window) + self.runs.variant_bytes(self.spots, layers)
 
-    def _layers(self, places: Sequence[Place]) -> set[int]:
+    def _layers(self, places: Sequence[Level]) -> set[int]:
         """Where the frozen run is recorded: the receivers' layers, and one more where an MLP's input stands above its
         layer's attention."""
         return {layer for layer, _ in places} | {layer + 1 for layer, part in places if part == 1}
 
     @torch.no_grad()
-    def through(self, first: Place, variants: Sequence[Variant]) -> Float[Tensor, "variant batch d_vocab"]:
+    def through(self, first: Level, variants: Sequence[Variant]) -> Float[Tensor, "variant batch d_vocab"]:
         """Patched logits of variants whose lowest receiver is at `first`, in the order of their entry."""
-        places = [place for place in sorted({place_of(r) for r in self.route.receivers}) if place >= first]
+        places = [place for place in sorted({level_of(r) for r in self.route.receivers}) if place >= first]
         run = self.runs.run(
             variants, self.spots, self.spots.real, freeze_mlps=self.route.freeze_mlps, layers=self._layers(places)
         )
@@ -136,7 +138,7 @@ class Passage:
             for (layer, number), part in zip(whose, logits.unflatten(0, (len(whose), count)), strict=True)
         ]
 
-    def _inputs(self, layer: int, run: FrozenRun, places: Sequence[Place]) -> Inputs:
+    def _inputs(self, layer: int, run: FrozenRun, places: Sequence[Level]) -> Inputs:
         replaced: dict[str, dict[int, Tensor]] = {"q": {}, "k": {}, "v": {}}
         if (layer, 0) in places:
             for name in ("q", "k", "v"):

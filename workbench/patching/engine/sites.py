@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.chunks import in_chunks
-from workbench.patching.engine.passage import alike
+from workbench.patching.engine.passage import group_by_stretch
 from workbench.patching.engine.replay import Replay
 from workbench.patching.engine.window import Window
 
@@ -56,7 +56,7 @@ def replaced(
     wanted = list(range(heads_of(site, replay.model)) if heads is None else heads)
     for numbers in _like_masks(masks):
         together = torch.stack([masks[number] for number in numbers])
-        for rows in alike(replay.mask, together.any(0)):
+        for rows in group_by_stretch(replay.mask, together.any(0)):
             part = replay.rows(rows)
             window = Window.of(part.mask, together[:, rows].any(0).int().argmax(1))
             fit = max(1, memory // part.variant_bytes(window))

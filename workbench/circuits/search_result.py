@@ -1,0 +1,62 @@
+"""What a search for a circuit gives: the circuit, and the scores that it was chosen by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError
+from workbench.models.hooked_model import HookedModel
+from workbench.values.scores import Scores
+from workbench.values.tables import html_table, number, text_table
+
+Method = Literal["path_patching", "mean_ablation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CircuitSearch:
+    """A circuit, and the scores that it was chosen by."""
+
+    circuit: Circuit
+    scores: Scores
+    """One value for each head (over the stages the strongest); positive = the head helps."""
+    method: Method
+    reference: str
+    """What the scores compare the clean run with, in words: what stands in for an ablated head, or what is patched."""
+    by_stage: Mapping[str, Scores] = field(default_factory=lambda: MappingProxyType({}))
+    """Path patching: the scores of each stage, [layer head example]."""
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+        means = self.scores.mean()
+        score = {head: float(means[head.layer, head.index]) for head in self.circuit.heads}
+        rows = [
+            (str(head), self.circuit.role_of(head), ", ".join(self.circuit.scope[head]), number(score[head]))
+            for head in sorted(score, key=lambda head: (-score[head], head))
+        ]
+        layers, heads = self.circuit.shape
+        title = f"{len(score)} of {layers * heads} heads by {self.circuit.method}; {self.reference}; {self.scores.unit}"
+        return ("head", "role", "position", "score"), rows, title
+
+    def __repr__(self) -> str:
+        head, rows, title = self._table()
+        return text_table(head, rows, title=title)
+
+    def _repr_html_(self) -> str:
+        head, rows, title = self._table()
+        return html_table(head, rows, title=title)
+
+
+def circuit_of(circuit: Circuit | CircuitSearch, model: HookedModel) -> Circuit:
+    """The circuit itself, also of a search. Errors: `InputError` for anything else, or one of another model's shape."""
+    circuit = circuit.circuit if isinstance(circuit, CircuitSearch) else circuit
+    if not isinstance(circuit, Circuit):
+        raise InputError(
+            f"this is {type(circuit).__name__}, no circuit; give what find_circuit returns, or build one: `Circuit.of`."
+        )
+    if circuit.shape != (model.n_layers, model.n_heads):
+        raise InputError(
+            f"the circuit is of a model of {circuit.shape[0]} layers x {circuit.shape[1]} heads, {model.name} has "
+            f"{model.n_layers} x {model.n_heads}; find the circuit in this model."
+        )
+    return circuit

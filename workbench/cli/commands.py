@@ -1,0 +1,283 @@
+"""What each command does: recipe -> one call -> run folder. Whatever is heavy is imported inside its command."""
+
+import argparse
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import InputError
+
+if TYPE_CHECKING:
+    from workbench.experiment.recipe import Recipe
+    from workbench.experiment.run import Run
+    from workbench.pretraining.config import FinetuningConfig
+    from workbench.study.config import StudyConfig
+
+log = logging.getLogger("workbench")
+
+
+def check_recipe(options: argparse.Namespace) -> None:
+    """Refuse a bad recipe before a model room is loaded."""
+    _recipe(options)
+
+
+def check_study(options: argparse.Namespace) -> None:
+    """Refuse a bad study before a model room is loaded."""
+    _study_config(options)
+
+
+def check_plan(options: argparse.Namespace) -> None:
+    """Refuse a bad recipe or study before a model room is loaded."""
+    from workbench.experiment.recipe import read_yaml
+
+    (_study_config if "students" in read_yaml(options.recipe) else _recipe)(options)
+
+
+def check_finetuning(options: argparse.Namespace) -> None:
+    """Refuse a bad recipe of a fine-tuning before a model room is loaded."""
+    _finetuning_config(options)
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from workbench.experiment.recipe import read_recipe
+
+    return read_recipe(options.recipe, overrides={**_overrides(options.set), **_placement(options)})
+
+
+def _study_config(options: argparse.Namespace) -> "StudyConfig":
+    from workbench.study.config import read_study
+
+    placement = {f"overrides.{key}": value for key, value in _placement(options).items()}
+    return read_study(options.recipe, overrides={**_overrides(options.set), **placement})
+
+
+def _finetuning_config(options: argparse.Namespace) -> "FinetuningConfig":
+    from workbench.experiment.recipe import parse_config, read_yaml
+    from workbench.pretraining.config import FinetuningConfig
+
+    return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides=_overrides(options.set))
+
+
+def _placement(options: argparse.Namespace) -> dict[str, str]:
+    """`--device` and `--dtype` as keys of a recipe, where they are given."""
+    return {key: value for key in ("device", "dtype") if (value := getattr(options, key, None)) is not None}
+
+
+def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` settings; values are YAML."""
+    from workbench.storage.yaml import yaml_value
+
+    given = _pairs(pairs, "--set", "training.steps=20")
+    return {key: yaml_value(value, where=f"--set {key}") for key, value in given.items()}
+
+
+def _pairs(pairs: Sequence[str], option: str, example: str = "NAME=DIRECTORY") -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"{option} {pair!r} is not KEY=VALUE; write for example {option} {example}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _begun(options: argparse.Namespace) -> "Run":
+    recipe = _recipe(options)
+    from workbench.experiment.run import Run
+    from workbench.experiment.runs import RunFolder
+    from workbench.models.devices import require_device
+
+    require_device(recipe.device)
+    run = Run(recipe, RunFolder(options.out))
+    run.begin(resume=options.resume)
+    return run
+
+
+def recipes(options: argparse.Namespace) -> None:
+    """The bundled recipes."""
+    from workbench.experiment.recipe import bundled_recipes
+
+    takers = {
+        "run": "demo, discover, match, distill, evaluate, plan",
+        "study": "study, plan",
+        "finetuning": "finetune",
+    }
+    for kind, commands in takers.items():
+        print(f"{kind}  (workbench {commands})")
+        for each in bundled_recipes():
+            if each.kind == kind:
+                print(f"  {each.name:24} {each.title}")
+
+
+def completion(options: argparse.Namespace) -> None:
+    """A shell's completion script. Errors: `InputError` where the package that writes it is not installed."""
+    from workbench.cli.parser import parser
+
+    try:
+        import shtab
+    except ImportError:
+        raise InputError(
+            'completion scripts are written by shtab: pip install "circuit-distillation-workbench[completion]".'
+        ) from None
+    print(shtab.complete(parser(), options.shell))
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Everything, then the table and the report."""
+    evaluate(options)
+    report(options)
+
+
+def discover(options: argparse.Namespace) -> None:
+    """Circuits."""
+    from workbench.experiment.discover import discover as discover_circuits
+    from workbench.experiment.preflight import preflight
+
+    run = _begun(options)
+    preflight(run)
+    discover_circuits(run)
+    report(options)
+
+
+def match(options: argparse.Namespace) -> None:
+    """Circuits and the head map, and whether alignment is likely to help."""
+    from workbench.experiment.match import match as match_circuits
+    from workbench.study.diagnostic import forecast_of
+
+    match_circuits(_begun(options))
+    report(options)
+    found = forecast_of(options.out, options.against)
+    if found is not None:
+        print(found.text())
+
+
+def distill(options: argparse.Namespace) -> None:
+    """One condition, trained and evaluated."""
+    from workbench.distillation.processes import launched
+    from workbench.experiment.arms import run_conditions
+    from workbench.experiment.results import table
+
+    run = _begun(options)
+    results = run_conditions(run, [(options.condition, options.seed)], resume=options.resume)
+    if launched(run.recipe.device).is_main:
+        print(table(results))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """All conditions and seeds."""
+    from workbench.experiment.arms import run_recipe
+    from workbench.experiment.results import table
+
+    print("\n" + table(run_recipe(_begun(options), resume=options.resume)))
+
+
+def study(options: argparse.Namespace) -> None:
+    """A study, then its summary and page; `report` writes those of the cells that are finished while it runs."""
+    from workbench.models.devices import require_device
+    from workbench.study.grid import Study
+
+    running = Study(_study_config(options), options.out)
+    require_device(running.recipe.device)
+    running.begin(resume=options.resume)
+    if options.launcher == "ray":
+        from workbench.study.launch import run_on_ray
+
+        run_on_ray(running, workers=options.workers)
+    else:
+        running.run()
+    report(options)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """What a recipe costs, without loading a weight."""
+    from workbench.plan.road import plan_of
+    from workbench.storage import located
+
+    found = plan_of(
+        options.recipe,
+        overrides=_overrides(options.set),
+        configs={name: located(place) for name, place in _pairs(options.config, "--config").items()},
+        tokenizer=options.tokenizer,
+        flops=options.flops,
+        utilisation=options.utilisation,
+    )
+    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
+
+
+def report(options: argparse.Namespace) -> None:
+    """The page of a run folder."""
+    from workbench import storage
+    from workbench.experiment.runs import RunFolder
+    from workbench.report.run import run_report
+    from workbench.report.study import study_report
+
+    page = options.out / "report.html"
+    if (options.out / "study.json").exists():
+        from workbench.study.grid import opened_study
+        from workbench.study.summary import summarise, text
+
+        print("\n" + text(summarise(opened_study(options.out))))
+        storage.write_text(page, study_report(options.out))
+    else:
+        storage.write_text(page, run_report(RunFolder(options.out)))
+    log.info("report: %s", page)
+
+
+def check_model(options: argparse.Namespace) -> None:
+    """What is supported of a model."""
+    from workbench.models.devices import require_device
+    from workbench.patching import conformance
+
+    require_device(options.device)
+    found = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
+    print(found.text())
+    conformance.require_conformance(found)
+
+
+def explore(options: argparse.Namespace) -> None:
+    """The explorer's page."""
+    from workbench.explorer import command
+    from workbench.models.devices import require_device
+
+    require_device(options.device)
+    command.explore(options, _overrides(options.set), tell=functools.partial(print, flush=True))
+
+
+def pretrain_models(options: argparse.Namespace) -> None:
+    """The bundled models."""
+    from workbench.experiment.recipe import parse_config
+    from workbench.pretraining import BundleConfig, pretrain
+    from workbench.pretraining.mixture import report_table
+    from workbench.pretraining.mixture_bundle import MixtureConfig, pretrain_mixture
+
+    if options.bundle == "mixture":
+        mixture = parse_config(MixtureConfig, {}, overrides=_overrides(options.set))
+        print(report_table(pretrain_mixture(mixture, options.out, options.work)).to_string(index=False))
+        return
+    config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
+    for name, accuracy in pretrain(config, options.out, options.work).items():
+        print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")
+
+
+def finetune_model(options: argparse.Namespace) -> None:
+    """A model fine-tuned on a task."""
+    from workbench.pretraining.finetuning import finetune
+
+    config = _finetuning_config(options)
+    made = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
+    print(
+        f"{options.out}: accuracy {made['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
+        f"{made['steps']} steps"
+    )
+
+
+def check_task(options: argparse.Namespace) -> None:
+    """Whether a task is sound. Errors: `InputError` after the report when it is not."""
+    from workbench.tasks.check import check
+    from workbench.tasks.registry import task_named
+    from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
+
+    tokenizer = tokenizer_of(options.tokenizer) if options.tokenizer else word_level_tokenizer(mixture_words())
+    found = check(task_named(options.name, _overrides(options.set)), tokenizer, scenes=options.scenes)
+    print(found)
+    if not found.sound:
+        raise InputError(f"the task {options.name} has {len(found.faults)} fault(s); see above.")

@@ -1,0 +1,49 @@
+"""Whose a result is: what it was made of, written into its file and checked when it is read.
+
+An origin is a few named ingredients (a condition, a seed, a digest of weights or prompts). A file from before origins
+has none and is taken as it is.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench import storage
+from workbench.errors import InputError
+
+Origin = Mapping[str, str]
+KEY = "origin"
+
+
+def require_origin(file: Path, found: Origin | None, expected: Origin) -> None:
+    """Refuse a result of another origin, naming the ingredients that differ."""
+    if found is None:
+        return
+    other = [name for name, value in expected.items() if found.get(name) != value]
+    if other:
+        words = "; ".join(_said(name, found.get(name), expected[name]) for name in other)
+        raise InputError(
+            f"{file} is not of this run: {words}. Put back the file that belongs there, delete it (and what was made "
+            "of it) to have it made again, or choose another --out."
+        )
+
+
+def _said(name: str, found: str | None, expected: str) -> str:
+    """Digests mean nothing to a reader; names and numbers do."""
+    return f"another {name}" if found is None or len(expected) == 64 else f"{name} {found}, not {expected}"
+
+
+def digest_of(value: Any) -> str:
+    """Of plain values."""
+    return storage.digest(json.dumps(value, sort_keys=True))
+
+
+def to_metadata(origin: Origin) -> dict[str, str]:
+    """For the header of a safetensors file."""
+    return {KEY: json.dumps(dict(origin))}
+
+
+def of_metadata(metadata: Mapping[str, str]) -> Origin | None:
+    """What `to_metadata` wrote, or None."""
+    return json.loads(metadata[KEY]) if KEY in metadata else None

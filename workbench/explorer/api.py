@@ -1,0 +1,180 @@
+"""`explore(...)`: models and prompts -> a session, kept under a name, and the widget that shows it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench.circuits.circuit import Circuit
+from workbench.errors import InputError
+from workbench.explorer.command import PROMPTS
+from workbench.explorer.material import PLAIN, Given, Material, key_of, material_of_pairs, material_of_task
+from workbench.explorer.session import Session
+from workbench.explorer.state import Side
+from workbench.matching import HeadMap
+from workbench.models.hooked_model import HookedModel, Teacher
+from workbench.tasks.base import Task
+from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.tokenizers import SharedWords, refuse_token_indices, same_vocabulary
+
+if TYPE_CHECKING:
+    from workbench.explorer.widget import Explorer
+
+TASKS = ("entity_tracking", "ioi")
+"""Tried in this order where neither a task nor pairs are given."""
+_SESSIONS: dict[str, tuple[str, Session]] = {}
+"""Name -> identity of what the session is about, and the session."""
+
+
+def explore(
+    teacher: HookedModel | str | Path,
+    student: HookedModel | str | Path | None = None,
+    *,
+    after: HookedModel | str | Path | None = None,
+    task: Task | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    pairs: Given | None = None,
+    reference: Given | None = None,
+    prompts: int = PROMPTS,
+    seed: int = 0,
+    head_map: HeadMap | None = None,
+    circuits: Mapping[Side, Circuit] | None = None,
+    settings: PromptSettings = PLAIN,
+    folder: str | Path = ".",
+    name: str = "explorer",
+    theme: Literal["auto", "light", "dark"] = "auto",
+) -> "Explorer":
+    """The explorer as a Jupyter widget: a model, or a teacher beside its student (`after`: the student after
+    distillation).
+
+    The prompts come from a `task` (by name with `options`, or as an object) or are your own `pairs` (a file, a dataset,
+    or `Pair`s), with `reference` pairs for mean ablation. `head_map`: the matches to show as partners. `circuits`: what
+    to begin with. `settings`: BOS and chat template. Saved circuits go to `folder`. The state is kept under `name`:
+    running the cell again goes on where it was, as long as models and prompts are the same. While the explorer computes
+    in the background, other calls of the workbench on the same models wait for it. Errors: `InputError` for what can't
+    be explored.
+    """
+    try:
+        from workbench.explorer.widget import Explorer
+    except ImportError:
+        raise InputError(
+            'the explorer in Jupyter needs anywidget: pip install "circuit-distillation-workbench[explorer]"; without '
+            "Jupyter use `workbench explore`."
+        ) from None
+    session = session_of(
+        teacher,
+        student,
+        after=after,
+        task=task,
+        options=options,
+        pairs=pairs,
+        reference=reference,
+        prompts=prompts,
+        seed=seed,
+        head_map=head_map,
+        circuits=circuits,
+        settings=settings,
+        folder=folder,
+        name=name,
+    )
+    return Explorer(session, theme=theme)
+
+
+def session_of(
+    teacher: HookedModel | str | Path,
+    student: HookedModel | str | Path | None = None,
+    *,
+    after: HookedModel | str | Path | None = None,
+    task: Task | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    pairs: Given | None = None,
+    reference: Given | None = None,
+    prompts: int = PROMPTS,
+    seed: int = 0,
+    head_map: HeadMap | None = None,
+    circuits: Mapping[Side, Circuit] | None = None,
+    settings: PromptSettings = PLAIN,
+    folder: str | Path = ".",
+    name: str | None = None,
+) -> Session:
+    """The session behind `explore`, without a widget; with a `name` the one that is kept under it, where it is about
+    the same things."""
+    given: dict[Side, HookedModel | str | Path | None] = {"teacher": teacher, "student": student, "after": after}
+    models: dict[Side, HookedModel] = {side: _model(model) for side, model in given.items() if model is not None}
+    if pairs is not None and task is not None:
+        raise InputError("give either a task or pairs of your own, not both.")
+    if pairs is None:
+        material = _of_task(task, options or {}, list(models.values()), prompts, seed, settings)
+    else:
+        material = _readable(material_of_pairs(pairs, reference, settings), list(models.values()))
+    if name is None:
+        return Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
+    identity = _identity(models, material)
+    kept = _SESSIONS.get(name)
+    if kept is not None and kept[0] == identity:
+        kept[1].head_map, kept[1].folder = head_map, Path(folder)
+        return kept[1]
+    forget(name)
+    session = Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
+    _SESSIONS[name] = (identity, session)
+    return session
+
+
+def forget(name: str = "explorer") -> None:
+    """Let go of a kept session: its models, its results and its thread."""
+    kept = _SESSIONS.pop(name, None)
+    if kept is not None:
+        kept[1].close()
+
+
+def _model(model: HookedModel | str | Path) -> HookedModel:
+    return model if isinstance(model, HookedModel) else Teacher.load(model)
+
+
+def _of_task(
+    task: Task | str | None,
+    options: Mapping[str, Any],
+    models: Sequence[HookedModel],
+    prompts: int,
+    seed: int,
+    settings: PromptSettings = PLAIN,
+) -> Material:
+    """Prompts of a task in words that all models know."""
+    how: dict[str, Any] = {"prompts": prompts, "seed": seed, "settings": settings}
+    tokenizer = models[0].tokenizer
+    if _several_tokenizers(models):
+        tokenizer = SharedWords(*(model.tokenizer for model in models))
+        how["spelled"] = f"SharedWords({', '.join(f'tokenizer_of({model.name!r})' for model in models)})"
+    if task is not None:
+        return material_of_task(task, options, tokenizer, **how)
+    last: InputError | None = None
+    for name in TASKS:
+        try:
+            return material_of_task(name, options, tokenizer, **how)
+        except InputError as refused:
+            last = refused
+    raise InputError(
+        f"{models[0].name} can't read the prompts of {' or '.join(TASKS)} ({last}); give `pairs` of your own, or a "
+        "`task`."
+    )
+
+
+def _several_tokenizers(models: Sequence[HookedModel]) -> bool:
+    return not all(same_vocabulary(models[0].tokenizer, model.tokenizer) for model in models)
+
+
+def _readable(material: Material, models: Sequence[HookedModel]) -> Material:
+    """A user's own pairs, unless their positions are token indices for models that have different tokens."""
+    if _several_tokenizers(models):
+        for number, pair in enumerate(material.shown.pairs, 1):
+            refuse_token_indices(number, pair)
+    return material
+
+
+def _identity(models: Mapping[Side, HookedModel], material: Material) -> str:
+    """What a session is about: the models' weights and all prompts."""
+    drawn = [material.shown, material.evaluated, *([material.reference] if material.reference else [])]
+    return repr(
+        [(side, model.fingerprint()) for side, model in models.items()]
+        + [[key_of(pair) for pair in each.pairs] for each in drawn]
+        + [material.settings]
+    )

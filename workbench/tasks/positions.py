@@ -1,0 +1,93 @@
+"""Named positions of a prompt as the numbers of its tokens.
+
+A position is a token's number (negative counts from the end), several of them, character spans [start, end), or a
+piece of the prompt: meant is the last token of its last occurrence. `last` and `all` are always there and mean the last
+token and every token; whoever names them must mean that.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.tasks.pairs import Pair, Span
+
+RESERVED = ("last", "all")
+REMEDY = (
+    "give a token's number (0 is the first, -1 the last), a list of them, a piece of the clean prompt (its last token "
+    "counts, where it stands last), or character spans [[start, end], ...]"
+)
+
+
+def named_positions(pair: Pair, offsets: Sequence[Span]) -> dict[str, list[int]]:
+    """Name -> token numbers, without `last` and `all`. Errors: `InputError` for a position that is none, or a reserved
+    name for something else."""
+    places = {name: token_indices(name, where, pair.clean, offsets) for name, where in pair.positions.items()}
+    meant = {"last": [len(offsets) - 1], "all": list(range(len(offsets)))}
+    for name in RESERVED:
+        if places.get(name, meant[name]) != meant[name]:
+            raise InputError(
+                f"position {name!r} is {pair.positions[name]!r:.60}, but {name!r} always means "
+                f"{'the last token' if name == 'last' else 'every token'}; leave it out, or choose another name."
+            )
+    return {name: tokens for name, tokens in places.items() if name not in RESERVED}
+
+
+def token_indices(name: str, where: Any, text: str, offsets: Sequence[Span]) -> list[int]:
+    """Where a named position is, as token indices in order. Errors: `InputError` where it is missing, out of range, or
+    no position at all."""
+    if isinstance(where, str):
+        return [_piece(name, where, text, offsets)[-1]]
+    found: set[int] = set()
+    for entry in entries_of(name, where):
+        if isinstance(entry, int):
+            found.add(entry + len(offsets) * (entry < 0))
+            continue
+        if not 0 <= entry[0] < entry[1] <= len(text):
+            raise InputError(
+                f"position {name!r} has the characters {list(entry)}, outside the {len(text)} characters of the prompt."
+            )
+        found.update(covering(offsets, *entry) or [-1])
+    if not found or not all(0 <= index < len(offsets) for index in found):
+        raise InputError(f"position {name!r} ({where!r:.60}) is outside the {len(offsets)} tokens of the prompt.")
+    return sorted(found)
+
+
+def entries_of(name: str, where: Any) -> list[int | Span]:
+    """The numbers and spans of a position that is no text. Errors: `InputError` for what is neither."""
+    if _whole(where):
+        return [where]
+    if isinstance(where, list | tuple) and where and all(map(_entry, where)):
+        return [entry if _whole(entry) else (entry[0], entry[1]) for entry in where]
+    raise InputError(f"position {name!r} is {where!r:.60}; {REMEDY}.")
+
+
+def by_index(where: Mapping[str, Any]) -> list[str]:
+    """Which of some positions are given by token number. Errors: as `entries_of`."""
+    return [
+        name
+        for name, place in where.items()
+        if not isinstance(place, str) and any(isinstance(entry, int) for entry in entries_of(name, place))
+    ]
+
+
+def _entry(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, list | tuple) and len(value) == 2 and all(map(_whole, value)))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _piece(name: str, piece: str, text: str, offsets: Sequence[Span]) -> list[int]:
+    start = text.rfind(piece)
+    if start < 0:
+        raise InputError(f"position {name!r} is {piece!r:.60}, which the clean prompt does not contain.")
+    tokens = covering(offsets, start, start + len(piece))
+    if not tokens:
+        raise InputError(f"position {name!r} is {piece!r:.60}, in which no token stands; {REMEDY}.")
+    return tokens
+
+
+def covering(offsets: Sequence[Span], start: int, end: int) -> list[int]:
+    """The tokens that overlap the characters [start, end)."""
+    return [index for index, (first, last) in enumerate(offsets) if first < end and last > start]

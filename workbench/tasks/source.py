@@ -1,0 +1,132 @@
+"""Where pairs of prompts come from, in one call: a task by its name, or a file of one's own.
+
+    task("ioi").pairs(model, scenes=20)          read_pairs("my.jsonl", model)
+
+Both give `PromptPairs` in the model's own tokens, on its device, that know their `origin`. With `teacher` they are in
+the tokens of the model (the student) with the teacher's reading beside them, where their tokenizers differ.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from datasets import Dataset
+
+from workbench.errors import InputError, nearest
+from workbench.models.hooked_model import HookedModel
+from workbench.tasks.base import Origin, PromptPairs, Stage, Task
+from workbench.tasks.pairs import Pair, Split, numbered_pairs
+from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.registry import task_named
+from workbench.tasks.tokenizers import SharedWords, read_by_both, same_vocabulary
+
+PLAIN = PromptSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPrompts:
+    """A task with its options, ready to be put to a model."""
+
+    task: Task
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        return self.task.chance
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The groups of heads of its circuit, where they are known: what `find_circuit` searches by."""
+        return tuple(self.task.stages)
+
+    def pairs(
+        self,
+        model: HookedModel,
+        *,
+        scenes: int = 20,
+        split: Split = "calibration",
+        seed: int = 0,
+        teacher: HookedModel | None = None,
+        settings: PromptSettings = PLAIN,
+    ) -> PromptPairs:
+        """Pairs in the model's tokens: `scenes` of a split, each asked for as often as the task does.
+
+        The splits `train`, `calibration` (for circuits and matching) and `test` never share a prompt. `teacher`: for a
+        student whose teacher reads other tokens. Errors: `InputError` for an unknown split, no scenes, or a tokenizer
+        with too few of the task's words.
+        """
+        if split not in get_args(Split):
+            raise InputError(f"a task has no split {split!r}; {nearest(str(split), get_args(Split))}")
+        if scenes < 1:
+            raise InputError(f"`scenes` is the number of scenes to draw, at least 1, not {scenes}.")
+        ours, theirs = _tokenizers(model, teacher)
+        words = ours if theirs is None else SharedWords(ours, theirs)
+        drawn = self.task.pairs(words, split=split, scenes=scenes, seed=seed)
+        origin = Origin(name=self.name, split=split, stages=self.stages, chance=self.chance)
+        return _encoded(enumerate(drawn), model, theirs, origin, settings)
+
+    def __repr__(self) -> str:
+        stages = "; ".join(f"{stage.name}: {stage.title} at {stage.position}" for stage in self.stages)
+        return f"{self.task!r}: chance {self.chance:.3f}; stages {stages or 'not known'}"
+
+
+def task(name: str, **options: Any) -> TaskPrompts:
+    """A task by its name with its options: `task("entity_tracking", boxes=5)`.
+
+    Errors: `InputError` for an unknown name (with the nearest), or an option that the task does not take.
+    """
+    return TaskPrompts(task=task_named(name, options))
+
+
+def read_pairs(
+    source: str | Path | Dataset,
+    model: HookedModel,
+    *,
+    teacher: HookedModel | None = None,
+    settings: PromptSettings = PLAIN,
+) -> PromptPairs:
+    """Your own pairs in the model's tokens: a JSONL, CSV or Parquet file, a `datasets.Dataset`, or a hub id.
+
+    Columns: clean, corrupt (equally many tokens), answer, distractor (one token each, with the space before it), and
+    if you like positions: name -> a piece of the clean prompt, or token indices. Errors: `InputError` with the row's
+    number.
+    """
+    _, theirs = _tokenizers(model, teacher)
+    if isinstance(source, str | Path) and Path(source).suffix in (".csv", ".parquet") and not Path(source).is_file():
+        raise InputError(f"{source} is not a file; give a JSONL, CSV or Parquet file with one pair a row.")
+    name = "a dataset" if isinstance(source, Dataset) else str(source)
+    try:
+        return _encoded(numbered_pairs(source), model, theirs, Origin(name=name), settings)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name}: a column `positions` or `facts` is not JSON ({error}).") from None
+
+
+def _tokenizers(model: HookedModel, teacher: HookedModel | None) -> tuple[Any, Any | None]:
+    """The model's tokenizer, and the teacher's where it is another one."""
+    for each in (model, teacher):
+        if each is None:
+            continue
+        if not isinstance(each, HookedModel):
+            raise InputError(f"{each!r} is no loaded model; load it first: Teacher.load(...) or Student.load(...).")
+        if each.tokenizer is None:
+            raise InputError(f"{each.name} has no tokenizer; set `model.tokenizer`, or load it from a saved directory.")
+    ours, theirs = model.tokenizer, None if teacher is None else teacher.tokenizer
+    return ours, None if teacher is None or same_vocabulary(ours, theirs) else theirs
+
+
+def _encoded(
+    pairs: Iterable[tuple[int, Pair]], model: HookedModel, theirs: Any | None, origin: Origin, settings: PromptSettings
+) -> PromptPairs:
+    if theirs is not None:
+        both = read_by_both(pairs, model.tokenizer, theirs, source=str(origin), settings=settings)
+        other = None if both.teacher is None else replace(both.teacher, origin=origin)
+        return replace(both, origin=origin, teacher=other).to(model.device)
+    dataset = settings.dataset(pairs, model.tokenizer, source=str(origin))
+    return replace(settings.encode(dataset, model.tokenizer), origin=origin).to(model.device)
