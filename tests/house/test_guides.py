@@ -15,7 +15,9 @@ def blocks(page: Path) -> list[re.Match[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(not block["skipped"] for block in blocks(page))], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(not block["skipped"] for block in blocks(page))], ids=lambda page: page.stem
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_python_of_a_guide_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what a guide writes stays out of the repository
