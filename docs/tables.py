@@ -6,7 +6,7 @@ is made.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -361,9 +361,15 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 
 
+@cache
+def table(name: str) -> str:
+    """A table as it is now; made once, since a plan takes a while."""
+    return TABLES[name]()
+
+
 def filled(text: str) -> str:
     """A text with every table made anew. Errors: `KeyError` for a table that nothing makes."""
-    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block['name']]()}\n{block[3]}", text)
+    return BLOCK.sub(lambda block: f"{block[1]}{table(block['name'])}\n{block[3]}", text)
 
 
 def pages() -> list[Path]:

@@ -1,9 +1,12 @@
 """Draw the gallery anew from the bundled models and the committed results: `make figures`."""
 
+import os
+import runpy
 import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 from plotly import graph_objects as go
@@ -121,8 +124,21 @@ def _shrink(path: Path) -> None:
     Image.open(path).convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+def example() -> go.Figure:
+    """What the README's first lines draw."""
+    before = Path.cwd()
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)  # they write a page
+        try:
+            return runpy.run_path(str(HERE.parents[1] / "docs/examples/heat_map.py"))["figure"]
+        finally:
+            os.chdir(before)
+
+
 def main(folder: Path, theme: Theme) -> None:
-    """Write every picture into a folder (which the repository holds: those of `KEPT`)."""
+    """Write every picture into a folder (which the repository holds: those of `KEPT`), and that of the README's first
+    lines."""
+    _shrink(save_figure(example(), folder / "heat_map.png", scale=1))
     for name, figure in drawn(Scene(), theme):
         if folder != HERE or name in KEPT:
             _shrink(save_figure(figure, folder / f"{name}.png", scale=1))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import workbench
 from tests.house.test_house import ROOMS
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_the_order_of_the_reference_is_that_of_the_house() -> None:
 
 @pytest.mark.slow
 def test_every_public_module_is_in_the_docs_with_its_members(site: Path) -> None:
-    index = (site / "reference" / "index.html").read_text()
+    index = (site / "reference" / "rooms.html").read_text()
     for name, path in public_modules().items():
         page = site / "reference" / f"{name.removeprefix('workbench.').replace('.', '/')}.html"
         assert page.exists(), f"{name} has no page"
@@ -77,9 +78,24 @@ def test_every_public_module_is_in_the_docs_with_its_members(site: Path) -> None
 
 
 @pytest.mark.slow
-def test_home_is_the_readme_and_every_notebook_is_there_with_its_pictures(site: Path) -> None:
+def test_every_public_name_is_on_a_page_by_its_name(site: Path) -> None:
+    build = loaded("build")
+    named = [name for group in build.groups().values() for name in group["names"]]
+    assert sorted(named) == sorted(workbench.__all__), "docs/groups.yaml lists the public names, each once"
+    front = (site / "reference/index.html").read_text()
+    for title, group in build.groups().items():
+        page = (site / build.group_page(title).replace(".md", ".html")).read_text()
+        for name in group["names"]:
+            assert f'id="{build.anchor(name)}"' in page
+            assert f"#{build.anchor(name)}" in front
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_site_are_there(site: Path) -> None:
     home = (site / "index.html").read_text()
-    assert all(heading in home for heading in re.findall(r"^## (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert all(f'href="{page}' in home for page in ("start.html", "guides/", "concepts/", "results/", "architecture"))
+    architecture = (site / "architecture.html").read_text()
+    assert all(f"<code>{room}</code>" in architecture for room in ROOMS), "the map comes from rooms.yaml"
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         page = (site / "notebooks" / f"{notebook.stem}.html").read_text()
         pictures = re.findall(rf'src="({notebook.stem}/[^"]+)"', page)
@@ -89,9 +105,33 @@ def test_home_is_the_readme_and_every_notebook_is_there_with_its_pictures(site: 
 
 
 @pytest.mark.slow
+def test_what_pages_show_and_link_to_is_there(site: Path) -> None:
+    for page in (path for path in site.rglob("*.html") if path.name != "404.html" and "reference" not in path.parts):
+        for link in re.findall(r'(?:src|href)="(?!https?:|data:|mailto:|#|javascript:)([^"#?]+)', page.read_text()):
+            assert (page.parent / link).exists(), f"{page.relative_to(site)} leads to {link}"
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "leads_to"),
+    [
+        ("docs/guides/patching.md", "../../benchmarks/results.json", "../benchmarks/results.json"),
+        ("docs/results/mind.md", "../guides/patching.md#x", "../guides/patching.md#x"),
+        ("docs/start.md", "../workbench/seeds.py", "reference/seeds.md"),
+        ("docs/start.md", "../notebooks/02_find_a_circuit.ipynb", "notebooks/02_find_a_circuit.md"),
+        ("docs/architecture.md", "../CONTRIBUTING.md", "contributing.md"),
+    ],
+)
+def test_links_out_of_the_docs_lead_to_their_page_or_a_copy(source: str, path: str, leads_to: str) -> None:
+    page = source.removeprefix("docs/")
+    text = loaded("build").relinked(f"[a]({path})", source=source, page=page, linked=set())
+    assert text == f"[a]({leads_to})"
+
+
+@pytest.mark.slow
 def test_no_page_asks_another_host(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 100
+    assert not [page.name for page in pages if "unpkg.com" in page.read_text()], "the search's worker is our own"
     asked = [
         (page.name, found)
         for page in pages

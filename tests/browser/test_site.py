@@ -1,0 +1,111 @@
+"""The site as its readers meet it, in headless Chromium, from a server and from the disk: the search leads to guides
+and public names, no page scrolls sideways at the width of a telephone, in light and dark."""
+
+import functools
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.browser_pages import ROOT, Watched, watched_page
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+page = pytest.fixture(watched_page)
+PAGES = ("index", "start", "guides/patching", "results/index", "results/scenes", "concepts/glossary", "architecture")
+WIDE = ("results/methods", "results/lineage", "guides/train_at_length", "reference/by-name/patching-and-ablation")
+"""Pages whose tables or code are wider than a telephone."""
+QUESTIONS = {
+    "how do I patch a head's path to the logits": ("guides/patching", "reference/by-name/patching-and-ablation"),
+    "ablate a head": ("guides/patching", "reference/by-name/patching-and-ablation"),
+    "path_patch": ("guides/patching", "reference/by-name/patching-and-ablation"),
+    "find a circuit": ("guides/find_a_circuit", "reference/by-name/circuits"),
+    "how do I distil a student?": ("guides/match_and_distil", "reference/by-name/matching-and-distillation"),
+    "load a GGUF file": ("guides/your_own_model", "reference/by-name/models"),
+    "a task of my own": ("guides/your_own_task", "reference/by-name/prompts"),
+    "what does a run cost": ("guides/what_a_run_costs",),
+    "what is a receiver": ("concepts/glossary", "guides/patching"),
+    "replay": ("concepts/glossary", "guides/patching"),
+}
+"""What somebody asks -> the pages of which one must come first."""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Without a line for each request."""
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """The site on this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def first_result(page: Any, home: str, question: str) -> str:
+    """The address of what the search puts first."""
+    page.goto(home)
+    page.fill("input.md-search__input", question)
+    found = page.wait_for_selector(".md-search-result__item a.md-search-result__link", state="attached")
+    page.wait_for_timeout(500)  # the list is drawn anew while words arrive
+    found = page.query_selector(".md-search-result__item a.md-search-result__link")
+    return found.evaluate("link => link.href")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_search_leads_to_guides_and_public_names(page: Watched, address: str, question: str) -> None:
+    found = first_result(page.page, f"{address}index.html", question)
+    assert found.split("?")[0].removeprefix(address).removesuffix(".html") in QUESTIONS[question]
+    assert not page.errors
+    assert not page.left_loopback()
+
+
+def test_the_search_works_from_the_disk(page: Watched, site: Path) -> None:
+    question = next(iter(QUESTIONS))
+    found = first_result(page.page, f"file://{site}/index.html", question)
+    assert found.split("?")[0].removeprefix(f"file://{site}/").removesuffix(".html") in QUESTIONS[question]
+    assert not [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_page_scrolls_sideways(page: Watched, address: str, width: int, scheme: str) -> None:
+    page.page.set_viewport_size({"width": width, "height": 900})
+    page.page.emulate_media(color_scheme=scheme)
+    for name in (*PAGES, *WIDE):
+        page.page.goto(f"{address}{name}.html")
+        extra = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert page.page.evaluate(extra) <= 0, f"{name} scrolls sideways at {width} pixels"
+        shown = page.page.evaluate("document.body.getAttribute('data-md-color-scheme')")
+        assert shown == ("slate" if scheme == "dark" else "default")
+    assert not page.errors
+    assert not page.left_loopback()
+
+
+def test_a_wide_table_scrolls_inside_itself(page: Watched, address: str) -> None:
+    page.page.set_viewport_size({"width": 390, "height": 900})
+    page.page.goto(f"{address}results/methods.html")
+    scrolls = "[...document.querySelectorAll('.md-typeset__scrollwrap')].some(box => box.scrollWidth > box.clientWidth)"
+    assert page.page.evaluate(scrolls)
