@@ -30,6 +30,7 @@ from workbench.tasks import ioi
 from workbench.tasks.base import encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.tasks.registry import task_named, task_names
+from workbench.values.metrics import Metric
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -194,7 +195,7 @@ def test_areas_are_those_of_the_definition():
         total_heads=10,
         faithfulness=(0.0, 1.2, 1.0),
         random=(),
-        without=(),
+        without=(1.0, 0.5, 0.0),
         random_without=(),
         full=1.0,
         empty=0.0,

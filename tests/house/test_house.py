@@ -51,7 +51,7 @@ def test_every_room_stands() -> None:
     [
         (r"""["'](f?blocks\.|hook_)""", {"hooks.py"}),
         (r"\bcuda\b", {"hooked_model.py"}),
-        (r"\btqdm\(", {"progress.py"}),
+        (r"\btqdm\(", {"bar.py"}),
         (r"import transformer_lens|from transformer_lens", {"transformer_lens.py"}),
         (
             r"torch\.load\(|import "

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from workbench.errors import InputError
-from workbench.models import sources
+from workbench.models import folders, sources
 from workbench.models.hooked_model import Student, Teacher
 from workbench.pretraining import word_tokenizer
 
@@ -264,7 +264,7 @@ def test_an_adapter_that_changes_no_weights_is_refused(model_folder: ModelFolder
 def test_a_missing_package_is_named_with_its_extra(
     adapter: tuple[Path, Tensor], tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
         InputError, match=r'needs the package peft: pip install "circuit-distillation-workbench\[adapters\]"'
     ):

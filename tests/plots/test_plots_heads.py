@@ -90,7 +90,7 @@ class TestHeads:
         scores = scores_of(3, 2)
         assert f"Mean {UNIT}." in head_importance({"m": scores}).layout.title.text
         assert (
-            "The most positive head is the most important."
+            "Positive (orange): the head helps; ranked by how much."
             in head_importance({"m": scores}, by="highest").layout.title.text
         )
         two = head_importance({"m": scores, "n": replace(scores, unit="fall of accuracy")})

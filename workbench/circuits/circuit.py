@@ -1,12 +1,13 @@
 """`Circuit`: attention heads with their roles and the positions where they act; set algebra and JSON both ways."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.storage import read_typed
+from workbench.values.display import Row, Shown
 from workbench.values.refs import Head, Position, head_named, heads_named
 
 
@@ -19,8 +20,8 @@ class Member:
     position: Position
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Circuit:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Circuit(Shown):
     """Some heads of one model. A head may stand in several roles; it is one head of the circuit all the same."""
 
     members: tuple[Member, ...]
@@ -35,6 +36,16 @@ class Circuit:
         for member in self.members:
             if member.head.layer >= self.shape[0] or member.head.index >= self.shape[1]:
                 raise InputError(f"{member.head} is outside a model of {self.shape[0]} layers x {self.shape[1]} heads.")
+
+    def _title(self) -> str:
+        total = self.shape[0] * self.shape[1]
+        return f"Circuit of {len(self.heads)} of {total} heads ({self.fraction:.0%}): {self.method}"
+
+    def _table(self) -> tuple[Row, Sequence[Row]]:
+        groups: dict[tuple[str, Position], list[str]] = {}
+        for member in self.members:
+            groups.setdefault((member.role, member.position), []).append(str(member.head))
+        return ("role", "position", "heads"), [(*group, " ".join(heads)) for group, heads in sorted(groups.items())]
 
     @classmethod
     def of(cls, members: Iterable[Member], *, shape: tuple[int, int], method: str) -> "Circuit":

@@ -1,12 +1,14 @@
 """Two circuits of one model, or one circuit before and after training: which heads stayed, came and went, role by
 role."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.storage import read_typed
+from workbench.values.display import Row, Shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +21,8 @@ class RoleChange:
     lost: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CircuitComparison:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CircuitComparison(Shown):
     """What the second circuit shares with the first, and what differs."""
 
     jaccard: float
@@ -28,6 +30,16 @@ class CircuitComparison:
     roles: tuple[RoleChange, ...]
     moved: tuple[str, ...]
     """Heads of both circuits whose roles differ: `L2H1: A -> B`."""
+
+    def _title(self) -> str:
+        moved = f"; moved: {', '.join(self.moved)}" if self.moved else ""
+        return f"Two circuits, Jaccard overlap {self.jaccard:.2f}{moved}"
+
+    def _table(self) -> tuple[Row, Sequence[Row]]:
+        return ("role", "shared", "gained", "lost"), [
+            (change.role, " ".join(change.shared), " ".join(change.gained), " ".join(change.lost))
+            for change in self.roles
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""

@@ -25,12 +25,13 @@ from workbench.patching.execution import Execution
 from workbench.patching.progress import identity, progress_bar
 from workbench.patching.replacement import BATCH, Kind, Replacement, replacement_named
 from workbench.tasks.base import PromptPairs
+from workbench.values.display import Row, Shown
 from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Head, Position, heads_named
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaithfulnessCurve:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class FaithfulnessCurve(Shown):
     """Faithfulness of the first k heads of a ranking, and of k random heads."""
 
     metric: str
@@ -54,6 +55,21 @@ class FaithfulnessCurve:
         curves = (self.faithfulness, self.without, *self.random, *self.random_without)
         if self.total_heads < 1 or any(len(curve) != len(self.sizes) for curve in curves):
             raise InputError("a faithfulness curve has a value for each of its sizes, of at least one head.")
+
+    def _title(self) -> str:
+        return (
+            f"Faithfulness ({self.metric}; the other of {self.total_heads} heads ablated: {self.ablation}): "
+            f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f}"
+        )
+
+    def _table(self) -> tuple[Row, Sequence[Row]]:
+        rows = []
+        for place, size in enumerate(self.sizes):
+            others = [curve[place] for curve in self.random]
+            without = f"{self.without[place]:.3f}" if self.without else ""
+            random = f"{_mean_and_deviation(others)[0]:.3f}" if others else ""
+            rows.append((str(size), f"{self.faithfulness[place]:.3f}", random, without))
+        return ("heads", "faithfulness", "random heads", "without them"), rows
 
     @property
     def cpr(self) -> float:

@@ -24,19 +24,32 @@ from workbench.patching.execution import Execution
 from workbench.patching.path import activation_baselines, prepared, sweep_heads
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.stages import Stage, require_stages
+from workbench.values.display import Row, Shown
 from workbench.values.metrics import METRICS, Metric
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(arbitrary_types_allowed=True))
-class Discovery:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, config=ConfigDict(arbitrary_types_allowed=True))
+class Discovery(Shown):
     """A circuit and the scores that chose it, stage by stage."""
 
     circuit: Circuit
     scores: Mapping[str, Scores]
     seconds: Mapping[str, float]
     """When each stage was scored, from the start of the search on."""
+
+    def _title(self) -> str:
+        return f"Found in {max(self.seconds.values(), default=0.0):.1f} s: {self.circuit._title()}"
+
+    def _table(self) -> tuple[Row, Sequence[Row]]:
+        """Each stage's heads, strongest first, with their mean effects."""
+        rows = []
+        for stage, scores in self.scores.items():
+            means = scores.mean()
+            heads = [head for head in scores.ranked() if head in self.circuit.roles.get(stage, ())]
+            rows.append((stage, "  ".join(f"{head} {float(means[head.layer, head.index]):+.3g}" for head in heads)))
+        return ("stage", "heads and effects"), rows
 
 
 def backward_search(

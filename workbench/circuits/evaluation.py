@@ -26,13 +26,14 @@ from workbench.patching.replacement import Kind, Replacement, replacement_named
 from workbench.storage import read_typed
 from workbench.tasks.base import PromptPairs
 from workbench.values import metrics
+from workbench.values.display import Row, Shown
 from workbench.values.scores import wilson_interval
 
 EvaluationScope = Literal["positions", "everywhere"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CircuitReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CircuitReport(Shown):
     """A circuit's evaluation on test prompts; intervals are 95 % Wilson intervals over prompts."""
 
     heads: int
@@ -59,6 +60,30 @@ class CircuitReport:
     `empty`."""
     logit_difference_recovered: float | None
     """(circuit - empty) / (full - empty) logit difference; None when the two ends are equal."""
+
+    def _title(self) -> str:
+        faithful = "undefined" if self.faithfulness is None else f"{self.faithfulness:.3f}"
+        return (
+            f"Circuit of {self.heads} of {self.total_heads} heads on {self.prompts} prompts, the others ablated "
+            f"({self.ablation}; scope: {self.scope}): faithfulness {faithful}"
+        )
+
+    def _table(self) -> tuple[Row, Sequence[Row]]:
+        rows = [
+            ("full model", self.full_accuracy, self.full_interval, "full"),
+            ("circuit", self.circuit_accuracy, self.circuit_interval, "circuit"),
+            (f"{self.random_circuits} random", self.random_circuit_accuracy, self.random_circuit_range, "random"),
+            ("no head", self.empty_accuracy, None, "empty"),
+        ]
+        return ("", "accuracy", "interval or range", "logit difference"), [
+            (
+                name,
+                f"{accuracy:.3f}",
+                "" if spread is None else f"[{spread[0]:.3f}, {spread[1]:.3f}]",
+                f"{self.logit_differences[key]:.3f}",
+            )
+            for name, accuracy, spread, key in rows
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
@@ -154,10 +179,10 @@ def evaluate_with_outcomes(
         "random": [circuit_logits(model, pairs, draw, replacement, scope=scope) for draw in draws],
         "empty": [empty],
     }
-    right = {name: [correct(logits, pairs) for logits in found] for name, found in runs.items()}
+    right = {name: [correct(logits, pairs) for logits in several] for name, several in runs.items()}
     whole, alone = right["full"][0], right["circuit"][0]
     randoms = [float(each.float().mean()) for each in right["random"]] or [float("nan")]
-    differences = {name: _mean_difference(found, pairs) for name, found in runs.items()}
+    differences = {name: _mean_difference(several, pairs) for name, several in runs.items()}
     gap = differences["full"] - differences["empty"]
     full_accuracy, alone_accuracy = float(whole.float().mean()), float(alone.float().mean())
     report = CircuitReport(
@@ -181,6 +206,6 @@ def evaluate_with_outcomes(
     return report, {"full": whole, "circuit": alone}
 
 
-def _mean_difference(found: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
-    values = [float(metrics.logit_difference(logits, pairs.answers, pairs.distractors).mean()) for logits in found]
+def _mean_difference(runs: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
+    values = [float(metrics.logit_difference(logits, pairs.answers, pairs.distractors).mean()) for logits in runs]
     return sum(values) / len(values) if values else float("nan")

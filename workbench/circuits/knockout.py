@@ -113,6 +113,6 @@ def completeness(knockouts: Knockouts, *, draws: int = 10, seed: int = 0) -> tup
     )
 
 
-def incompleteness(found: Sequence[Knockout]) -> float:
+def incompleteness(knockouts: Sequence[Knockout]) -> float:
     """Mean |F(C - K) - F(M - K)| over the sets, in the metric's unit."""
-    return float(torch.tensor([abs(each.circuit - each.model) for each in found]).mean())
+    return float(torch.tensor([abs(each.circuit - each.model) for each in knockouts]).mean())

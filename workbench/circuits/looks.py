@@ -44,13 +44,13 @@ def attention_to_positions(
         pairs.position(member.position)
     named = tuple(name for name in pairs.positions if name != "all")
     names = [hooks.pattern(layer) for layer in sorted({member.head.layer for member in members})]
-    found = [_looks(model, part.to(model.device), members, named, names) for part in pairs.batches(batch)]
+    looks = [_looks(model, part.to(model.device), members, named, names) for part in pairs.batches(batch)]
     labels = {
         "member": tuple(f"{member.head} ({member.role}) at {member.position}" for member in members),
         "position": (*named, FIRST),
     }
     return Scores(
-        values=torch.cat(found, -1).cpu(),
+        values=torch.cat(looks, -1).cpu(),
         axes=("member", "position", "example"),
         labels=labels,
         unit="attention probability",

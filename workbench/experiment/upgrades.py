@@ -97,7 +97,7 @@ def _merged(before: Mapping[str, Any], today: Mapping[str, Any], *, set_last: bo
     return {**today, **before} if set_last else {**before, **today}
 
 
-def _give_boxes(evaluation: Any, boxes: int) -> None:
+def _give_boxes(evaluation: Any, boxes: Any) -> None:
     """Other tasks that trained models are evaluated on took the recipe's boxes too."""
     if isinstance(evaluation, dict):
         for other in evaluation.get("transfer") or ():

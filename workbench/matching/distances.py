@@ -4,7 +4,7 @@ outputs, combined.
     dP_s(h) = P_s - P_s without h        dP_t(h) = P_s - P_t without h        paper: |dP_s(h_s) - dP_t(h_t)|
 
 The teacher's impact is taken against the *student's* baseline P_s, as the paper has it: P_s cancels, so distance
-`paper` is small for heads of equal ablated performance. Impacts come as profiles from `ablation_profile`: [layer head
+`paper` is small for heads of equal ablated performance. Impacts come as profiles from `ablation_profiles`: [layer head
 example], whole minus ablated.
 """
 
@@ -83,7 +83,7 @@ def _bootstrap(profile: Scores, seed: int, draw: int) -> Scores:
 def _baseline(profile: Scores) -> float:
     if profile.baseline is None:
         raise InputError(
-            "an ablation profile needs its baseline (the whole model's metric); make it with `ablation_profile`."
+            "an ablation profile needs its baseline (the whole model's metric); make it with `ablation_profiles`."
         )
     return profile.baseline
 

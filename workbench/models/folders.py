@@ -63,7 +63,8 @@ def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager"
     config = config_of(directory)
     _require_generation(directory)
     remedy = "compare config.json with the weights, or save the model anew with save_pretrained"
-    with quiet(), refusing(f"{directory} could not be loaded by transformers", remedy):
+    loading = refusing(f"{directory} could not be loaded by transformers", remedy)
+    with quiet(), loading, torch.random.fork_rng(devices=[]):  # it draws what is missing, which is then refused
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -325,7 +326,7 @@ def _require_tied(source: Path, model: Any, weights: dict[Path, list[str]]) -> N
     """Refuse an unembedding of its own in the file of a model whose config ties it to the embedding."""
     if not _is_tied(model) or model.get_output_embeddings() is None:
         return
-    used = model.get_output_embeddings().weight
+    used = model.get_input_embeddings().weight  # `transformers` unties the two in silence where their values differ
     names = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     for file, tensors in weights.items():
         for name in {f"{name}.weight" for name in names} & set(tensors):

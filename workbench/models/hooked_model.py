@@ -197,7 +197,7 @@ class HookedModel:
         """Logits at the last real token of each prompt, the only ones that are computed. `mask` is True on real tokens
         (left or right padding)."""
         self.require_prompts(tokens, mask)
-        with hooks.alone(self.model), _only_last(self.model.unembed, mask):
+        with hooks.locked(self.model), _only_last(self.model.unembed, mask):
             logits = self.model(
                 tokens, attention_mask=mask.long()
             )  # also when all are real: 3.9 would guess the padding from the tokens

@@ -122,7 +122,7 @@ def checked(model: Hooked, names: Sequence[str]) -> list[str]:
 _LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 
 
-def alone(model: Hooked) -> Any:
+def locked(model: Hooked) -> Any:
     """The lock of a model (re-entrant): whoever holds it is the only thread that runs the model through the
     workbench."""
     return _LOCKS.setdefault(model, RLock())
@@ -136,7 +136,7 @@ def capture(model: Hooked, names: Sequence[str], *, detach: bool = True) -> Iter
     """
     wanted = checked(model, names)
     found: dict[str, Tensor] = {}
-    with alone(model), model.hooks(fwd_hooks=[(name, partial(_record, found, name, detach)) for name in wanted]):
+    with locked(model), model.hooks(fwd_hooks=[(name, partial(_record, found, name, detach)) for name in wanted]):
         yield found
     _refuse_silent([name for name in wanted if name not in found])
 
@@ -158,7 +158,7 @@ def capture_and_stop(model: Hooked, names: Sequence[str]) -> Iterator[dict[str, 
             raise _AllRecorded
 
     try:
-        with alone(model), model.hooks(fwd_hooks=[(name, partial(record, name)) for name in wanted]):
+        with locked(model), model.hooks(fwd_hooks=[(name, partial(record, name)) for name in wanted]):
             yield found
     except _AllRecorded:
         pass
@@ -171,7 +171,7 @@ def edit(model: Hooked, edits: Mapping[str, Edit]) -> Iterator[None]:
     checked(model, list(edits))
     fired: set[str] = set()
     with (
-        alone(model),
+        locked(model),
         model.hooks(fwd_hooks=[(name, partial(_replace, fired, name, change)) for name, change in edits.items()]),
     ):
         yield

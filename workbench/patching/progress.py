@@ -7,8 +7,6 @@ batch that it is done in.
 """
 
 import hashlib
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +17,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from tqdm.asyncio import tqdm_asyncio as PlainBar
 from tqdm.auto import tqdm
 
 from workbench import storage
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
+from workbench.values.bar import bar
 from workbench.values.metrics import Metric
 from workbench.values.scores import Scores
 
@@ -115,18 +113,8 @@ def watched(tell: Tell) -> Iterator[None]:
 
 
 def progress_bar(*items: Any, shown: bool = True, **settings: Any) -> "tqdm[Any]":
-    """The one progress bar of all that takes long: on a terminal or in a notebook, gone when it is done.
-
-    None is drawn into a pipe or a file, nor of a watched sweep, nor where TQDM_DISABLE is set (`--quiet` sets it).
-    """
-    return tqdm(*items, leave=False, disable=not (shown and _WATCHER.get() is None and _has_eyes()), **settings)
-
-
-def _has_eyes() -> bool:
-    """Whether anybody sees a bar: a notebook draws its own, elsewhere it goes to standard error."""
-    if os.environ.get("TQDM_DISABLE"):
-        return False
-    return tqdm is not PlainBar or bool(sys.stderr and sys.stderr.isatty())
+    """The bar of a sweep (`workbench.values.bar`); a watched sweep draws none."""
+    return bar(*items, shown=shown and _WATCHER.get() is None, **settings)
 
 
 class Progress:

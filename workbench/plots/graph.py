@@ -20,8 +20,8 @@ SYMBOLS = ("circle", "square", "diamond")
 """Of the groups, from round to round of the theme's colours."""
 """Pixels: a head's circle, and from layer to layer."""
 WIDTH = 820
-Place = tuple[float, float]
-Spots = Mapping[Head | str, Place]
+Point = tuple[float, float]
+Spots = Mapping[Head | str, Point]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +87,12 @@ def _columns(circuit: Circuit, positions: Sequence[str] | None) -> list[str]:
     return [name for name in positions if name in named]
 
 
-def _spots(circuit: Circuit, columns: Sequence[str]) -> tuple[dict[Head | str, Place], dict[str, tuple[float, float]]]:
+def _spots(circuit: Circuit, columns: Sequence[str]) -> tuple[dict[Head | str, Point], dict[str, tuple[float, float]]]:
     """Where each head stands (at the last of its positions), and each column's stretch, in units of heads across."""
     crowd: dict[tuple[str, int], list[Head]] = defaultdict(list)
     for head, where in circuit.scope.items():
         crowd[max(where, key=columns.index), head.layer].append(head)
-    spots: dict[Head | str, Place] = {}
+    spots: dict[Head | str, Point] = {}
     shares, left = {}, 0.0
     for column in columns:
         across = max([len(heads) for (name, _), heads in crowd.items() if name == column] + [2]) + 0.6
@@ -151,11 +151,11 @@ def _read_by(head: Head, composition: str, receivers: Mapping[str, int]) -> str 
     return next((name for name in names if name in receivers), None)
 
 
-def _end(spots: Spots, edge: Edge) -> Place:
+def _end(spots: Spots, edge: Edge) -> Point:
     return spots[LOGITS if edge.receiver is None else edge.receiver]
 
 
-def _curve(start: Place, end: Place, points: int = 14) -> tuple[list[float], list[float]]:
+def _curve(start: Point, end: Point, points: int = 14) -> tuple[list[float], list[float]]:
     """From a head upward to another, leaving and arriving vertically."""
     shares = [step / (points - 1) for step in range(points)]
     smooth = [3 * share**2 - 2 * share**3 for share in shares]

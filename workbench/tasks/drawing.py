@@ -8,9 +8,8 @@ exp(-PATIENCE).
 from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
 
-from tqdm.auto import tqdm
-
 from workbench.errors import InputError
+from workbench.values.bar import bar
 
 Drawn = TypeVar("Drawn")
 FEWEST, PATIENCE = 1000, 50
@@ -33,13 +32,13 @@ def distinct(
     """
     seen: set[Hashable] = set()
     repeats = others = 0
-    with tqdm(total=scenes, desc=f"drawing {what}", unit="scene", delay=SECONDS, leave=False) as bar:
+    with bar(total=scenes, desc=f"drawing {what}", unit="scene", delay=SECONDS) as drawing:
         while len(seen) < scenes:
             made = make(len(seen))
             if made is not None and key(made) not in seen:
                 repeats = others = 0
                 seen.add(key(made))
-                bar.update()
+                drawing.update()
                 yield made
                 continue
             repeats, others = repeats + (made is not None), others + (made is None)

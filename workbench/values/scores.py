@@ -26,16 +26,19 @@ from torch import Tensor
 
 from workbench import seeds, storage
 from workbench.errors import InputError, nearest
+from workbench.values.display import Row, Shown
 from workbench.values.refs import Head, head_named
 
 Order = Literal["lowest", "highest", "magnitude"]
 """Which scores come first."""
+STRONGEST = 5
+"""How many entries scores show of themselves."""
 FORMAT = 2
 """Of the files. In 1 (no number) path effects, activation patching and edges were patched minus clean ("change of")."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Scores:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Scores(Shown):
     """A labelled array.
 
     `axes` names the dimensions of `values`, `labels` gives each axis its entries (an axis without labels is numbered).
@@ -69,10 +72,42 @@ class Scores:
         }
         return cls(values=values, axes=axes, labels=labels, unit=unit, baseline=baseline)
 
+    def _title(self) -> str:
+        shape = " x ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.values.shape, strict=True))
+        baseline = "" if self.baseline is None else f", baseline {self.baseline:.4g}"
+        return f"Scores ({shape}): {self.unit}{baseline}"
+
+    def _table(self) -> tuple[Row, Sequence[Row]]:
+        """The entries of largest |mean|, with their standard error over examples."""
+        means = self.mean()
+        sizes = means.abs().nan_to_num(-1.0).flatten()
+        places = [
+            place for place in sizes.argsort(descending=True, stable=True)[:STRONGEST].tolist() if sizes[place] >= 0
+        ]
+        errors = self.standard_error().flatten() if self.per_example else None
+        rows = []
+        for place in places:
+            spread = "" if errors is None or errors[place].isnan() else f"± {float(errors[place]):.2g}"
+            rows.append((self._name_of(place), f"{float(means.flatten()[place]):+.4g}", spread))
+        return (("strongest", "mean", "") if self.per_example else ("strongest", "value", "")), rows
+
+    def _name_of(self, place: int) -> str:
+        """The labels of an entry: `L2H1`, `L0H1 -> L2H0.q`, `L3 last`."""
+        axes = [axis for axis in self.axes if axis != "example"]
+        sizes = [size for axis, size in zip(self.axes, self.values.shape, strict=True) if axis != "example"]
+        where = np.unravel_index(place, sizes) if sizes else ()
+        names = [
+            self.labels[axis][int(index)] if axis in self.labels else str(int(index))
+            for axis, index in zip(axes, where, strict=True)
+        ]
+        if axes[:2] == ["layer", "head"]:
+            return " ".join(["".join(names[:2]), *names[2:]])
+        return (" -> " if axes[:2] == ["sender", "receiver"] else " ").join(names)
+
     @property
     def per_example(self) -> bool:
         """Whether the last axis is `example`."""
-        return self.axes[-1] == "example"
+        return self.axes[-1:] == ("example",)
 
     def mean(self) -> Tensor:
         """Mean over examples (the values themselves when there is no example axis)."""
