@@ -120,7 +120,7 @@ class TestExport:
         with pytest.raises(InputError, match="apt-get install -y chromium"):
             save_figure(go.Figure(), tmp_path / "a.png")
         monkeypatch.setattr(export, "find_spec", lambda _: None)
-        with pytest.raises(InputError, match="pip install kaleido"):
+        with pytest.raises(InputError, match=r"pip install \"circuit-distillation-workbench\[figures\]\""):
             save_figure(go.Figure(), tmp_path / "a.png")
         assert not list(tmp_path.iterdir())
 

@@ -88,10 +88,6 @@ class EliminationConfig:
     round_steps: Annotated[int, Field(ge=1)] = 3
     """Steps of a round's integrated gradient."""
 
-    def __post_init__(self) -> None:
-        if self.criterion != KL:
-            metric_named(self.criterion)
-
     @property
     def criterion_name(self) -> str:
         """The criterion in a word."""

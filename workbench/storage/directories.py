@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import InputError
+from workbench.storage import checksums
 from workbench.storage.files import read_json, write_json
 
 MARKER = "workbench.json"
@@ -94,6 +95,7 @@ def _foreign(target: Path) -> list[str]:
     present = {
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
     }
+    present -= {checksums.note_file(target / name).relative_to(target).as_posix() for name in present}
     if not present:
         return sorted(path.name for path in target.iterdir())
     written = _written(target / MARKER) if MARKER in present else None
