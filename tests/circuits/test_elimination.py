@@ -224,5 +224,3 @@ def test_gates_are_the_derivative_of_closing_them(load_teacher):
 def test_a_small_or_unknown_wish_is_refused(known, pairs, reference):  # noqa: F811
     with pytest.raises(InputError, match="log_probability"):
         eliminate(known, pairs, reference_means(known, reference), EliminationConfig(criterion="log_prob"))
-    with pytest.raises(InputError, match="stands in for nothing"):
-        eliminate(known, pairs, "mean")  # pyright: ignore[reportArgumentType]

@@ -225,7 +225,7 @@ def test_places_that_are_no_folders(
     below = ["discover", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "file/run"]
     for words, named in (
         (below, "file/run"),
-        (["discover", "--recipe", tmp_path / "folder.yaml", "--out", tmp_path / "run"], "folder.yaml: Is a directory"),
+        (["discover", "--recipe", tmp_path / "folder.yaml", "--out", tmp_path / "run"], "folder.yaml can't be read"),
         (["recipes", "--log-file", tmp_path / "folder.yaml"], "folder.yaml: Is a directory"),
         (["recipes", "--log-file", tmp_path / "file/log.txt"], "file: "),
     ):
@@ -233,7 +233,7 @@ def test_places_that_are_no_folders(
         message = capsys.readouterr().err
         assert message.count("\n") == 1, message
         assert named in message
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises((OSError, InputError), match="file"):
         run(*below, "--debug")
 
 
@@ -242,11 +242,11 @@ def test_what_could_not_be_written_is_named_itself_not_its_temporary_file(write:
     """In a process whose files may have 2000 bytes, as on a full disk: the file is named, and nothing is left over."""
     code = (
         "import resource, sys, torch\nfrom pathlib import Path\nfrom workbench import storage\n"
-        "from workbench.cli.endings import explained\n"
+        "from workbench.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "value = {'a': 'b' * 9000} if sys.argv[1] == 'write_json' else {'a': torch.zeros(9000)}\n"
         "try:\n    getattr(storage, sys.argv[1])(Path('whole.file'), value)\n"
-        "except OSError as error:\n    print(explained(error))\n"
+        "except InputError as error:\n    print(error)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, write],
@@ -255,7 +255,7 @@ def test_what_could_not_be_written_is_named_itself_not_its_temporary_file(write:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert done.stdout.startswith(f"whole.file: {os.strerror(errno.EFBIG)}; "), done.stderr
+    assert done.stdout.startswith(f"whole.file can't be written ({os.strerror(errno.EFBIG)}); "), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ half a file."""
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:
             raise
-        why = error.strerror if isinstance(error, OSError) else str(error)
+        number = re.search(r"os error (\d+)", str(error))  # in what safetensors says of the system's error
+        why = error.strerror if isinstance(error, OSError) else os.strerror(int(number[1])) if number else str(error)
         raise InputError(
             f"{path} can't be written ({why}); free some space, or choose another folder (--out) that can be written "
             "to. What was there before is unchanged."
