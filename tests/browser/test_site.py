@@ -30,7 +30,7 @@ QUESTIONS = {
     "a task of my own": ("guides/your_own_task", "reference/by-name/prompts"),
     "what does a run cost": ("guides/what_a_run_costs",),
     "what is a receiver": ("concepts/glossary", "guides/patching"),
-    "replay": ("concepts/glossary", "guides/patching"),
+    "replay": ("concepts/glossary", "guides/patching", "reference/by-name/patching-and-ablation"),
 }
 """What somebody asks -> the pages of which one must come first."""
 
@@ -107,5 +107,5 @@ def test_no_page_scrolls_sideways(page: Watched, address: str, width: int, schem
 def test_a_wide_table_scrolls_inside_itself(page: Watched, address: str) -> None:
     page.page.set_viewport_size({"width": 390, "height": 900})
     page.page.goto(f"{address}results/methods.html")
-    scrolls = "[...document.querySelectorAll('.md-typeset__scrollwrap')].some(box => box.scrollWidth > box.clientWidth)"
-    assert page.page.evaluate(scrolls)
+    inside = "box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX == 'auto'"
+    assert page.page.evaluate(f"[...document.querySelectorAll('table')].some(box => {inside})")
