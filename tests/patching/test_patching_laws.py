@@ -485,10 +485,11 @@ def test_an_unknown_head_is_refused_with_the_known_ones(llama, pairs, head):
         lambda: patcher.logits([Head(0, 0)], receivers=[Receiver(head, "q")]),
         lambda: patcher.logits([Head(0, 0)], receivers=[Receiver(head, "v")]),
         lambda: path_patch(llama, pairs, metric="log_probability", receivers=[Receiver(head, "k")]),
-        lambda: evaluate_circuit(llama, pairs, beyond, reference_means(llama, entity_pairs(scenes=1))),
     ):
         with pytest.raises(InputError, match=rf"no head {head}: its layers are 0 to 2, its heads 0 to 3"):
             attempt()
+    with pytest.raises(InputError, match="of a model of 9 layers x 9 heads"):
+        evaluate_circuit(llama, pairs, beyond, reference_means(llama, entity_pairs(scenes=1)))
 
 
 def test_an_unknown_mlp_is_refused(llama, pairs):

@@ -368,7 +368,7 @@ def test_a_folder_in_a_files_place(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from workbench.models.sources import replace_directory
+    from workbench.storage import replace_directory
 
     def fill(_: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -136,7 +136,10 @@ def _mlp_stand_ins(model: HookedModel, pairs: PromptPairs, replacement: Replacem
         yield from ((layer, values[name]) for layer, name in enumerate(names))
     elif isinstance(replacement, ReferenceMeans):
         means = _mlp_means(model, replacement, names)
-        yield from ((layer, means.at(layer, pairs)[..., 0, :].reshape(-1, *shape)) for layer in range(len(names)))
+        for layer in range(len(names)):
+            value = means.at(layer, pairs)[..., 0, :]
+            value = value if value.ndim == 3 else value[None]
+            yield layer, value.expand(len(value), *shape)
     else:
         raise InputError("MLPs have no resampled outputs; eliminate heads alone, or by means or the corrupt prompts.")
 

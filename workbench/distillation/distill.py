@@ -130,7 +130,7 @@ def distill(
     matching: Matching | HeadMap,
     pairs: PromptPairs,
     *,
-    weight: float = 1.0,
+    weight: float | int = 1.0,
     positions: str | None = None,
     seed: int = 0,
     out: str | Path | None = None,

@@ -33,7 +33,7 @@ from workbench.tasks.base import Split, Task
 from workbench.tasks.registry import task_named
 from workbench.tasks.trees import Trees, trees_of
 
-Log = list[dict[str, float]]
+Log = list[dict[str, float | int]]
 
 
 class Finetuning:

@@ -17,7 +17,7 @@ from typing import Any
 
 from workbench.errors import InputError
 from workbench.storage import checksums
-from workbench.storage.files import read_json, write_json
+from workbench.storage.files import read_json, write_json, writing
 
 MARKER = "workbench.json"
 FORMAT = "workbench-directory"
@@ -41,9 +41,15 @@ def replace_directory(target: Path, fill: Callable[[Path], object], *, keep_exis
     """Fill a new directory and put it in the target's place; a reader never sees half a directory.
 
     `keep_existing`: a target that has come to be meanwhile stays (for content that its name determines). Errors:
-    `InputError` for a target that `require_replaceable` refuses, before `fill` is called.
+    `InputError` for a target that `require_replaceable` refuses, before `fill` is called, and for a disk that is
+    full or read-only.
     """
     require_replaceable(target)
+    with writing(target):
+        _replace(target, fill, keep_existing=keep_existing)
+
+
+def _replace(target: Path, fill: Callable[[Path], object], *, keep_existing: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_left_over(target)
     new = Path(

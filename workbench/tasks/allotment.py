@@ -44,6 +44,8 @@ class Allotment:
         """Refuse uses without rows. Errors: `InputError` with the key to change."""
         for use in uses:
             if self.sizes[use] == 0:
+                if self.unit == "scenes":
+                    raise InputError(f"{self}; there are no {use} prompts: set {key_of(use)} above 0.")
                 largest = max(USES, key=lambda other: self.sizes[other])
                 raise InputError(
                     f"{self}; none is left for {use}. Give more rows, or lower {key_of(largest)} "
