@@ -8,6 +8,7 @@ from workbench import storage
 from workbench.circuits import curves, discovery, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.looks import attention_to_positions
+from workbench.errors import InputError
 from workbench.experiment.evaluate import evaluate
 from workbench.experiment.origins import KEY
 from workbench.experiment.run import Run
@@ -36,10 +37,13 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     if run.recipe.discovery.method == "mean_ablation":
         profile = profiles(run, name, model)[run.recipe.discovery.metric]
         circuit, ranking = discovery.top_by_ablation(profile, run.recipe.discovery), profile.ranked()
+        groups = ["ablation"]
     else:
         if run.recipe.student is not None:
             profiles(run, name, model)
         circuit, ranking = _searched(run, name, model)
+        groups = [stage.name for stage in run.prompts.stages]
+    _explain_size(run, name, circuit, groups)
     log.info(
         "%s: circuit of %d heads (%.0f %%): %s",
         name,
@@ -49,11 +53,22 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     )
     _examine(run, name, model, circuit, ranking)
     _connect(run, name, model, circuit)
-    if circuit.members:
-        attention_to_positions(model, prompts, circuit.members).save(run.folder.scores_file(name, "looks"))
+    attention_to_positions(model, prompts, circuit.members).save(run.folder.scores_file(name, "looks"))
     found = {**circuit.to_json(), KEY: run.circuit_origin(name)}
     storage.write_json(run.folder.circuit_file(name), found)  # last: it says that this stage is done
     return circuit
+
+
+def _explain_size(run: Run, name: str, circuit: Circuit, groups: Sequence[str]) -> None:
+    """Say why a circuit is smaller than asked for. Errors: `InputError` for an empty one, which nothing can be matched
+    with; its scores stay in the folder."""
+    reason = discovery.explained_size(circuit, groups, run.recipe.discovery)
+    if not circuit.members:
+        raise InputError(
+            f"{name}: no head is chosen, {reason}. The scores of all heads are in {run.folder.path}/scores."
+        )
+    if reason is not None:
+        log.info("%s: %s", name, reason)
 
 
 def _searched(run: Run, name: str, model: HookedModel) -> tuple[Circuit, list[Head]]:
