@@ -139,13 +139,13 @@ RULES = {
 """Selection -> what a head must have, in words."""
 
 
-def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryConfig) -> str | None:
-    """Why groups (stages) of a circuit hold fewer heads than `heads` asks for, and what would change it; None where
-    none does."""
+def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryConfig) -> tuple[str, ...]:
+    """Why groups (stages) of a circuit hold fewer heads than `heads` asks for, and what would change it: one sentence,
+    or none where all are full."""
     short = {group: len(circuit.roles.get(group, ())) for group in groups}
     short = {group: count for group, count in short.items() if count < config.heads}
     if not short:
-        return None
+        return ()
     counts = ", ".join(f"{count} in {group}" for group, count in short.items())
     rule = RULES[config.selection].format(
         least_effect=config.least_effect, confidence=config.confidence, rate=1 - config.confidence
@@ -153,7 +153,7 @@ def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryCon
     return (
         f"of up to {config.heads} heads asked for (`discovery.heads`): {counts}; selection {config.selection!r} asks "
         f"for {rule}. More discovery prompts narrow the intervals; `discovery.selection: top` takes the strongest "
-        "whatever their effect"
+        "whatever their effect",
     )
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from workbench import storage
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.remaining import KL, Remaining
+from workbench.circuits.search_curve import Of
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.remains import Part
@@ -71,9 +72,9 @@ class EliminationConfig:
     should add least to."""
     target: Annotated[float, Field(gt=0)] = 0.9
     """How much of the model the circuit must keep, as a share (with `until: kl_divergence`, nats at most)."""
-    until: Literal["accuracy", "criterion", "kl_divergence"] = "accuracy"
+    until: Of = "accuracy"
     """Share of what: of the whole model's accuracy; of the way from nothing left to the whole model in the criterion
-    (the logit difference recovered, say); or the KL divergence from the whole model."""
+    (`metric`: the logit difference recovered, say); or the KL divergence from the whole model."""
     positions: tuple[Position, ...] = ()
     """Named positions, apart from each other, at which parts are removed one by one; what they leave is one position
     more. Empty: parts are removed everywhere."""
@@ -132,7 +133,7 @@ class Elimination:
             case "accuracy":
                 whole = float(self.accuracy.values[0].mean())
                 return float(self.accuracy.values[removed].mean()) / whole if whole else 0.0
-            case "criterion":
+            case "metric":
                 whole, empty = float(self.criterion.values[0].mean()), self.empty["criterion"]
                 return (float(self.criterion.values[removed].mean()) - empty) / (whole - empty)
 

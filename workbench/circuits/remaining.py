@@ -67,13 +67,16 @@ class Remaining:
 
     def empty(self, parts: Somewhere) -> dict[str, float]:
         """Mean criterion, accuracy and KL with all of these removed from the whole model."""
+        return dict(zip(("criterion", "accuracy", "divergence"), self.after(parts).mean(1).tolist(), strict=True))
+
+    def after(self, parts: Somewhere) -> Float[Tensor, "measure example"]:
+        """Criterion, accuracy and KL of the whole model without all of these, whatever is removed now."""
         rows = []
         for number in range(len(self.pairs)):
             batch = self._whole_model(number)
             batch.remove(*self._places(number, parts))
             rows.append(self._measured(number, batch.logits))
-        means = torch.cat(rows, 1).mean(1).tolist()
-        return dict(zip(("criterion", "accuracy", "divergence"), means, strict=True))
+        return torch.cat(rows, 1)
 
     def measured(self) -> Float[Tensor, "measure example"]:
         """Criterion, accuracy and KL of what is left, for each prompt."""

@@ -39,6 +39,16 @@ def digest_of(value: Any) -> str:
     return storage.digest(json.dumps(value, sort_keys=True))
 
 
+LATER: Mapping[str, Any] = {"options": {}, "replacement": "mean", "resamples": 0}
+"""Keys of `discovery` that came later, at what they were before there was a choice."""
+
+
+def stated(discovery: Mapping[str, Any]) -> dict[str, Any]:
+    """A discovery's settings as they are digested: the later ones only where they are set, so that a circuit from
+    before is still of its recipe."""
+    return {name: value for name, value in discovery.items() if name not in LATER or value != LATER[name]}
+
+
 def to_metadata(origin: Origin) -> dict[str, str]:
     """For the header of a safetensors file."""
     return {KEY: json.dumps(dict(origin))}

@@ -210,7 +210,20 @@ def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | Non
     recipe = parse_config(Recipe, settings)
     if recipe.data.pairs is None:
         _require_task(recipe.data, yaml.located(("data",), settings.lines, settings.file))
+    _require_options(recipe.discovery, yaml.located(("discovery", "options"), settings.lines, settings.file))
     return recipe
+
+
+def _require_options(discovery: DiscoveryConfig, where: str) -> None:
+    """Refuse options that the method of discovery does not take: last, because a method loads torch."""
+    if not discovery.options:
+        return
+    from workbench.circuits.methods.registry import method_named
+
+    try:
+        method_named(discovery.method, discovery.options)
+    except InputError as error:
+        raise InputError(f"{where}recipe key discovery.options: {error}") from None
 
 
 def _require_task(data: DataConfig, where: str) -> None:

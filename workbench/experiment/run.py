@@ -6,15 +6,23 @@ from typing import TypeVar
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
+from workbench.circuits.config import ReplacementKind
 from workbench.distillation.processes import launched
 from workbench.errors import InputError
-from workbench.experiment.origins import Origin, digest_of
+from workbench.experiment.origins import Origin, digest_of, stated
 from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import Recipe, to_plain
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
 from workbench.models.hooked_model import Dtype, HookedModel, Student, Teacher
-from workbench.patching.ablation import ReferenceMeans, Replacement, counterfactual_outputs, reference_means
+from workbench.patching.replacement import (
+    ReferenceMeans,
+    Replacement,
+    Zero,
+    counterfactual_outputs,
+    reference_means,
+    resampled_outputs,
+)
 from workbench.storage import located
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.tokenizers import same_vocabulary
@@ -123,7 +131,7 @@ class Run:
         if name not in self._origins:
             model = self.both()[name]
             read = [self.read_by(model, part) for part in (self.prompts.reference, self.prompts.discovery)]
-            search = [to_plain(self.recipe.discovery), [to_plain(stage) for stage in self.prompts.stages]]
+            search = [stated(to_plain(self.recipe.discovery)), [to_plain(stage) for stage in self.prompts.stages]]
             self._origins[name] = {
                 "model": name,
                 "weights": self.models.fingerprint(model),
@@ -140,6 +148,7 @@ class Run:
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
         recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
+        recipe["discovery"] = stated(recipe["discovery"])
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 
@@ -151,6 +160,23 @@ class Run:
 
     def outside(self, model: HookedModel) -> Replacement:
         """What stands in for the heads outside a circuit on the test prompts."""
-        if self.recipe.evaluation.ablation == "mean":
-            return self.means(model)
-        return counterfactual_outputs(model, self.read_by(model, self.prompts.test))
+        role = "teacher" if model is self.teacher else "student"
+        return self.stand_in(role, model, self.recipe.evaluation.ablation, self.read_by(model, self.prompts.test))[0]
+
+    def stand_in(
+        self, name: str, model: HookedModel, kind: ReplacementKind, prompts: PromptPairs
+    ) -> tuple[Replacement, str]:
+        """What stands in for an ablated head of a model on some prompts (in the tokens of `name`, teacher or student),
+        with that in words."""
+        if kind == "zero":
+            return Zero(), "zero"
+        if kind == "counterfactual":
+            return counterfactual_outputs(model, prompts), "each prompt's own corrupt counterpart"
+        reference = self.prompts.reference.for_teacher if name == "teacher" else self.prompts.reference
+        if kind == "resampled":
+            drawn = resampled_outputs(model, reference, seed=self.recipe.data.seed)
+            return drawn, f"the output on one of {len(reference)} drawn prompts"
+        by_position = self.recipe.data.per_position_means if kind == "mean" else kind == "per_position_mean"
+        how = "position by position" if by_position else "over all tokens"
+        means = reference_means(model, reference, per_position=by_position)
+        return means, f"mean over {len(reference)} reference prompts, {how}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from workbench.circuits.curves import default_sizes
 from workbench.circuits.discovery import receiver_position
+from workbench.circuits.methods.registry import method_named
 from workbench.experiment import CONDITIONS, Prompts
 from workbench.experiment.recipe import Recipe
 from workbench.patching import ablation as ablating
@@ -18,6 +19,8 @@ from workbench.plan.steps import Step, Trained, cache_bytes
 from workbench.tasks.base import PromptPairs
 
 WIDTHS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+COUNTED = ("mean_ablation", "eap", "eap_ig")
+"""Methods that take `discovery.heads` heads in all."""
 HALF = 2
 """Bytes of a bfloat16, in which autocast computes."""
 
@@ -48,9 +51,13 @@ class Road:
         )
 
     def circuit_heads(self, shape: ModelShape) -> int:
-        """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all."""
-        stages = len(self.prompts.stages) if self.recipe.discovery.method == "path_patching" else 1
-        return min(shape.layers * shape.heads, stages * self.recipe.discovery.heads)
+        """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all; with a target
+        to keep, every head."""
+        config, total = self.recipe.discovery, shape.layers * shape.heads
+        if config.method not in (*COUNTED, "path_patching"):
+            return total
+        stages = len(self.prompts.stages) if config.method == "path_patching" else 1
+        return min(total, stages * config.heads)
 
     @property
     def matched_heads(self) -> int:
@@ -119,7 +126,8 @@ class Road:
         """Ablation of every head, the search stage by stage, and the circuit on test prompts."""
         name, pairs, reference = title or role, self.prompts.discovery, self.prompts.reference
         (count, tokens), searched = pairs.clean.shape, self.recipe.discovery.method == "path_patching"
-        if self.student is not None or not searched:
+        ablated = self.recipe.discovery.method == "mean_ablation"
+        if self.student is not None or ablated:
             swept = (
                 sweeps.ablation(shape, pairs, batch=ablating.BATCH)
                 + forward(shape, *reference.clean.shape)
@@ -139,8 +147,24 @@ class Road:
             )
         if searched:
             yield from self.search(name, shape)
+        elif not ablated:
+            yield self.by_method(name, shape)
         if self.recipe.evaluation.curve and (self.recipe.data.pairs is None or self.prompts.has_test):
             yield self.examined(name, shape)
+
+    def by_method(self, name: str, shape: ModelShape) -> StageCost:
+        """A method of discovery, by the most runs that it says it takes."""
+        pairs, config = self.prompts.discovery, self.recipe.discovery
+        (count, tokens), width = pairs.clean.shape, self.width_of(shape)
+        runs = method_named(config.method, config.options).runs(shape.layers * shape.heads, shape.layers)
+        return self.cost(
+            f"discover {name}: {config.method}",
+            f"at most {runs} runs of {count} prompts",
+            runs * forward(shape, count, tokens) + forward(shape, *self.prompts.reference.clean.shape),
+            shape,
+            pairs,
+            memory.patching_bytes(shape, count, tokens, width, batch=path.BATCH),
+        )
 
     def search(self, name: str, shape: ModelShape, *, repeats: int = 1) -> Iterator[StageCost]:
         """The stages of a backward search; the first carries the clean and corrupt runs that all share."""
@@ -306,11 +330,8 @@ class Road:
     def aligned_tokens(self) -> int:
         """Tokens of each prompt at which a pair is aligned: those of one position, or at most those of any stage's."""
         train, positions = self.prompts.train, self.recipe.alignment.positions
-        own = (
-            [stage.position for stage in self.prompts.stages]
-            if self.recipe.discovery.method == "path_patching"
-            else ["all"]
-        )
+        config = self.recipe.discovery
+        own = method_named(config.method, config.options).acts_at(self.prompts.stages)
         names = own if positions == "own" else [positions]
         return max(int(train.position(name).sum(1).max()) for name in names)
 

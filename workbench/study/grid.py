@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from workbench import storage
-from workbench.circuits import discovery
 from workbench.circuits.comparison import compare
+from workbench.circuits.methods.registry import method_named
 from workbench.distillation.reports import evaluations, read_training
 from workbench.errors import InputError
 from workbench.experiment.arms import run_arms, run_condition
 from workbench.experiment.conditions import CONDITIONS, METHOD
+from workbench.experiment.discover import inquiry_of
 from workbench.experiment.distill import distill, is_trained
 from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
 from workbench.experiment.preflight import preflight, require_recipe, training_conditions
@@ -240,8 +241,9 @@ class Study:
         student = (
             run.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
         )
-        prompts, config = run.prompts, run.recipe.discovery
-        anew = discovery.backward_search(student, prompts.discovery, prompts.stages, config).circuit
+        config = run.recipe.discovery
+        finder = method_named(config.method, config.options)
+        anew = finder.find(inquiry_of(run, "student", student, keep=False)).circuit
         before, teacher = run.circuit("student"), run.circuit("teacher")
         layers = self.config.students[cell.student].teacher_layers
         overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
