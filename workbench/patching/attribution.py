@@ -29,7 +29,7 @@ from torch import Tensor
 from workbench.errors import InputError, nearest
 from workbench.models.hooked_model import HookedModel
 from workbench.models.parts import decoder_parts
-from workbench.patching.edge_gradients import Gradients, Sent, add_products
+from workbench.patching.edge_gradients import Gradients, Sent, add_products, graph_bytes
 from workbench.patching.engine.frozen import Variant
 from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
@@ -46,7 +46,9 @@ Input = Composition | Literal["logits"]
 End = Literal["clean", "corrupt", "both"]
 """Which end of the line the Riemann sum takes: `both` are taken by half (the trapezoid rule)."""
 BATCH, EXACT_BATCH = 32, 128
-"""Default numbers of prompts in one forward and backward, and in one forward of exact edges."""
+"""Default numbers of prompts in one forward and backward (at most), and in one forward of exact edges."""
+GRAPH = 4
+"""How many times the memory of a chunk the graph of one backward may take, where no batch is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +135,8 @@ def _method(points: dict[float, float]) -> str:
     taken = "" if ends == {0.0} else ", both ends" if len(ends) == 2 else ", corrupt end"
     if len(points) == 1:
         return f"EAP{taken}"
-    return f"EAP-IG ({len(points) - (len(ends) == 2)} steps{taken})"
+    steps = len(points) - (len(ends) == 2)
+    return f"EAP-IG ({steps} step{'s' if steps > 1 else ''}{taken})"
 
 
 def _attributed(
@@ -147,7 +150,8 @@ def _attributed(
         )
     edges = Edges.of(model)
     there = edges.connected(parallel=model.has_parallel_blocks)
-    batches, values = list(pairs.batches(execution.batch_of(BATCH))), []
+    affordable = GRAPH * execution.memory // graph_bytes(parts, pairs.clean.shape[1])
+    batches, values = list(pairs.batches(execution.batch_of(min(max(affordable, 1), BATCH)))), []
     for part in progress_bar(
         batches, desc=f"attributing edges of {model.name}", unit="batch", shown=execution.progress
     ):

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
-from workbench.models.parts import DecoderParts
+from workbench.models.parts import DecoderParts, Map
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric
 
-NORM_COPIES = 4
+GRAPH_COPIES = 24
+"""How many copies of the residual stream a layer's graph holds (seen on GPT-2: of its MLP's inner width 8 to 10)."""
+NORM_COPIES = 3
 """How many copies of a layer's gradients the way back through a norm takes at a time."""
+FULL = (torch.float32, torch.float64)
+"""Precisions in which a norm's gradient is taken by its formula."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,33 +124,40 @@ class Gradients:
             model=model, parts=parts, at=dict(zip(wanted, found, strict=True)), pre=tuple(pre), middle=tuple(middle)
         )
 
-    def into_attention(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos_d_model"]:
+    def into_attention(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
         """At the residual stream that each q, k and v of a layer reads for itself."""
-        part = self.parts.blocks[layer]
-        weights = part.weight_qkv.split([count * self.parts.d_head for count in self.counts.values()], 1)
-        normed = [
-            torch.einsum(
-                "bphw,dhw->hbpd",
-                self.at[{"q": hooks.q, "k": hooks.k, "v": hooks.v}[name](layer)][prompts],
-                weight.unflatten(1, (count, self.parts.d_head)),
+        part, pre, counts = self.parts.blocks[layer], self.pre[layer][prompts], self.counts
+        weights = part.weight_qkv.split([count * self.parts.d_head for count in counts.values()], 1)
+        normed, place = pre.new_empty(len(pre), sum(counts.values()), *pre.shape[1:]), 0
+        for (name, count), weight in zip(counts.items(), weights, strict=True):
+            at = self.at[{"q": hooks.q, "k": hooks.k, "v": hooks.v}[name](layer)][prompts]
+            normed[:, place : place + count] = torch.einsum(
+                "bphw,dhw->bhpd", at, weight.unflatten(1, (count, self.parts.d_head))
             )
-            for (name, count), weight in zip(self.counts.items(), weights, strict=True)
-        ]
-        return _by_prompt(through_norm(part.norm_attention, self.pre[layer][prompts], torch.cat(normed)))
+            place += count
+        return through_norm(part.norm_attention, pre, normed)
 
-    def into_mlp(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos_d_model"]:
+    def into_mlp(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
         """At the residual stream that the MLP of a layer reads."""
-        gradient = self.at[hooks.mlp_input(layer)][prompts][None]
-        return _by_prompt(through_norm(self.parts.blocks[layer].norm_mlp, self.middle[layer][prompts], gradient))
+        gradient = self.at[hooks.mlp_input(layer)][prompts][:, None]
+        return through_norm(self.parts.blocks[layer].norm_mlp, self.middle[layer][prompts], gradient)
 
-    def into_logits(self, prompts: slice) -> Float[Tensor, "batch receiver pos_d_model"]:
+    def into_logits(self, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
         """At the last residual stream."""
-        return _by_prompt(self.at[hooks.residual_post(self.model.n_layers - 1)][prompts][None])
+        return self.at[hooks.residual_post(self.model.n_layers - 1)][prompts][:, None]
 
     @property
     def counts(self) -> dict[str, int]:
         """Receivers of each kind in a layer's attention."""
         return {"q": self.parts.n_heads, "k": self.parts.n_kv_heads, "v": self.parts.n_kv_heads}
+
+
+def graph_bytes(parts: DecoderParts, length: int) -> int:
+    """About how much one prompt's graph takes, kept for its backward: a dozen copies of the residual stream and of an
+    MLP's inner activations a layer, and the attention patterns."""
+    weight = parts.blocks[0].weight_o
+    values = GRAPH_COPIES * (weight.shape[-1] + parts.d_mlp) // 2 + 4 * parts.n_heads * length
+    return len(parts.blocks) * length * values * weight.element_size()
 
 
 @torch.no_grad()
@@ -167,12 +178,12 @@ def add_products(scores: Float[Tensor, "sender receiver batch"], sent: Sent, gra
             for first in range(0, below, chunk):
                 senders = range(first, min(first + chunk, below))
                 change = sent.outputs(some, senders) if whole is None else whole[:, first : senders.stop]
-                scores[first : senders.stop, receivers, some] += (change @ into.mT).permute(1, 2, 0)
+                scores[first : senders.stop, receivers, some] += (change @ into.flatten(2).mT).permute(1, 2, 0)
 
 
 def _receivers(
     sent: Sent, gradients: Gradients, prompts: slice
-) -> Iterator[tuple[slice, int, Float[Tensor, "batch receiver pos_d_model"]]]:
+) -> Iterator[tuple[slice, int, Float[Tensor, "batch receiver pos d_model"]]]:
     """(places of some receivers, how many senders come before them, the gradients there), from the first layer up."""
     model, place = sent.model, 0
     for layer in range(model.n_layers):
@@ -186,16 +197,26 @@ def _receivers(
 
 
 def through_norm(
-    norm: object, residual: Float[Tensor, "batch pos d_model"], gradient: Float[Tensor, "receiver batch pos d_model"]
-) -> Float[Tensor, "receiver batch pos d_model"]:
-    """The vector-Jacobian product of a normalisation, for several gradients at its output."""
-    with torch.enable_grad():
-        leaf = residual.expand_as(gradient).clone().requires_grad_()
-        return torch.autograd.grad(norm(leaf), leaf, gradient)[0]  # type: ignore[operator]
+    norm: Map, residual: Float[Tensor, "batch pos d_model"], gradient: Float[Tensor, "batch receiver pos d_model"]
+) -> Float[Tensor, "batch receiver pos d_model"]:
+    """The vector-Jacobian product of a normalisation, for several gradients at its output.
 
-
-def _by_prompt(gradient: Float[Tensor, "receiver batch pos d_model"]) -> Float[Tensor, "batch receiver pos_d_model"]:
-    return gradient.transpose(0, 1).flatten(2)
+    With n = (x - mean x) / s (LayerNorm) or x / s (RMSNorm), y = w n + b, and g the gradient at n (w times that at y):
+    (g - mean g - n mean(g n)) / s, without mean g for RMSNorm. Other norms, and half precision, take autograd's way.
+    """
+    kind, told = getattr(norm, "func", None), getattr(norm, "keywords", {})
+    if kind not in (nn.functional.layer_norm, nn.functional.rms_norm) or gradient.dtype not in FULL:
+        with torch.enable_grad():
+            leaf = residual[:, None].expand_as(gradient).clone().requires_grad_()
+            return torch.autograd.grad(norm(leaf), leaf, gradient)[0]
+    centred = residual - residual.mean(-1, keepdim=True) if kind is nn.functional.layer_norm else residual
+    scale = (centred.square().mean(-1, keepdim=True) + told["eps"]).rsqrt()
+    normed = centred * scale
+    g = gradient * told["weight"]
+    along = torch.einsum("brpd,bpd->brp", g, normed)[..., None] / g.shape[-1]
+    if kind is nn.functional.layer_norm:
+        g.sub_(g.mean(-1, keepdim=True))
+    return g.addcmul_(normed[:, None], along, value=-1).mul_(scale[:, None])
 
 
 def _tap(taps: dict[str, Tensor], name: str) -> hooks.Edit:
