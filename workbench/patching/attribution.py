@@ -22,7 +22,7 @@ from itertools import product
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
@@ -60,17 +60,27 @@ class Edges:
 
     @classmethod
     def of(cls, model: HookedModel) -> "Edges":
-        """Every sender and receiver; k and v by the first query head of their group."""
-        group = model.n_heads // model.n_kv_heads
+        """Every sender and receiver of a model."""
+        return cls.of_shape(model.n_layers, model.n_heads, model.n_kv_heads)
+
+    @classmethod
+    def of_shape(cls, layers: int, heads: int, kv_heads: int) -> "Edges":
+        """Every sender and receiver of so many layers and heads; k and v by the first query head of their group."""
+        group = heads // kv_heads
         senders: list[Sender] = [Embedding()]
         receivers: list[PathEnd | Literal["logits"]] = []
-        for layer in range(model.n_layers):
-            senders += [*(Head(layer, index) for index in range(model.n_heads)), Mlp(layer)]
-            receivers += [Receiver(Head(layer, index), "q") for index in range(model.n_heads)]
+        for layer in range(layers):
+            senders += [*(Head(layer, index) for index in range(heads)), Mlp(layer)]
+            receivers += [Receiver(Head(layer, index), "q") for index in range(heads)]
             for composition in ("k", "v"):
-                receivers += [Receiver(Head(layer, kv * group), composition) for kv in range(model.n_kv_heads)]
+                receivers += [Receiver(Head(layer, kv * group), composition) for kv in range(kv_heads)]
             receivers.append(Mlp(layer))
         return cls(senders=tuple(senders), receivers=(*receivers, "logits"))
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The labels of scores of these edges."""
+        return {"sender": tuple(map(str, self.senders)), "receiver": tuple(map(str, self.receivers))}
 
     def connected(self, *, parallel: bool) -> Float[Tensor, "sender receiver"]:
         """1 where the sender writes before the receiver reads, else NaN."""
@@ -80,6 +90,46 @@ class Edges:
                 for sender in self.senders
             ]
         )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a k and a v."""
+        kinds = [end.composition for end in self.receivers if isinstance(end, Receiver)]
+        return kinds.count("q") // kinds.count("k")
+
+    def counts(self) -> Float[Tensor, " receiver"]:
+        """How many edges of a graph whose k and v go to each query head on its own (MIB's) one into this receiver
+        is."""
+        shared = [isinstance(end, Receiver) and end.composition != "q" for end in self.receivers]
+        return torch.tensor([float(self.group) if one else 1.0 for one in shared])
+
+    def feeds(self) -> Bool[Tensor, "receiver sender"]:
+        """Whether what a receiver reads goes into what a sender writes: a head's q, its group's k and v, an MLP."""
+        group = self.group
+
+        def fed(end: PathEnd | Literal["logits"], sender: Sender) -> bool:
+            if not isinstance(end, Receiver):
+                return end == sender
+            if not isinstance(sender, Head) or sender.layer != end.head.layer:
+                return False
+            return 0 <= sender.index - end.head.index < (1 if end.composition == "q" else group)
+
+        return torch.tensor([[fed(end, sender) for sender in self.senders] for end in self.receivers])
+
+    def pruned(self, present: Bool[Tensor, "sender receiver"]) -> Bool[Tensor, "sender receiver"]:
+        """The edges that lie on a way from the embedding to the logits: those out of a sender that nothing reaches, and
+        those into a receiver from which nothing leads on, change nothing."""
+        feeds, present = self.feeds(), present.clone()
+        while True:
+            reached = present.any(0).float() @ feeds.float() > 0
+            reached[0] = True
+            alive = reached & present.any(1)
+            onward = (feeds & alive).any(1)
+            onward[-1] = True
+            left = present & alive[:, None] & onward
+            if torch.equal(left, present):
+                return left
+            present = left
 
 
 def _before(sender: Sender, receiver: PathEnd | Literal["logits"], parallel: bool) -> bool:
@@ -167,7 +217,7 @@ def _attributed(
     return Scores(
         values=torch.cat(values, -1),
         axes=("sender", "receiver", "example"),
-        labels={"sender": tuple(map(str, edges.senders)), "receiver": tuple(map(str, edges.receivers))},
+        labels=edges.labels,
         unit=f"fall of {metric.unit}, {_method(points)}",
     )
 
