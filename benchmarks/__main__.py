@@ -4,10 +4,15 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import cka_pairs, distill_step, patching
+from benchmarks import attribute_edges, cka_pairs, distill_step, patching
 from workbench import storage
 
-BENCHMARKS = {"cka-pairs": cka_pairs.run, "distill-step": distill_step.run, **patching.RUNS}
+BENCHMARKS = {
+    "attribute-edges": attribute_edges.run,
+    "cka-pairs": cka_pairs.run,
+    "distill-step": distill_step.run,
+    **patching.RUNS,
+}
 
 
 def main() -> int:
