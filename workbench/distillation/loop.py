@@ -66,9 +66,8 @@ class Distillation:
         *,
         seed: int,
         validation: Validation | None = None,
-        processes: Processes | None = None,
     ) -> None:
-        self.processes = launched(student.device) if processes is None else processes
+        self.processes = launched(student.device)
         _require_sound(student, prompts, teacher, pairs, config, validation, self.processes)
         require_wide(next((leaf.dtype for leaf in slices.leaves.values()), torch.float32))
         self.student, self.slices, self.prompts, self.config, self.seed = student, slices, prompts, config, seed
