@@ -169,6 +169,22 @@ def ranking(scores: Mapping[str, Scores]) -> list[Head]:
     return sorted(best, key=lambda head: (-best[head], head))
 
 
+def acting(
+    scores: Mapping[str, Scores], circuit: Circuit, position_of: Mapping[str, str]
+) -> dict[Head, tuple[str, ...]]:
+    """Where each head of a search acts: a head of the circuit at its positions, another at that of the stage in which
+    it is strongest, as `ranking` has it."""
+    best: dict[Head, tuple[float, str]] = {}
+    for stage, part in scores.items():
+        means = part.mean()
+        largest = float(means.nan_to_num(0.0).max()) or 1.0
+        for head in part.ranked():
+            share = float(means[head.layer, head.index]) / largest
+            if head not in best or share > best[head][0]:
+                best[head] = share, position_of[stage]
+    return {head: (position,) for head, (_, position) in best.items()} | circuit.scope
+
+
 def top_by_ablation(profile: Scores, config: DiscoveryConfig, *, position: str = "all") -> Circuit:
     """The heads whose mean ablation costs most (the paper's recipe for tasks without a known graph)."""
     span = abs(profile.baseline) if profile.baseline else float(profile.mean().abs().nan_to_num().max())

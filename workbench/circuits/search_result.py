@@ -9,7 +9,7 @@ from workbench.circuits.circuit import Circuit
 from workbench.circuits.search_curve import SearchCurve
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
-from workbench.values.refs import Head
+from workbench.values.refs import Head, Position
 from workbench.values.scores import Scores
 from workbench.values.tables import html_table, number, text_table
 
@@ -28,6 +28,8 @@ class CircuitSearch:
     """Path patching: the scores of each stage, [layer head example]."""
     ranking: tuple[Head, ...] = ()
     """All heads that the method has ranked, the most needed first."""
+    acting: Mapping[Head, tuple[Position, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Where each ranked head acts; heads that it leaves out act everywhere."""
     curve: SearchCurve | None = None
     """What the beginnings of the ranking keep on the same prompts; None where ablating everything changes nothing."""
     notes: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from pathlib import Path
 
 from workbench import storage
 from workbench.circuits import curves, evaluation
@@ -20,7 +20,6 @@ from workbench.patching.ablation import ablation_profiles, plain_logits
 from workbench.patching.attribution import exact_edges
 from workbench.patching.execution import Execution
 from workbench.values.metrics import METRICS
-from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
 log = logging.getLogger("workbench")
@@ -53,7 +52,7 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     for note in search.notes:
         log.info("%s: %s", name, note)
     storage.write_json(run.folder.search_file(name), search.to_json())
-    _examine(run, name, model, circuit, search.ranking)
+    _examine(run, name, model, search)
     _connect(run, name, model, circuit)
     attention_to_positions(model, prompts, circuit.members).save(run.folder.scores_file(name, "looks"))
     described = {**circuit.to_json(), KEY: run.circuit_origin(name)}
@@ -94,36 +93,44 @@ def inquiry_of(run: Run, name: str, model: HookedModel, *, keep: bool = True) ->
     )
 
 
-def _examine(run: Run, name: str, model: HookedModel, circuit: Circuit, ranking: Sequence[Head]) -> None:
-    """The circuit on test prompts: its report, and faithfulness over the size of the ranking, beside random
-    ones."""
-    if not run.recipe.evaluation.curve or (run.recipe.data.pairs is not None and not run.prompts.has_test):
+def _examine(run: Run, name: str, model: HookedModel, search: CircuitSearch) -> None:
+    """The circuit on test prompts: its report, and where the recipe wants it faithfulness over the size of the ranking,
+    beside random ones."""
+    if run.recipe.data.pairs is not None and not run.prompts.has_test:
         return
-    metric, file = run.recipe.discovery.metric, run.folder.examined_file(name)
-    report, _ = evaluate(run, model, circuit)
-    partial = file.with_suffix(".partial")
-    whole = curves.Faithfulness(
-        model,
-        run.read_by(model, run.prompts.test),
-        run.outside(model),
-        metric=metric,
-        execution=Execution(file=partial),
-    )
-    curve = curves.faithfulness_curve(whole, ranking, random_rankings=run.recipe.evaluation.random_circuits)
-    storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})
-    partial.unlink(missing_ok=True)
+    report, _ = evaluate(run, model, search.circuit)
+    log.info("%s: %s", name, report.line())
+    file = run.folder.examined_file(name)
+    curve = _curve(run, model, search, file.with_suffix(".partial")) if run.recipe.evaluation.curve else None
+    storage.write_json(file, {"report": report.to_json(), "curve": None if curve is None else curve.to_json()})
+    file.with_suffix(".partial").unlink(missing_ok=True)
+    if curve is None:
+        return
     log.info(
-        "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random "
-        "%.2f)",
+        "%s: over all sizes, heads kept %s (%s ablation): CPR %.2f (random %.2f), CMD %.2f (random %.2f)",
         name,
-        report.circuit_accuracy,
-        report.full_accuracy,
-        report.random_circuit_accuracy,
+        "at their own positions" if curve.scope == "positions" else "at all positions",
+        curve.ablation,
         curve.cpr,
         curve.random_cpr[0],
         curve.cmd,
         curve.random_cmd[0],
     )
+
+
+def _curve(run: Run, model: HookedModel, search: CircuitSearch, partial: Path) -> curves.FaithfulnessCurve:
+    config = run.recipe.evaluation
+    prompts = run.read_by(model, run.prompts.test).rows(slice(0, config.curve_prompts))
+    own = config.scope == "positions" and config.curve_scope == "same"
+    whole = curves.Faithfulness(
+        model,
+        prompts,
+        run.outside(model, prompts),
+        metric=run.recipe.discovery.metric,
+        acting=search.acting if own else None,
+        execution=Execution(file=partial),
+    )
+    return curves.faithfulness_curve(whole, search.ranking, random_rankings=config.random_circuits)
 
 
 def _connect(run: Run, name: str, model: HookedModel, circuit: Circuit) -> None:

@@ -39,14 +39,18 @@ def digest_of(value: Any) -> str:
     return storage.digest(json.dumps(value, sort_keys=True))
 
 
-LATER: Mapping[str, Any] = {"options": {}, "replacement": "mean", "resamples": 0}
-"""Keys of `discovery` that came later, at what they were before there was a choice."""
+LATER: Mapping[str, Mapping[str, Any]] = {
+    "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
+    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300},
+}
+"""Keys of a recipe that came later, at what they were before there was a choice."""
 
 
-def stated(discovery: Mapping[str, Any]) -> dict[str, Any]:
-    """A discovery's settings as they are digested: the later ones only where they are set, so that a circuit from
-    before is still of its recipe."""
-    return {name: value for name, value in discovery.items() if name not in LATER or value != LATER[name]}
+def stated(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings under a key of a recipe as they are digested: the later ones only where they are set, so that a
+    circuit or row from before is still of its recipe."""
+    later = LATER[key]
+    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 def to_metadata(origin: Origin) -> dict[str, str]:

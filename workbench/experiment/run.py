@@ -131,7 +131,10 @@ class Run:
         if name not in self._origins:
             model = self.both()[name]
             read = [self.read_by(model, part) for part in (self.prompts.reference, self.prompts.discovery)]
-            search = [stated(to_plain(self.recipe.discovery)), [to_plain(stage) for stage in self.prompts.stages]]
+            search = [
+                stated(to_plain(self.recipe.discovery), "discovery"),
+                [to_plain(stage) for stage in self.prompts.stages],
+            ]
             self._origins[name] = {
                 "model": name,
                 "weights": self.models.fingerprint(model),
@@ -148,7 +151,7 @@ class Run:
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
         recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
-        recipe["discovery"] = stated(recipe["discovery"])
+        recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation")}
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 
@@ -158,10 +161,11 @@ class Run:
             model, self.read_by(model, self.prompts.reference), per_position=self.recipe.data.per_position_means
         )
 
-    def outside(self, model: HookedModel) -> Replacement:
-        """What stands in for the heads outside a circuit on the test prompts."""
+    def outside(self, model: HookedModel, prompts: PromptPairs | None = None) -> Replacement:
+        """What stands in for the heads outside a circuit on the test prompts (or some of them)."""
         role = "teacher" if model is self.teacher else "student"
-        return self.stand_in(role, model, self.recipe.evaluation.ablation, self.read_by(model, self.prompts.test))[0]
+        there = self.read_by(model, self.prompts.test) if prompts is None else prompts
+        return self.stand_in(role, model, self.recipe.evaluation.ablation, there)[0]
 
     def stand_in(
         self, name: str, model: HookedModel, kind: ReplacementKind, prompts: PromptPairs

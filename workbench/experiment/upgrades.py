@@ -4,6 +4,7 @@
     data.boxes                               -> data.options.boxes, of the task that has boxes
     data.chat, data.prepend_bos, ...         -> data.prompts.chat, ...
     training.weight, training.measure, ...   -> gone: a recipe's `alignment` always stood in their place
+    (no evaluation.curve_scope)              -> everywhere, as it was (where a run has written it)
     teacher: assets/models/teacher, ...      -> teacher: teacher (where a run has written it; a path works too)
 """
 
@@ -55,6 +56,8 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False, set_last
         boxes = value["data"].get("boxes")
         if boxes is not None:
             _give_boxes(recipe.get("evaluation"), boxes)
+    if written and isinstance(recipe.get("evaluation"), dict):
+        recipe["evaluation"].setdefault("curve_scope", "everywhere")
     if written:
         from workbench.storage.assets import short_name  # here: storage loads torch, which reading a recipe need not
 

@@ -149,7 +149,7 @@ class Road:
             yield from self.search(name, shape)
         elif not ablated:
             yield self.by_method(name, shape)
-        if self.recipe.evaluation.curve and (self.recipe.data.pairs is None or self.prompts.has_test):
+        if self.recipe.data.pairs is None or self.prompts.has_test:
             yield self.examined(name, shape)
 
     def by_method(self, name: str, shape: ModelShape) -> StageCost:
@@ -196,8 +196,11 @@ class Road:
         """A circuit's report and its curve of faithfulness over size, random ones beside it."""
         test, draws = self.prompts.test, self.recipe.evaluation.random_circuits
         sizes = len(default_sizes(shape.layers * shape.heads)) - 1
-        sets = 2 + 2 * (1 + draws) * sizes - 2 * draws
-        operations = 2 * self.outside(shape) + (self.report_runs + sets) * forward(shape, *test.clean.shape)
+        sets = 2 + 2 * (1 + draws) * sizes - 2 * draws if self.recipe.evaluation.curve else 0
+        count = min(len(test), self.recipe.evaluation.curve_prompts)
+        operations = (2 if sets else 1) * self.outside(shape)
+        operations += self.report_runs * forward(shape, *test.clean.shape)
+        operations += sets * forward(shape, count, test.clean.shape[1])
         return self.cost(
             f"discover {name}: test",
             f"{self.report_runs + sets} ablated forwards",
@@ -215,8 +218,9 @@ class Road:
 
     def outside(self, shape: ModelShape) -> int:
         """What stands in for ablated heads: a forward over reference prompts, or over the corrupt test prompts."""
-        prompts = self.prompts.reference if self.recipe.evaluation.ablation == "mean" else self.prompts.test
-        return forward(shape, *prompts.clean.shape)
+        kind = self.recipe.evaluation.ablation
+        prompts = self.prompts.test if kind == "counterfactual" else self.prompts.reference
+        return 0 if kind == "zero" else forward(shape, *prompts.clean.shape)
 
     def evaluation_bytes(self, shape: ModelShape) -> int:
         """A batch's forward; with counterfactual ablation every head's output on all test prompts."""
@@ -224,7 +228,7 @@ class Road:
         batch = min(ablating.BATCH, count)
         held = (
             0
-            if self.recipe.evaluation.ablation == "mean"
+            if self.recipe.evaluation.ablation != "counterfactual"
             else count * tokens * memory.captured_z(shape) * self.width_of(shape)
         )
         return memory.means_bytes(shape, batch, tokens, self.width_of(shape)) + held

@@ -108,12 +108,7 @@ def _evaluation(folder: RunFolder) -> Iterator[Section]:
     if not found:
         return
     reports = {name: CircuitReport.from_json(value["report"]) for name, value in found.items()}
-    text = "\n\n".join(
-        f"{name}: {report.heads} of {report.total_heads} heads alone (scope: {report.scope}) have accuracy "
-        f"{report.circuit_accuracy:.3f} of {report.full_accuracy:.3f} "
-        f"on {report.prompts} test prompts; {report.random_circuits} random circuits of equal size "
-        f"{report.random_circuit_accuracy:.3f}, no head at all {report.empty_accuracy:.3f}."
-        for name, report in reports.items()
-    )
-    figure = faithfulness_figure({name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items()})
+    text = "\n\n".join(f"{name}: {report.line()}." for name, report in reports.items())
+    drawn = {name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items() if value.get("curve")}
+    figure = faithfulness_figure(drawn) if drawn else None
     yield Section(heading="Is the circuit enough, and is it needed?", text=text, figure=figure)

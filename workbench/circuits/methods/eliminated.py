@@ -106,9 +106,16 @@ def _found(inquiry: Inquiry, config: EliminationConfig, name: str) -> CircuitSea
         method=name,
         reference=f"removed parts: {inquiry.words}",
         ranking=tuple(dict.fromkeys(ranked)),
+        acting=_acting(result) if config.positions else {},
         curve=_curve(inquiry, result),
         notes=_notes(result),
     )
+
+
+def _acting(result: Elimination) -> dict[Head, tuple[Position, ...]]:
+    """The circuit's heads at their positions, another head at the position from which it was removed last."""
+    others = {site.part: (site.position,) for site in reversed(result.ranking) if isinstance(site.part, Head)}
+    return others | result.circuit.scope
 
 
 def _curve(inquiry: Inquiry, result: Elimination) -> SearchCurve:

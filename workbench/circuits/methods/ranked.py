@@ -11,7 +11,15 @@ from pydantic.dataclasses import dataclass as validated
 
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.curves import default_sizes
-from workbench.circuits.discovery import backward_search, chosen, explained_size, ranking, stacked, top_by_ablation
+from workbench.circuits.discovery import (
+    acting,
+    backward_search,
+    chosen,
+    explained_size,
+    ranking,
+    stacked,
+    top_by_ablation,
+)
 from workbench.circuits.methods.base import Inquiry
 from workbench.circuits.remaining import Remaining
 from workbench.circuits.search_curve import SearchCurve, plain
@@ -59,6 +67,7 @@ class PathPatching:
             reference=f"patched: the outputs on the {len(inquiry.pairs)} pairs' corrupt prompts",
             by_stage=search.scores,
             ranking=tuple(ranking(search.scores)),
+            acting=acting(search.scores, search.circuit, {stage.name: stage.position for stage in stages}),
             notes=(
                 *(_ties(name, each, search.circuit.roles.get(name, ())) for name, each in search.scores.items()),
                 *explained_size(search.circuit, [stage.name for stage in stages], inquiry.config),

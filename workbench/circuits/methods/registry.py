@@ -31,6 +31,7 @@ OURS: Mapping[str, str] = {
     "greedy": "workbench.circuits.methods.greedy:Greedy",
     "elimination": "workbench.circuits.methods.eliminated:Exactly",
     "elimination_by_gates": "workbench.circuits.methods.eliminated:ByGates",
+    "learned_gates": "workbench.circuits.methods.learned_gates:LearnedGates",
 }
 """Name -> module and class."""
 
