@@ -134,7 +134,7 @@ def example() -> go.Figure:
 def main(folder: Path, theme: Theme) -> None:
     """Write every picture into a folder (the repository's own holds those of `COMMITTED`), and that of the README's
     first lines."""
-    _shrink(save_figure(example(), folder / "heat_map.png", scale=1))
+    _shrink(save_figure(example(), folder / "heat_map.png", scale=2))
     for name, figure in drawn(Scene(), theme):
         if folder != HERE or name in COMMITTED:
             _shrink(save_figure(figure, folder / f"{name}.png", scale=1))

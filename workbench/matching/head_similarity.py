@@ -61,9 +61,9 @@ def all_head_similarity(
     require_same_words(prompts, [position], [position])
     rows = []
     for model, side in ((student, prompts), (teacher, prompts.for_teacher)):
-        _, found = model.activations(side.clean, side.mask, hook_names(model.heads, activation))
+        _, activations = model.activations(side.clean, side.mask, hook_names(model.heads, activation))
         weights, where = output_weights(model, model.heads, activation), place(side, [position])
-        rows.append(torch.stack([head_rows(weights, found, head, where) for head in model.heads]))
+        rows.append(torch.stack([head_rows(weights, activations, head, where) for head in model.heads]))
     ours, theirs = ([str(head) for head in model.heads] for model in (student, teacher))
     return similarity_scores(
         rows[0], rows[1], student=ours, teacher=theirs, measure=measure, estimator=estimator, options=options

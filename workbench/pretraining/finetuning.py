@@ -60,13 +60,13 @@ class Finetuning:
 
     def logits(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
         """Logits at the tokens that predict the answers'."""
-        kept, place = trees.places.unique(return_inverse=True)
+        read_at, place = trees.places.unique(return_inverse=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(
                 trees.tokens,
                 attention_mask=trees.mask(torch.float32),
                 position_ids=trees.positions,
-                logits_to_keep=kept,
+                logits_to_keep=read_at,
                 use_cache=False,
             )
         return output.logits[trees.rows, place].float()
@@ -149,7 +149,7 @@ class Finetuning:
     def export(self, target: Path) -> None:
         """Write a Hugging Face directory with `training.json` (what made it, and its test accuracy) and
         `training_log.jsonl`."""
-        made = {
+        origin = {
             "finetuning": asdict(self.config),
             "steps": len(self.log),
             "test_accuracy": self.accuracy("test"),
@@ -158,7 +158,7 @@ class Finetuning:
 
         def fill(temporary: Path) -> None:
             save_plain(self.model, self.tokenizer, temporary)
-            storage.write_json(temporary / "training.json", made)
+            storage.write_json(temporary / "training.json", origin)
             storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
         storage.replace_directory(target, fill)
@@ -200,13 +200,13 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
 
 def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
     """What the `training.json` of a finished model says. Errors: `InputError` for a model that other settings made."""
-    made = storage.read_json(target / "training.json")
-    if not isinstance(made, dict) or made.get("finetuning") != json.loads(json.dumps(asdict(config))):
+    origin = storage.read_json(target / "training.json")
+    if not isinstance(origin, dict) or origin.get("finetuning") != json.loads(json.dumps(asdict(config))):
         raise InputError(
             f"{target} holds a model that was trained with other settings (its training.json has them); choose another "
             "--out."
         )
-    return made
+    return origin
 
 
 def _run(training: Finetuning, work: Path) -> None:
@@ -219,18 +219,18 @@ def _run(training: Finetuning, work: Path) -> None:
                 training.save(work)
 
 
-def _shallower(model: Any, kept: Sequence[int]) -> Any:
+def _shallower(model: Any, layers: Sequence[int]) -> Any:
     """The model with these layers alone."""
     if not isinstance(model, LlamaForCausalLM):
         raise InputError(
             f"`keep_layers` is for Llama models, and this is a {type(model).__name__}; leave it out, or give a model "
             "without those layers."
         )
-    if not kept or max(kept) >= model.config.num_hidden_layers:
+    if not layers or max(layers) >= model.config.num_hidden_layers:
         raise InputError(
-            f"`keep_layers` is {list(kept)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}."
+            f"`keep_layers` is {list(layers)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}."
         )
-    return with_layers(model, kept).eval()
+    return with_layers(model, layers).eval()
 
 
 def _identity(config: FinetuningConfig, model: Any) -> str:

@@ -118,11 +118,11 @@ def json_value(text: str) -> Any:
 
 
 def _unrepeated(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(entries)
-    if len(found) < len(entries):
+    mapping = dict(entries)
+    if len(mapping) < len(entries):
         names = [name for name, _ in entries]
-        raise ValueError(f"the key {next(name for name in found if names.count(name) > 1)!r} stands twice")
-    return found
+        raise ValueError(f"the key {next(name for name in mapping if names.count(name) > 1)!r} stands twice")
+    return mapping
 
 
 def _no_constant(name: str) -> Any:

@@ -58,16 +58,16 @@ class Trees:
     def batches(self, size: int) -> Iterator["Trees"]:
         """Consecutive batches of at most `size` trees."""
         for start in range(0, len(self), size):
-            kept = (self.rows >= start) & (self.rows < start + size)
+            inside = (self.rows >= start) & (self.rows < start + size)
             part = slice(start, start + size)
             yield Trees(
                 tokens=self.tokens[part],
                 positions=self.positions[part],
                 branch=self.branch[part],
-                rows=self.rows[kept] - start,
-                places=self.places[kept],
-                targets=self.targets[kept],
-                prompt=self.prompt[kept],
+                rows=self.rows[inside] - start,
+                places=self.places[inside],
+                targets=self.targets[inside],
+                prompt=self.prompt[inside],
             )
 
 
@@ -97,15 +97,15 @@ def tree(prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tree:
     always its branch's own."""
     common = _common(prompts)
     tokens, positions, branch = list(prompts[0][:common]), list(range(common)), [STEM] * common
-    found: list[tuple[int, int, int]] = []
+    predicted: list[tuple[int, int, int]] = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         own = [*prompt[common:], *answer[:-1]]
         first = len(tokens) + len(prompt) - common - 1
-        found += [(index, first + place, token) for place, token in enumerate(answer)]
+        predicted += [(index, first + place, token) for place, token in enumerate(answer)]
         tokens += own
         positions += range(common, common + len(own))
         branch += [index] * len(own)
-    return Tree(tokens=tokens, positions=positions, branch=branch, answers=found)
+    return Tree(tokens=tokens, positions=positions, branch=branch, answers=predicted)
 
 
 def _common(prompts: Sequence[Ids]) -> int:
