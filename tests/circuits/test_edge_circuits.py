@@ -197,7 +197,7 @@ def test_selections_fill_their_budget_and_grow(scores, selection):
 
 def test_greedy_is_a_slow_loop_from_the_logits_up(scores):
     ranking = Ranking(scores, EdgeSelection(greedy=True, by="highest"))
-    means, feeds = scores.mean(), ranking.edges.feeds()
+    means, feeds = scores.mean() / ranking.counts, ranking.edges.feeds()
     chosen, left = torch.zeros_like(ranking.there), 40.0
     while True:
         inside = (feeds & chosen.any(1)).any(1)  # receivers of nodes with an edge out

@@ -7,7 +7,8 @@
 
 The last two are those of Nikankin et al. 2025 (arXiv 2510.25786), as their abstract states them; `positive=1` is the
 choice by signed score, `positive=0` the one by size. Sizes count edges as MIB does, with a k and a v for every query
-head (with grouped-query attention an edge into a group's k counts for each of its heads).
+head: with grouped-query attention an edge into a group's k counts once for each of its heads, each with its part of the
+score.
 """
 
 import heapq
@@ -74,9 +75,9 @@ class Ranking:
         if selection.resamples:
             back[~stable(scores, resamples=selection.resamples, level=selection.level, seed=selection.seed)] = 1.0
         span = 2 * float(self.means[self.there].abs().max()) + 1.0
-        self.signed, self.size = self.means - span * back, self.means.abs() - span * back
+        each = self.means / self.counts  # of one edge, as MIB counts them
+        self.signed, self.size = each - span * back, each.abs() - span * back
         self.key = self.signed if selection.by == "highest" else self.size
-        self._order: dict[str, Tensor] = {}
 
     @property
     def total(self) -> int:
