@@ -57,7 +57,13 @@ def _finetuning_config(options: argparse.Namespace) -> "FinetuningConfig":
     from workbench.experiment.recipe import parse_config, read_yaml
     from workbench.pretraining.config import FinetuningConfig
 
-    return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides=_overrides(options.set))
+    placement = _placement(options)
+    if placement.get("dtype", "float32") not in ("float32", "float64"):
+        raise InputError(
+            f"--dtype {placement['dtype']}: weights are trained in float32 (or float64); for forwards in half "
+            "precision use --set precision=bf16."
+        )
+    return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides={**_overrides(options.set), **placement})
 
 
 def _placement(options: argparse.Namespace) -> dict[str, str]:

@@ -259,6 +259,7 @@ def _declare_finetune(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="override a setting, e.g. model=PATH or steps=100",
     )
+    _on_a_device(command_parser)
     _common(command_parser, run.finetune_model, check=run.check_finetuning, after=CHECKPOINTED)
 
 

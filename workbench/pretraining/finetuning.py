@@ -11,7 +11,6 @@ Every batch is a function of (seed, step) alone, so an interrupted training resu
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from transformers import LlamaForCausalLM
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
+from workbench.models.devices import require_device
 from workbench.models.export import save_plain
 from workbench.patching.progress import progress_bar
 from workbench.pretraining.config import FinetuningConfig
@@ -40,9 +40,11 @@ class Finetuning:
     """A model in training on a task, resumable to the bit."""
 
     def __init__(self, config: FinetuningConfig) -> None:
-        source = sources.open_source(config.model, dtype=torch.float32)
+        require_device(config.device)
+        source = sources.open_source(config.model, dtype=getattr(torch, config.dtype))
         self.config, self.tokenizer = config, source.tokenizer
         self.model = source.model if config.keep_layers is None else _shallower(source.model, config.keep_layers)
+        self.model = self.model.to(config.device)
         self.task: Task = task_named(config.task, config.options)
         self.leaves = _trained(self.model, config.trains)
         self.optimizer = torch.optim.AdamW(
@@ -56,15 +58,16 @@ class Finetuning:
         drawn = list(
             self.task.pairs(self.tokenizer, split=split, scenes=count, seed=seeds.derive(self.config.seed, *labels))
         )
-        return trees_of(drawn, self.tokenizer, each=len(drawn) // count)
+        return trees_of(drawn, self.tokenizer, each=len(drawn) // count).to(self.config.device)
 
     def logits(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
         """Logits at the tokens that predict the answers'."""
         read_at, place = trees.places.unique(return_inverse=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+        kind = torch.device(self.config.device).type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(
                 trees.tokens,
-                attention_mask=trees.mask(torch.float32),
+                attention_mask=trees.mask(self.model.dtype),
                 position_ids=trees.positions,
                 logits_to_keep=read_at,
                 use_cache=False,
@@ -79,7 +82,7 @@ class Finetuning:
             group["lr"] = rate
         trees = self.scenes("train", config.scenes, "scenes", step)
         self.model.train()
-        with seeds.local(config.seed, "dropout", step):
+        with seeds.local(config.seed, "dropout", step, device=config.device):
             logits = self.logits(trees)
         self.model.eval()
         loss = nn.functional.cross_entropy(logits, trees.targets)
@@ -150,7 +153,7 @@ class Finetuning:
         """Write a Hugging Face directory with `training.json` (what made it, and its test accuracy) and
         `training_log.jsonl`."""
         origin = {
-            "finetuning": asdict(self.config),
+            "finetuning": self.config.described(),
             "steps": len(self.log),
             "test_accuracy": self.accuracy("test"),
             **provenance(),
@@ -201,7 +204,7 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
 def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
     """What the `training.json` of a finished model says. Errors: `InputError` for a model that other settings made."""
     origin = storage.read_json(target / "training.json")
-    if not isinstance(origin, dict) or origin.get("finetuning") != json.loads(json.dumps(asdict(config))):
+    if not isinstance(origin, dict) or origin.get("finetuning") != json.loads(json.dumps(config.described())):
         raise InputError(
             f"{target} holds a model that was trained with other settings (its training.json has them); choose another "
             "--out."
@@ -237,7 +240,7 @@ def _identity(config: FinetuningConfig, model: Any) -> str:
     """The configuration and the weights that training begins with: a checkpoint of another start refuses to be
     resumed."""
     weights = (value for _, value in sorted(model.state_dict().items()))
-    return storage.digest(json.dumps(asdict(config), sort_keys=True), *weights, separator="")
+    return storage.digest(json.dumps(config.described(), sort_keys=True), *weights, separator="")
 
 
 def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:

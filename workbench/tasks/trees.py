@@ -6,7 +6,7 @@ computes in it is what it computes in the prompt alone.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,21 +38,27 @@ class Trees:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to(self, device: torch.device | str) -> "Trees":
+        """The same on a device."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def visible(self) -> Bool[Tensor, "tree 1 pos pos"]:
         """Which key each query may see; padding sees itself, so that no row is empty."""
         query, key = self.branch[:, :, None], self.branch[:, None, :]
-        earlier = torch.ones(self.tokens.shape[1], self.tokens.shape[1], dtype=torch.bool).tril()
+        everything = torch.ones(2 * self.tokens.shape[1:], dtype=torch.bool, device=self.tokens.device)
+        earlier = everything.tril()
         seen = earlier & ((key == STEM) | (key == query)) & (key != PADDING)
-        return (seen | torch.eye(len(earlier), dtype=torch.bool))[:, None]
+        return (seen | earlier & everything.triu())[:, None]
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "tree 1 pos pos"]:
         """The same to be added to attention scores: 0, or the lowest number."""
-        return torch.zeros(self.visible().shape, dtype=dtype).masked_fill(~self.visible(), torch.finfo(dtype).min)
+        seen = self.visible()
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     def right(self, logits: Float[Tensor, "answers d_vocab"]) -> Bool[Tensor, " prompts"]:
         """Whether all tokens of a prompt's answer have the highest logits, prompt by prompt."""
         first = int(self.prompt.min())
-        wrong = torch.zeros(int(self.prompt.max()) - first + 1, dtype=torch.long)
+        wrong = torch.zeros(int(self.prompt.max()) - first + 1, dtype=torch.long, device=logits.device)
         return wrong.index_add(0, self.prompt - first, (logits.argmax(-1) != self.targets).long()) == 0
 
     def batches(self, size: int) -> Iterator["Trees"]:
