@@ -132,7 +132,7 @@ def commands(*, taking: str) -> set[str]:
 
 
 def test_every_command_that_loads_a_model_takes_a_device_and_a_dtype() -> None:
-    loading = {"demo", "discover", "match", "distill", "evaluate", "study", "explore", "check-model"}
+    loading = {"demo", "discover", "match", "distill", "evaluate", "study", "explore", "check-model", "finetune"}
     assert commands(taking="--device") == commands(taking="--dtype") == loading
     assert commands(taking="--quiet") == commands(taking="--log-file") == set(parser().get_default("known"))
 
