@@ -15,16 +15,21 @@ from torch import Tensor
 from benchmarks import subjects
 from benchmarks.timing import medians
 from workbench.circuits.elimination import Elimination, EliminationConfig, eliminate
+from workbench.circuits.remaining import Remaining
+from workbench.experiment.prompts import Prompts
+from workbench.experiment.recipe import read_recipe
+from workbench.models.hooked_model import Teacher
 from workbench.patching.ablation import reference_means
 from workbench.patching.execution import Engine, Execution
+from workbench.storage import located
 
 LAYERS, HEADS = 6, 8
 
 
 def elimination() -> dict[str, Any]:
-    """All 48 heads one after another, 12 prompts of 24 tokens, by the answer's log-probability at the last token."""
+    """All 48 heads one after another, 8 prompts of 24 tokens, by the answer's log-probability at the last token."""
     model = subjects.llama(layers=LAYERS, heads=HEADS, kv_heads=HEADS, d_model=128, d_head=16)
-    pairs = subjects.random_pairs(12, 24)
+    pairs = subjects.random_pairs(8, 24)
     means, config = reference_means(model, pairs.swapped()), EliminationConfig(to_the_end=True)
 
     def run(engine: Engine) -> Elimination:
@@ -53,4 +58,49 @@ def elimination() -> dict[str, Any]:
     }
 
 
-RUNS = {"elimination": elimination}
+BUNDLED = {"mixture-teacher": ("mind", {}), "teacher": ("demo", {"data.discovery_scenes": 8})}
+"""Bundled teachers with the recipes that say their prompts; entity tracking on 56 of them."""
+FAST: dict[str, Any] = {"exact_from": 14, "round_share": 0.3, "round_steps": 3, "prompts": 24}
+
+
+def fast() -> dict[str, Any]:
+    """Elimination by gates against exact elimination on the bundled teachers: accuracy on fresh prompts at the size of
+    the exact circuit, and the forwards over prompts that each took."""
+    rows = {name: _fast(name, *recipe) for name, recipe in BUNDLED.items()}
+    return {
+        "name": "elimination-fast",
+        "forwards_share": {name: round(row["fast_runs"] / row["exact_runs"], 4) for name, row in rows.items()},
+        "accuracy_difference": {name: round(row["fast"] - row["exact"], 4) for name, row in rows.items()},
+        "bundled": rows,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _fast(name: str, recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    model = Teacher.load(located(name))
+    prompts = Prompts(read_recipe(recipe, overrides=overrides), model.tokenizer)
+    means, test = reference_means(model, prompts.reference), prompts.test.rows(slice(0, 280))
+    quiet = Execution(progress=False)
+    exact = eliminate(model, prompts.discovery, means, EliminationConfig(target=0.9), execution=quiet)
+    size = len(exact.left(exact.removals))
+    fast = eliminate(model, prompts.discovery, means, EliminationConfig(target=0.9, **FAST), execution=quiet)
+    removals = min(len(exact.sites) - size, len(fast.order))
+    fresh = Remaining(model, test, means, "log_probability", quiet)
+
+    def accuracy(result: Elimination, removed: int) -> float:
+        gone = [(site.part, site.position) for site in result.order[:removed]]
+        return float(fresh.after(gone)[1].mean())
+
+    return {
+        "parts": len(exact.sites),
+        "size": size,
+        "fast_size": len(fast.sites) - removals,
+        "full": float(fresh.after([])[1].mean()),
+        "exact": accuracy(exact, exact.removals),
+        "fast": accuracy(fast, removals),
+        "exact_runs": exact.runs,
+        "fast_runs": fast.runs,
+    }
+
+
+RUNS = {"elimination": elimination, "elimination-fast": fast}

@@ -43,5 +43,9 @@ class DiscoveryConfig:
     """`interval`: a head is taken only if this confidence interval of its mean effect lies wholly above 0;
     `significance`: 1 minus the false-discovery rate."""
 
+    resamples: Annotated[int, Field(ge=0)] = 0
+    """Search again on so many resampled sets of the prompts (as many, drawn with repeats), to say how stable the
+    circuit is: each costs a search."""
+
     def __post_init__(self) -> None:
         require_method(self.method)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict, Unpack
 
 from workbench.circuits.config import DiscoveryConfig
-from workbench.circuits.methods.base import Inquiry
+from workbench.circuits.methods.base import Inquiry, search_by
 from workbench.circuits.methods.registry import method_named, method_names, options_of, require_method
 from workbench.circuits.search_curve import Of
 from workbench.circuits.search_result import CircuitSearch
@@ -98,12 +98,12 @@ def find_circuit(
         pairs=mine,
         metric=measured,
         config=config,
-        stand_in=lambda: replacement_of(model, mine, reference),
+        stand_in=lambda some: replacement_of(model, some, reference),
         stages=stages,
         execution=dataclasses.replace(execution, file=None),
         file_of=_beside(execution.path),
     )
-    return finder.find(inquiry)
+    return search_by(finder, inquiry)
 
 
 def _sorted(method: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,4 +123,6 @@ def _beside(path: Path | None) -> Callable[[str], Path] | None:
     """The file of some scores: the caller's own; a stage's beside it, with the stage's name."""
     if path is None:
         return None
-    return lambda name: path.with_stem(f"{path.stem}-{name.removeprefix('path-')}") if "path-" in name else path
+    return lambda name: (
+        path.with_stem(f"{path.stem}-{name.removeprefix('path-')}") if name.startswith(("path-", "resample-")) else path
+    )

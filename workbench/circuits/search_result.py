@@ -32,6 +32,8 @@ class CircuitSearch:
     """Where each ranked head acts; heads that it leaves out act everywhere."""
     curve: SearchCurve | None = None
     """What the beginnings of the ranking keep on the same prompts; None where ablating everything changes nothing."""
+    stability: tuple[float, ...] = ()
+    """Jaccard of the circuit's heads with those found on each resampled set of the prompts (`resamples`)."""
     notes: tuple[str, ...] = ()
     """What the prompts can't tell: ties and intervals, in words."""
     seconds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -44,6 +46,7 @@ class CircuitSearch:
             "reference": self.reference,
             "ranking": [str(head) for head in self.ranking],
             "curve": None if self.curve is None else self.curve.to_json(),
+            "stability": list(self.stability),
             "notes": list(self.notes),
         }
 

@@ -8,7 +8,7 @@ from workbench import storage
 from workbench.circuits import curves, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.looks import attention_to_positions
-from workbench.circuits.methods.base import Inquiry
+from workbench.circuits.methods.base import Inquiry, search_by
 from workbench.circuits.methods.registry import method_named
 from workbench.circuits.search_result import CircuitSearch
 from workbench.errors import InputError
@@ -67,7 +67,7 @@ def _searched(run: Run, name: str, model: HookedModel) -> CircuitSearch:
         profiles(run, name, model)  # matching reads them
     resumed = any(f"{name}-ablation-" not in file.name for file in (run.folder.path / "scores").glob(f"{name}-*"))
     start = time.perf_counter()
-    search = method_named(config.method, config.options).find(inquiry_of(run, name, model))
+    search = search_by(method_named(config.method, config.options), inquiry_of(run, name, model))
     if not resumed:
         seconds, clock = search.seconds or {config.method: time.perf_counter() - start}, time.perf_counter()
         plain_logits(model, run.read_by(model, run.prompts.discovery))
@@ -86,7 +86,7 @@ def inquiry_of(run: Run, name: str, model: HookedModel, *, keep: bool = True) ->
         pairs=prompts,
         metric=METRICS[config.metric],
         config=config,
-        stand_in=lambda: run.stand_in(name, model, config.replacement, prompts),
+        stand_in=lambda some: run.stand_in(name, model, config.replacement, some),
         stages=run.prompts.stages,
         file_of=(lambda part: run.folder.scores_file(name, part)) if keep else None,
         impacts=(lambda: profiles(run, name, model)[config.metric]) if keep and config.replacement == "mean" else None,

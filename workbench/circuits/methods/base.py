@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
+
+from workbench import seeds
 from workbench.circuits.config import DiscoveryConfig
 from workbench.circuits.search_result import CircuitSearch
 from workbench.models.hooked_model import HookedModel
@@ -28,8 +31,8 @@ class Inquiry:
     metric: Metric
     config: DiscoveryConfig
     """What is common to all methods: how many of the ranked heads."""
-    stand_in: Callable[[], tuple[Replacement, str]]
-    """Makes what stands in for what is ablated, with that in words."""
+    stand_in: Callable[[PromptPairs], tuple[Replacement, str]]
+    """Makes what stands in for what is ablated on these prompts, with that in words."""
     stages: tuple[Stage, ...] = ()
     """Of the task's circuit, where they are known."""
     execution: Execution = Execution()
@@ -41,7 +44,7 @@ class Inquiry:
 
     @functools.cached_property
     def _stand_in(self) -> tuple[Replacement, str]:
-        return self.stand_in()
+        return self.stand_in(self.pairs)
 
     @property
     def replacement(self) -> Replacement:
@@ -80,3 +83,30 @@ class DiscoveryMethod(Protocol):
         """At most so many times the prompts are run by a model of so many heads in all: what a search costs, in
         forwards (a forward with its backward counts 3)."""
         ...
+
+
+def search_by(method: DiscoveryMethod, inquiry: Inquiry) -> CircuitSearch:
+    """The circuit, and where the settings want it how stable it is over resampled prompts."""
+    result, draws = method.find(inquiry), inquiry.config.resamples
+    if not draws:
+        return result
+    others = [method.find(_resampled(inquiry, draw)).circuit for draw in range(draws)]
+    values = tuple(result.circuit.jaccard(other) for other in others)
+    note = (
+        f"stability: over {draws} resampled sets of the prompts the circuit's heads have Jaccard "
+        f"{sum(values) / draws:.2f} ({min(values):.2f} to {max(values):.2f}); sizes "
+        f"{', '.join(str(len(other.heads)) for other in others)}"
+    )
+    return replace(result, stability=values, notes=(*result.notes, note))
+
+
+def _resampled(inquiry: Inquiry, draw: int) -> Inquiry:
+    """The same question on as many prompts, drawn with repeats."""
+    count, file_of = len(inquiry.pairs), inquiry.file_of
+    rows = torch.randint(count, (count,), generator=seeds.generator(0, "resampled prompts", str(draw)))
+    return replace(
+        inquiry,
+        pairs=inquiry.pairs.rows(rows.to(inquiry.pairs.mask.device)),
+        file_of=None if file_of is None else lambda name: file_of(f"resample-{draw}-{name}"),
+        impacts=None,
+    )

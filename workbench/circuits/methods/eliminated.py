@@ -7,8 +7,11 @@ from typing import Annotated
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
+from torch import Tensor
 
-from workbench.circuits.elimination import ROLE, Elimination, EliminationConfig, eliminate
+from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.elimination import ROLE, Elimination, EliminationConfig, Site, eliminate
+from workbench.circuits.exchange import Exchanged, exchange
 from workbench.circuits.methods.base import Inquiry
 from workbench.circuits.remaining import KL, Remaining
 from workbench.circuits.search_curve import Of, SearchCurve, plain
@@ -61,7 +64,7 @@ class Exactly(_Options):
 
     def find(self, inquiry: Inquiry) -> CircuitSearch:
         """The last of what was left that reaches the target."""
-        return _found(inquiry, self._config(inquiry), "elimination")
+        return _found(inquiry, self._config(inquiry), "elimination", exchanging=self.exchange)
 
     def runs(self, heads: int, layers: int) -> int:
         """n (n + 1) / 2 of n parts, most of which run only what lies above the removed part."""
@@ -80,10 +83,12 @@ class ByGates(_Options):
     """Share of what is left that one round removes."""
     round_steps: Annotated[int, Field(ge=1)] = 3
     """Steps of a round's integrated gradient."""
+    prompts: Annotated[int, Field(ge=1)] | None = None
+    """What goes is decided on the first so many prompts, whether the target is kept on all. None: on all."""
 
     def find(self, inquiry: Inquiry) -> CircuitSearch:
         """The last of what was left that reaches the target."""
-        return _found(inquiry, self._config(inquiry), "elimination_by_gates")
+        return _found(inquiry, self._config(inquiry), "elimination_by_gates", exchanging=self.exchange)
 
     def runs(self, heads: int, layers: int) -> int:
         """Gradients of each round, then the exact end."""
@@ -94,21 +99,52 @@ class ByGates(_Options):
         return rounds * (3 * self.round_steps + 1) + parts * (parts + 1) // 2
 
 
-def _found(inquiry: Inquiry, config: EliminationConfig, name: str) -> CircuitSearch:
+def _found(inquiry: Inquiry, config: EliminationConfig, name: str, *, exchanging: bool) -> CircuitSearch:
     execution = inquiry.executed(name)
     if execution.path is not None:
         execution = replace(execution, file=execution.path.with_suffix(".json"))
     result = eliminate(inquiry.model, inquiry.pairs, inquiry.replacement, config, execution=execution)
-    ranked = [site.part for site in result.ranking if isinstance(site.part, Head)]
+    left, notes = result.left(result.removals), _notes(result)
+    if exchanging:
+        grown = _exchanged(inquiry, result)
+        left, notes = grown.left, (*notes, _told(result, grown))
+    members = [Member(site.part, ROLE, site.position) for site in left if isinstance(site.part, Head)]
+    circuit = Circuit.of(members, shape=inquiry.shape, method=result.method)
+    ranked = [site.part for site in (*left, *result.ranking) if isinstance(site.part, Head)]
+    if not exchanging:
+        ranked = [site.part for site in result.ranking if isinstance(site.part, Head)]
     return CircuitSearch(
-        circuit=result.circuit,
-        scores=removal_costs(inquiry, result),
+        circuit=circuit,
+        scores=removal_costs(inquiry, result, left),
         method=name,
         reference=f"removed parts: {inquiry.words}",
         ranking=tuple(dict.fromkeys(ranked)),
-        acting=_acting(result) if config.positions else {},
+        acting=_acting(result) | circuit.scope if config.positions else {},
         curve=_curve(inquiry, result),
-        notes=_notes(result),
+        notes=notes,
+    )
+
+
+def _remaining(inquiry: Inquiry, config: EliminationConfig) -> Remaining:
+    return Remaining(
+        inquiry.model, inquiry.pairs, inquiry.replacement, config.criterion, inquiry.execution, mlps=config.mlps
+    )
+
+
+def _exchanged(inquiry: Inquiry, result: Elimination) -> Exchanged:
+    def reaches(measured: Tensor) -> bool:
+        criterion, accuracy, divergence = measured.mean(1).tolist()
+        return result.keeps(criterion=criterion, accuracy=accuracy, divergence=divergence)
+
+    return exchange(_remaining(inquiry, result.config), result.sites, result.left(result.removals), reaches)
+
+
+def _told(result: Elimination, grown: Exchanged) -> str:
+    before = set(result.left(result.removals))
+    into, out = [str(site) for site in grown.left if site not in before], sorted(map(str, before - set(grown.left)))
+    return (
+        f"{ROLE}: grown and pruned ({grown.exchanges} exchanges, {grown.pruned} pruned): {len(grown.left)} parts, with "
+        f"{' '.join(into) or 'none'} put back for {' '.join(out) or 'none'}; the curve is of the elimination before"
     )
 
 
@@ -141,24 +177,16 @@ def _curve(inquiry: Inquiry, result: Elimination) -> SearchCurve:
     )
 
 
-def removal_costs(inquiry: Inquiry, result: Elimination) -> Scores:
+def removal_costs(inquiry: Inquiry, result: Elimination, left: Sequence[Site]) -> Scores:
     """What each head's removal costs: of the circuit's heads from the circuit, of the others when they went (NaN inside
     a round of removals). A head at several positions counts with the largest."""
-    remaining = Remaining(
-        inquiry.model,
-        inquiry.pairs,
-        inquiry.replacement,
-        result.config.criterion,
-        inquiry.execution,
-        mlps=result.config.mlps,
-    )
-    removals = result.removals
-    gone, left = result.order[:removals], result.left(removals)
+    remaining = _remaining(inquiry, result.config)
+    gone = [site for site in result.sites if site not in set(left)]
     remaining.remove([(site.part, site.position) for site in gone])
     without = remaining.without_each([(site.part, site.position) for site in left])
     costs = dict(zip(left, remaining.measured()[0] - without, strict=True))
     rows = result.criterion.values
-    costs |= {site: (rows[at] - rows[at + 1]).double() for at, site in enumerate(gone)}
+    costs |= {site: (rows[at] - rows[at + 1]).double() for at, site in enumerate(result.order) if site in set(gone)}
     values = torch.full((*inquiry.shape, len(inquiry.pairs)), torch.nan, dtype=torch.float64)
     for site, cost in costs.items():
         if isinstance(site.part, Head):

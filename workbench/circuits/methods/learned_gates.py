@@ -72,7 +72,7 @@ class LearnedGates:
     batch: Annotated[int, Field(ge=1)] = 16
     """Prompts in a step."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    penalty: Annotated[float, Field(ge=0)] = 3.0
+    penalty: Annotated[float, Field(ge=0)] = 10.0
     """Nats that all gates being open cost, at the end."""
     seed: int = 0
 

@@ -59,7 +59,7 @@ class PathPatching:
         )
         scores = stacked(search.scores)
         assert scores is not None  # the first stage is always scored
-        corrupt = replace(inquiry, stand_in=lambda: (counterfactual_outputs(inquiry.model, inquiry.pairs), ""))
+        corrupt = replace(inquiry, stand_in=lambda pairs: (counterfactual_outputs(inquiry.model, pairs), ""))
         result = CircuitSearch(
             circuit=search.circuit,
             scores=scores,
