@@ -290,6 +290,7 @@ def test_signals_end_a_command_with_its_advice(number: signal.Signals, tmp_path:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout is not None
     assert "the explorer is at" in process.stdout.readline()
