@@ -7,16 +7,21 @@ VENV3  := .venv-tl3
 READY3 := $(VENV3)/.ready
 # Threads that wait sleep: on a machine that others use too, waiting in a loop slows everybody down.
 export OMP_WAIT_POLICY := PASSIVE
+# Processes that the tests run on, one thread each: as many as there are cores.
+WORKERS ?= auto
 
-.PHONY: demo test test-tl3 browser ray notebooks figures tables docs check lint types bench models dist resolve clean
+.PHONY: demo test test-fast test-tl3 browser ray notebooks figures tables docs check lint types bench models dist resolve clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
 
 test: $(READY) $(READY3)  ## lint, types, every test, and the contract tests on TransformerLens 3.9
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(MAKE) --no-print-directory test-tl3
+
+test-fast: $(READY)  ## the quick tests alone: no browser, no notebook, no second environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser"
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
 	PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/models/test_models.py tests/models/test_sources.py tests/readouts/test_readouts.py
@@ -32,8 +37,9 @@ ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
 	$(BIN)/python -m pytest -rs tests/study/test_study_ray.py
 
-figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
+figures: $(READY)  ## draw the gallery in assets/figures and the picture of the explorer anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
+	$(BIN)/python assets/figures/explorer.py
 
 tables: $(READY)  ## the tables of README and site anew from the committed results
 	$(BIN)/python -m docs.tables

@@ -4,6 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or
 is made.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -317,10 +318,16 @@ def benchmarks() -> str:
     return markdown(("benchmark", "against", "ratio", "forwards", "time / bare matrix products"), rows)
 
 
+@cache
+def planned(name: str) -> Any:
+    """A recipe's plan as JSON; made once, since its prompts are drawn and read for it."""
+    return json.loads(json.dumps(plan_of(name).to_json()))
+
+
 def plans() -> str:
     """What the paper's own runs cost, as `workbench plan` says."""
     head = "recipe", "hours", "peak memory", "teacher's outputs and students on disk"
-    totals = {name: plan_of(name).to_json()["total"] for name in PLANNED}
+    totals = {name: planned(name)["total"] for name in PLANNED}
     rows = [
         [f"`{name}`", f"{of['hours']:.1f}", f"{of['memory'] / 1e9:.0f} GB", f"{of['disk'] / 1e9:.0f} GB"]
         for name, of in totals.items()

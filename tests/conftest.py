@@ -1,6 +1,8 @@
 """Shared tiny models, and the fixture that fails a test which leaks hooks, flags, modes or global random state."""
 
 import os
+import subprocess
+import sys
 import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from workbench.models.hooked_model import HookedModel, Student, Teacher
@@ -75,6 +78,7 @@ def config_of(architecture: str, **sizes: int) -> Any:
     )
 
 
+ROOT = Path(__file__).parents[1]
 ModelFolder = Callable[..., Path]
 
 
@@ -123,6 +127,24 @@ def load_teacher(model_folder: ModelFolder) -> Callable[..., Teacher]:
 def load_student(model_folder: ModelFolder) -> Callable[..., Student]:
     """A fresh model that trains."""
     return lambda architecture="llama", **kwargs: Student.load(model_folder(architecture, **kwargs))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site of docs/, built once for all the processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = shared / "site"
+    with FileLock(shared / "site.lock"):
+        if not folder.exists():
+            fresh = shared / "site-new"
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(fresh)]
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            fresh.rename(folder)
+    return folder
 
 
 def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3, seed: int = 0) -> PromptPairs:

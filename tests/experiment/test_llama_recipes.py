@@ -17,6 +17,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from docs import tables
 from workbench import storage
 from workbench.cli import main
 from workbench.distillation.reports import read_log
@@ -183,16 +184,26 @@ def test_a_teacher_in_half_precision_is_the_same_teacher(miniature: Callable[[st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_plan_fits_one_accelerator(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_fits_one_accelerator(name: str) -> None:
     """80 GB, with the teacher resident; the circuit is within the paper's 11 to 15 % of the heads."""
-    assert main(["plan", name, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = tables.planned(name)
     assert plan["total"]["memory"] < 80e9
     student = plan["models"][1]
     assert 0.11 <= student["trained_heads"] / student["heads"] <= 0.15
     stages = {stage["name"]: stage for stage in plan["stages"]}
     assert stages["train circuit_ce_cka"]["what"].startswith("1 x 3500 steps")
     assert 0 < sum(stage["operations"] for stage in plan["stages"]) == plan["total"]["operations"]
+
+
+def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", NAMES[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == tables.planned(NAMES[0])
+
+
+def test_the_page_of_costs_is_what_the_plans_say() -> None:
+    """Here and not beside the other tables: each plan takes twenty seconds, and is made once in a process."""
+    page = tables.ROOT / "docs/guides/what_a_run_costs.md"
+    assert tables.filled(page.read_text()) == page.read_text(), "make tables"
 
 
 def test_a_live_teacher_costs_operations_and_no_disk() -> None:

@@ -240,3 +240,34 @@ def test_a_link_that_leads_nowhere_is_named(recipe: Path, tmp_path: Path, capsys
     assert "does not exist; make that" in capsys.readouterr().err
     (tmp_path / "absent").mkdir()
     assert run("discover", "--recipe", recipe, "--out", tmp_path / "link") == 0
+
+
+@pytest.mark.parametrize("method", ["path_patching", "mean_ablation"])
+def test_an_empty_circuit_is_refused_with_what_would_fill_it(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """Twelve prompts can't be as significant as this."""
+    out = tmp_path / "run"
+    settings = ("--set", f"discovery.method={method}", "--set", "discovery.selection=significance")
+    settings += ("--set", "discovery.confidence=0.999999")
+    assert run("discover", "--recipe", recipe, "--out", out, *settings) == 2
+    told = capsys.readouterr().err
+    assert "no head is chosen" in told
+    assert "false-discovery rate of 1e-06" in told
+    assert "`discovery.selection: top`" in told
+    assert list((out / "scores").glob("teacher-*.safetensors"))
+    assert not (out / "circuits/teacher.json").exists()
+
+
+def test_a_circuit_smaller_than_asked_for_is_explained(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="workbench"):
+        assert run("discover", "--recipe", recipe, "--out", tmp_path / "run", "--set", "discovery.heads=30") == 0
+    assert "of up to 30 heads asked for" in caplog.text
+    assert "in A" in caplog.text
+    caplog.clear()
+    settings = ("--set", "discovery.selection=top", "--set", "discovery.method=mean_ablation")
+    with caplog.at_level("INFO", logger="workbench"):
+        assert run("discover", "--recipe", recipe, "--out", tmp_path / "other", *settings) == 0
+    assert "asked for" not in caplog.text

@@ -9,6 +9,8 @@ from docs import tables
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 LINES, WIDTH = 130, 120
+PLANS = "what_a_run_costs"
+"""The one page whose table takes minutes."""
 
 
 def test_it_fits_on_a_screen_or_two() -> None:
@@ -40,16 +42,18 @@ def test_what_it_names_is_there() -> None:
 
 
 def test_tables_are_what_the_committed_results_say() -> None:
+    """The table of plans is made in `tests/experiment/test_llama_recipes.py`."""
     there: set[str] = set()
     for page in tables.pages():
         text = page.read_text()
-        assert tables.filled(text) == text, f"{page.name}: make tables"
+        if page.stem != PLANS:
+            assert tables.filled(text) == text, f"{page.name}: make tables"
         there |= {block["name"] for block in tables.BLOCK.finditer(text)}
     assert there == set(tables.TABLES), "every table is used"
 
 
 def test_a_number_changed_by_hand_does_not_stay() -> None:
-    for page in tables.pages():
+    for page in (page for page in tables.pages() if page.stem != PLANS):
         block = tables.BLOCK.search(page.read_text())
         assert block is not None
         digit = list(re.finditer(r"\d(?= )", block[0]))[-1]

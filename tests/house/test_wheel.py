@@ -76,6 +76,7 @@ def test_the_wheel_holds_the_package_and_what_its_commands_read(distribution: Pa
     assert sources | recipes | static | {"workbench/py.typed"} <= names
     assert {f"workbench/assets/models/{name}/model.safetensors" for name in MODELS} <= names
     assert "workbench/assets/results/study_entity/summary.json" in names
+    assert "workbench/assets/results/study_entity/sibling/results.json" in names, "the last notebook reads it"
     assert "workbench/assets/data/ioi_20.jsonl" in names
     assert {name.split("/")[0] for name in names} == {
         "workbench",

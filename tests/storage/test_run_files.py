@@ -155,7 +155,7 @@ def test_scores_with_broken_descriptions(tmp_path: Path, described: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"null", b"[]", b"{", b"\xff", b"NaN", b'{"a": 1, "a": 2}', b"1e999", b"[" * 20000]
+    "content", [b"null", b"[]", b"{", b"\xff", b"NaN", b'{"a": 1, "a": 2}', b"1e999", b"[" * 20000, b'["\\ud800"]']
 )
 def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "run.json"

@@ -128,6 +128,35 @@ def chosen(scores: Scores, config: DiscoveryConfig, *, least: float) -> list[Hea
             return selection.by_interval(scores, most=config.heads, least=least, confidence=config.confidence)
 
 
+RULES = {
+    "top": "the strongest",
+    "threshold": "an effect of at least `discovery.least_effect` ({least_effect:g})",
+    "elbow": "a rank in front of the elbow of the ranked effects",
+    "significance": "an effect above 0 at a false-discovery rate of {rate:g} (1 - `discovery.confidence`)",
+    "interval": "an effect of at least `discovery.least_effect` ({least_effect:g}) and above 0 with "
+    "`discovery.confidence` {confidence:g}",
+}
+"""Selection -> what a head must have, in words."""
+
+
+def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryConfig) -> tuple[str, ...]:
+    """Why groups (stages) of a circuit hold fewer heads than `heads` asks for, and what would change it: one sentence,
+    or none where all are full."""
+    short = {group: len(circuit.roles.get(group, ())) for group in groups}
+    short = {group: count for group, count in short.items() if count < config.heads}
+    if not short:
+        return ()
+    counts = ", ".join(f"{count} in {group}" for group, count in short.items())
+    rule = RULES[config.selection].format(
+        least_effect=config.least_effect, confidence=config.confidence, rate=1 - config.confidence
+    )
+    return (
+        f"of up to {config.heads} heads asked for (`discovery.heads`): {counts}; selection {config.selection!r} asks "
+        f"for {rule}. More discovery prompts narrow the intervals; `discovery.selection: top` takes the strongest "
+        "whatever their effect",
+    )
+
+
 def ranking(scores: Mapping[str, Scores]) -> list[Head]:
     """All heads of a search in one order: by their largest effect in any stage, as a share of that stage's
     largest."""

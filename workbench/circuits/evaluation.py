@@ -202,11 +202,11 @@ def evaluate_with_outcomes(
         "empty": [empty],
     }
     right = {name: [correct(logits, pairs) for logits in several] for name, several in runs.items()}
-    whole, alone = right["full"][0], right["circuit"][0]
+    whole, circuit_right = right["full"][0], right["circuit"][0]
     randoms = [float(each.float().mean()) for each in right["random"]] or [float("nan")]
     differences = {name: _mean_difference(several, pairs) for name, several in runs.items()}
     gap = differences["full"] - differences["empty"]
-    full_accuracy, alone_accuracy = float(whole.float().mean()), float(alone.float().mean())
+    full_accuracy, alone_accuracy = float(whole.float().mean()), float(circuit_right.float().mean())
     report = CircuitReport(
         heads=len(circuit.heads),
         total_heads=circuit.shape[0] * circuit.shape[1],
@@ -216,7 +216,7 @@ def evaluate_with_outcomes(
         full_accuracy=full_accuracy,
         full_interval=wilson_interval(int(whole.sum()), len(pairs)),
         circuit_accuracy=alone_accuracy,
-        circuit_interval=wilson_interval(int(alone.sum()), len(pairs)),
+        circuit_interval=wilson_interval(int(circuit_right.sum()), len(pairs)),
         random_circuit_accuracy=sum(randoms) / len(randoms),
         random_circuit_range=(min(randoms), max(randoms)),
         random_circuits=random_circuits,
@@ -226,7 +226,7 @@ def evaluate_with_outcomes(
         logit_difference_recovered=(differences["circuit"] - differences["empty"]) / gap if gap else None,
         candidate_accuracies={name: _among_candidates(several, pairs) for name, several in runs.items() if several},
     )
-    return report, {"full": whole, "circuit": alone}
+    return report, {"full": whole, "circuit": circuit_right}
 
 
 def _among_candidates(runs: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:

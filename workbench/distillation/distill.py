@@ -178,7 +178,7 @@ def distill(
 
 
 def _settings(
-    settings: dict[str, Any], weight: float, prompts: int
+    settings: dict[str, Any], weight: float | int, prompts: int
 ) -> tuple[TrainingConfig, Trains, bool, Validation | None]:
     """(configuration of the training, what trains, whether key-value groups do, validation)."""
     known = DistillSettings.__annotations__
@@ -193,7 +193,7 @@ def _settings(
         raise InputError(f"trains={trains!r} is neither 'heads' (the matched ones) nor 'all'.")
     batch = {"batch": min(64, prompts)} if "batch" not in settings else {}
     chosen = {ALIGNMENT[name]: settings.pop(name) for name in list(settings) if name in ALIGNMENT}
-    alignment = configured(AlignmentConfig, {"weight": weight, **chosen}, call="distill")
+    alignment = configured(AlignmentConfig, {"weight": float(weight), **chosen}, call="distill")
     return (
         configured(TrainingConfig, {"alignment": alignment, **batch, **settings}, call="distill"),
         trains,

@@ -11,6 +11,7 @@ from workbench.circuits.looks import attention_to_positions
 from workbench.circuits.methods.base import Inquiry, search_by
 from workbench.circuits.methods.registry import method_named
 from workbench.circuits.search_result import CircuitSearch
+from workbench.errors import InputError
 from workbench.experiment.evaluate import evaluate
 from workbench.experiment.origins import KEY
 from workbench.experiment.run import Run
@@ -38,6 +39,9 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(prompts), len(model.heads))
     search = _searched(run, name, model)
     circuit = search.circuit
+    if not circuit.members:
+        reasons, scores = "; ".join(search.notes), run.folder.path / "scores"
+        raise InputError(f"{name}: no head is chosen; {reasons}. The scores of all heads are in {scores}.")
     log.info(
         "%s: circuit of %d heads (%.0f %%): %s",
         name,
@@ -50,8 +54,7 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     storage.write_json(run.folder.search_file(name), search.to_json())
     _examine(run, name, model, search)
     _connect(run, name, model, circuit)
-    if circuit.members:
-        attention_to_positions(model, prompts, circuit.members).save(run.folder.scores_file(name, "looks"))
+    attention_to_positions(model, prompts, circuit.members).save(run.folder.scores_file(name, "looks"))
     described = {**circuit.to_json(), KEY: run.circuit_origin(name)}
     storage.write_json(run.folder.circuit_file(name), described)  # last: it says that this stage is done
     return circuit

@@ -16,22 +16,22 @@ Origin = Mapping[str, str]
 KEY = "origin"
 
 
-def require_origin(file: Path, found: Origin | None, expected: Origin) -> None:
+def require_origin(file: Path, actual: Origin | None, expected: Origin) -> None:
     """Refuse a result of another origin, naming the ingredients that differ."""
-    if found is None:
+    if actual is None:
         return
-    other = [name for name, value in expected.items() if found.get(name) != value]
+    other = [name for name, value in expected.items() if actual.get(name) != value]
     if other:
-        words = "; ".join(_said(name, found.get(name), expected[name]) for name in other)
+        words = "; ".join(_said(name, actual.get(name), expected[name]) for name in other)
         raise InputError(
             f"{file} is not of this run: {words}. Put back the file that belongs there, delete it (and what was made "
             "of it) to have it made again, or choose another --out."
         )
 
 
-def _said(name: str, found: str | None, expected: str) -> str:
+def _said(name: str, actual: str | None, expected: str) -> str:
     """Digests mean nothing to a reader; names and numbers do."""
-    return f"another {name}" if found is None or len(expected) == 64 else f"{name} {found}, not {expected}"
+    return f"another {name}" if actual is None or len(expected) == 64 else f"{name} {actual}, not {expected}"
 
 
 def digest_of(value: Any) -> str:

@@ -45,9 +45,9 @@ class Models:
         key = (kind.__name__, source, device, dtype)
         if key not in self._loaded:
             self._loaded[key] = kind.load(located(source), device=device, dtype=dtype)
-        found = self._loaded[key]
-        assert isinstance(found, kind)
-        return found
+        model = self._loaded[key]
+        assert isinstance(model, kind)
+        return model
 
     def fingerprint(self, model: HookedModel) -> str:
         """Of a model's weights, taken once."""

@@ -87,9 +87,9 @@ class RunFolder:
                 f"{self.path} is not a run folder (no run.json); give the folder that `workbench demo` or `workbench "
                 "discover` wrote."
             )
-        found = storage.read_json(self.path / "run.json")
-        recipe = to_plain(self._recipe(found))
-        return {**found, "recipe": recipe}
+        description = storage.read_json(self.path / "run.json")
+        recipe = to_plain(self._recipe(description))
+        return {**description, "recipe": recipe}
 
     def examined_file(self, model: str) -> Path:
         """A circuit's report and faithfulness curve on test prompts."""

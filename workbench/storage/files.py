@@ -104,19 +104,25 @@ def _content(path: Path) -> bytes:
 
 
 def json_value(text: str) -> Any:
-    """JSON without what other readers of it refuse: repeated keys, NaN, infinities. Errors: `ValueError` in words."""
+    """JSON without what other readers of it refuse: repeated keys, NaN, infinities, half a character (an escaped lone
+    surrogate, which no file can hold). Errors: `ValueError` in words."""
     try:
-        return json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_constant, parse_float=_finite)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character, {error.object[error.start]!r}") from None
+    return value
 
 
 def _unrepeated(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(entries)
-    if len(found) < len(entries):
+    mapping = dict(entries)
+    if len(mapping) < len(entries):
         names = [name for name, _ in entries]
-        raise ValueError(f"the key {next(name for name in found if names.count(name) > 1)!r} stands twice")
-    return found
+        raise ValueError(f"the key {next(name for name in mapping if names.count(name) > 1)!r} stands twice")
+    return mapping
 
 
 def _no_constant(name: str) -> Any:

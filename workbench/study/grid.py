@@ -46,10 +46,10 @@ def opened_study(path: Path) -> "Study":
 
 def _described(file: Path) -> StudyConfig:
     """The study that `study.json` describes. Errors: `InputError` when it describes none."""
-    found = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
-    if not isinstance(found, Mapping):
+    description = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
+    if not isinstance(description, Mapping):
         raise InputError(f"{file} is damaged (its study is no object); begin the study anew.")
-    return written_study(dict(found))
+    return written_study(dict(description))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,17 +262,19 @@ def _agree(first: Recipe, second: Recipe, *keys: str) -> bool:
     return all(getattr(first, key) == getattr(second, key) for key in keys)
 
 
-def _share_results(made: Run, wanting: Run) -> None:
+def _share_results(finished: Run, wanting: Run) -> None:
     """Scores and circuits that a study has found already in the same model, by the same search, serve again."""
-    first, second = made.recipe, wanting.recipe
+    first, second = finished.recipe, wanting.recipe
     searched = _agree(
         first, second, "teacher", "teacher_dtype", "device", "dtype", "data", "stages", "discovery", "evaluation"
     )
     if not searched or first.matching.metric != second.matching.metric:
         return
     for model in ("teacher", "student") if first.student == second.student else ("teacher",):
-        for file in sorted([*made.folder.path.glob(f"scores/{model}-*"), *made.folder.path.glob(f"circuits/{model}*")]):
-            target = wanting.folder.path / file.relative_to(made.folder.path)
+        for file in sorted(
+            [*finished.folder.path.glob(f"scores/{model}-*"), *finished.folder.path.glob(f"circuits/{model}*")]
+        ):
+            target = wanting.folder.path / file.relative_to(finished.folder.path)
             if not target.exists():
                 storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
 
@@ -308,8 +310,8 @@ def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, f
             aligned_ckas(run, run.student, head_map_of(run, aligning, seed), run.prompts.discovery)
         )
         storage.write_json(file, {"cka": cka, "floor": floor})
-    found = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
-    return found["cka"], found["floor"]
+    similarity = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
+    return similarity["cka"], similarity["floor"]
 
 
 class Starting(TypedDict):

@@ -11,7 +11,15 @@ from pydantic.dataclasses import dataclass as validated
 
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.curves import default_sizes
-from workbench.circuits.discovery import acting, backward_search, chosen, ranking, stacked, top_by_ablation
+from workbench.circuits.discovery import (
+    acting,
+    backward_search,
+    chosen,
+    explained_size,
+    ranking,
+    stacked,
+    top_by_ablation,
+)
 from workbench.circuits.methods.base import Inquiry
 from workbench.circuits.remaining import Remaining
 from workbench.circuits.search_curve import SearchCurve, plain
@@ -60,7 +68,10 @@ class PathPatching:
             by_stage=search.scores,
             ranking=tuple(ranking(search.scores)),
             acting=acting(search.scores, search.circuit, {stage.name: stage.position for stage in stages}),
-            notes=tuple(_ties(name, each, search.circuit.roles.get(name, ())) for name, each in search.scores.items()),
+            notes=(
+                *(_ties(name, each, search.circuit.roles.get(name, ())) for name, each in search.scores.items()),
+                *explained_size(search.circuit, [stage.name for stage in stages], inquiry.config),
+            ),
             seconds=search.seconds,
         )
         return with_curve(result, corrupt)
@@ -172,7 +183,10 @@ def of_ranking(inquiry: Inquiry, circuit: Circuit, scores: Scores, method: str, 
         method=method,
         reference=reference,
         ranking=tuple(scores.ranked()),
-        notes=(_ties(method, scores, circuit.heads),),
+        notes=(
+            _ties(method, scores, circuit.heads),
+            *explained_size(circuit, list(circuit.roles) or [method], inquiry.config),
+        ),
     )
     return with_curve(result, inquiry)
 
