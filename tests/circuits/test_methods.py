@@ -243,7 +243,7 @@ def test_an_installed_package_adds_a_method(monkeypatch, known, pairs):  # noqa:
 
 def test_settings_of_before_have_the_digest_of_before() -> None:
     plain = to_plain(read_recipe("demo").discovery)
-    assert set(plain) - set(stated(plain, "discovery")) == {"options", "replacement"}
+    assert set(plain) - set(stated(plain, "discovery")) == {"options", "replacement", "resamples"}
     assert "options" in stated({**plain, "options": {"target": 0.9}}, "discovery")
 
 
