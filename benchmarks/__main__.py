@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import attribute_edges, cka_pairs, distill_step, patching
+from benchmarks import attribute_edges, cka_pairs, distill_step, patching, programs
 from workbench import storage
 
 BENCHMARKS = {
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "cka-pairs": cka_pairs.run,
     "distill-step": distill_step.run,
     **patching.RUNS,
+    "programs": programs.run,
 }
 
 
