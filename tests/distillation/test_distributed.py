@@ -75,6 +75,7 @@ def sharded(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return folder
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", SHARDED)
 def test_two_processes_of_sharded_weights_equal_one(runs: Runs, sharded: Path, name: str) -> None:
     """FSDP2: the same losses, the same slices at the end, on both processes."""
@@ -94,6 +95,7 @@ def test_two_processes_of_sharded_weights_equal_one(runs: Runs, sharded: Path, n
     assert max(float((value - ends[1][key]).abs().max()) for key, value in plain.items()) > 100 * 1e-4
 
 
+@pytest.mark.lengthy
 def test_a_split_batch_of_a_sharded_student(runs: Runs, sharded: Path) -> None:
     """Micro-batches, evaluation between steps and the best weights restored; aligned on `z` here, as W_O is sharded."""
     reports = read_log(sharded / "accumulated" / "log.jsonl")
