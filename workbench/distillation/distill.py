@@ -15,16 +15,15 @@ from workbench.distillation.loop import Distillation
 from workbench.distillation.reports import StepReport, Validation
 from workbench.distillation.teacher_cache import computed
 from workbench.errors import InputError, nearest
-from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
+from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_map import HeadMap
 from workbench.matching.head_rows import Activation, hook_names
-from workbench.matching.match import Matching
+from workbench.matching.match import Matching, pairs_of
 from workbench.models.hooked_model import Student, Teacher
 from workbench.patching.reference import require_model, require_pairs
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
-from workbench.tasks.tokenizers import require_same_words
 from workbench.values.settings import configured
 from workbench.values.tables import html_table, number, text_table
 
@@ -154,7 +153,7 @@ def distill(
     if not head_map.pairs:
         raise InputError("no heads are matched, so there is nothing to train; match circuits that hold heads.")
     config, trains, train_kv, validation = _settings(dict(settings), weight, len(pairs))
-    aligned = _aligned(matching, pairs, positions) if config.weight > 0 else ()
+    aligned = pairs_of(matching, pairs, positions) if config.weight > 0 else ()
     activation = (config.alignment or AlignmentConfig()).activation
     trained = student.copy()
     for ours, theirs in head_map.pairs:
@@ -199,20 +198,4 @@ def _settings(
         trains,
         train_kv,
         validation,
-    )
-
-
-def _aligned(matching: Matching | HeadMap, pairs: PromptPairs, positions: str | None) -> tuple[AlignedPair, ...]:
-    """Each match with the positions at which it is read."""
-    if isinstance(matching, Matching):
-        if positions is None:
-            return matching.pairs
-        return aligned_pairs(matching.head_map, matching.ours, matching.theirs, pairs, positions=positions)
-    if positions == "own":
-        raise InputError("a bare HeadMap does not know where its heads act; give what `match` returns, or a position.")
-    place = positions or "last"
-    require_same_words(pairs, [place], [place])
-    return tuple(
-        AlignedPair(student=ours, teacher=theirs, student_positions=(place,), teacher_positions=(place,))
-        for ours, theirs in matching.pairs
     )

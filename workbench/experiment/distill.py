@@ -9,6 +9,7 @@ from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import TRAINING, read_log, read_training
+from workbench.distillation.teacher_shards import Top
 from workbench.experiment.conditions import CONDITIONS
 from workbench.experiment.discover import profiles
 from workbench.experiment.match import aligned, head_map_of
@@ -35,7 +36,14 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
     with processes.main_first():
         outputs = teacher_outputs(
-            run.recipe.teacher_outputs, run.teacher, run.prompts.train, names, sources.cache_root() / "teacher"
+            run.recipe.teacher_outputs,
+            run.teacher,
+            run.prompts.train,
+            names,
+            sources.cache_root() / "teacher",
+            top=None
+            if run.recipe.teacher_top is None
+            else Top(k=run.recipe.teacher_top, temperature=config.temperature),
         )
     training = Distillation(
         student,

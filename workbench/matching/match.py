@@ -21,6 +21,7 @@ from workbench.patching.ablation import ablate
 from workbench.patching.reference import require_model, require_pairs
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.tokenizers import require_same_words
 from workbench.values.metrics import METRICS, Metric, metric_named
 from workbench.values.scores import Scores
 from workbench.values.settings import configured
@@ -181,6 +182,23 @@ def matching_of(
         positions=positions,
         ckas=ckas,
         impacts=impacts,
+    )
+
+
+def pairs_of(matching: Matching | HeadMap, prompts: PromptPairs, positions: str | None) -> tuple[AlignedPair, ...]:
+    """Each match with the positions at which it is read on these prompts: None = as it was matched (of a bare
+    `HeadMap`: `last`), or a named position for all. Errors: `InputError` for `own` positions of a bare `HeadMap`."""
+    if isinstance(matching, Matching):
+        if positions is None:
+            return matching.pairs
+        return aligned_pairs(matching.head_map, matching.ours, matching.theirs, prompts, positions=positions)
+    if positions == "own":
+        raise InputError("a bare HeadMap does not know where its heads act; give what `match` returns, or a position.")
+    place = positions or "last"
+    require_same_words(prompts, [place], [place])
+    return tuple(
+        AlignedPair(student=ours, teacher=theirs, student_positions=(place,), teacher_positions=(place,))
+        for ours, theirs in matching.pairs
     )
 
 

@@ -238,6 +238,7 @@ class Road:
                 width=self.width_of(self.teacher),
                 shards=shards,
                 activation=self.recipe.alignment.activation,
+                top=self.recipe.teacher_top,
             )
             peak = memory.forward_bytes(
                 self.teacher,
