@@ -10,6 +10,7 @@ from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import TRAINING, read_log, read_training
 from workbench.distillation.teacher_shards import Top
+from workbench.experiment.cards import STUDENT, described
 from workbench.experiment.conditions import CONDITIONS
 from workbench.experiment.discover import profiles
 from workbench.experiment.match import aligned, head_map_of
@@ -62,7 +63,8 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
         slices.onto(student)
     if processes.is_main:
         if run.recipe.save_students:
-            student.save(folder / "student")
+            student.description = described(run, condition, seed, slices, len(reports), pairs)
+            student.save(folder / STUDENT)
         origin = run.condition_origin(condition, seed)
         storage.write_json(folder / TRAINING, {"steps": len(reports), KEY: origin})  # last: the training is done
     return student, slices

@@ -22,6 +22,8 @@ from workbench.tasks.tokenizers import same_vocabulary
 NO_STUDENT = "this recipe names no student; add `student: <directory or hub id>`."
 BESIDE = ("title", "conditions", "seeds", "save_students")
 """Keys of a recipe that no row depends on."""
+LATER = ("teacher_top",)
+"""Keys that recipes of before do not have: unset, they are no part of what a row rests on, as they never were."""
 Kind = TypeVar("Kind", bound=HookedModel)
 
 
@@ -139,7 +141,10 @@ class Run:
 
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
-        recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
+        plain = to_plain(self.recipe)
+        recipe = {
+            name: part for name, part in plain.items() if name not in BESIDE and not (name in LATER and part is None)
+        }
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 
