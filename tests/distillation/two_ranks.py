@@ -1,5 +1,5 @@
 """What `test_alignment_processes` runs under `accelerate launch`:
-`python -m tests.distillation.two_ranks STUDENT TEACHER OUT ddp|fsdp`. One step of a plain transformers model, wrapped by
+`python -m tests.distillation.two_ranks STUDENT TEACHER OUT ddp|fsdp`. One step of a transformers model, wrapped by
 DDP or sharded by FSDP2, each process with its own, unequal part of the batch."""
 
 import sys
