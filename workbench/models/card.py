@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from workbench.storage import located, short_name
-from workbench.storage.assets import MODELS
+from workbench.storage.assets import MODELS, located, short_name
 from workbench.storage.provenance import commit
 
 FILE = "README.md"
@@ -105,7 +105,7 @@ def licence_of(source: str) -> str | None:
         return None
     try:
         stated = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("license")
-    except (ValueError, OSError):  # a card of somebody's own making
+    except (ValueError, OSError, yaml.YAMLError):  # a card of somebody's own making
         return None
     return stated if isinstance(stated, str) else None
 
