@@ -244,7 +244,9 @@ def test_trls_distillation_trainer_on_its_own_generations(
 
     class AlignedDistiller(CircuitAlignment, DistillationTrainer): ...
 
-    texts = task_dataset(EntityTracking(boxes=3), word_tokenizer(), split="train", scenes=8, seed=0)["clean"]
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "."  # it generates until there
+    texts = task_dataset(EntityTracking(boxes=3), tokenizer, split="train", scenes=8, seed=0)["clean"]
     model = plain(folders[0])
     trainer = AlignedDistiller(
         model=model,
@@ -252,7 +254,7 @@ def test_trls_distillation_trainer_on_its_own_generations(
         args=DistillationConfig(
             **settings(tmp_path, max_steps=1, gradient_checkpointing=False), max_completion_length=3
         ),
-        processing_class=word_tokenizer(),
+        processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": text} for text in texts[:8]]),
         alignment=CircuitAlignmentLoss(model, cache, PAIRS, prompts=BATCH, weight=LOOP.weight),
     )

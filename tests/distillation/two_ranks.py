@@ -1,5 +1,5 @@
 """What `test_alignment_processes` runs under `accelerate launch`:
-`python -m tests.distillation.two_ranks STUDENT TEACHER OUT ddp|fsdp`. One step of a transformers model, wrapped by
+`python -m tests.distillation.two_ranks STUDENT TEACHER OUT`. One step of a transformers model, wrapped by
 DDP or sharded by FSDP2, each process with its own, unequal part of the batch."""
 
 import sys
@@ -19,9 +19,19 @@ from workbench.models.hooked_model import Teacher
 PARTS = (torch.tensor([3, 0, 5, 8]), torch.tensor([13, 2]))
 
 
-def main(student: str, teacher: str, out: Path, way: str) -> None:
-    """Write the loss, the similarities and (as DDP and FSDP average them) the gradients of each process."""
+WAYS = ("ddp", "fsdp")
+
+
+def main(student: str, teacher: str, out: Path) -> None:
+    """Both ways, in one launch."""
     state = PartialState(cpu=True)
+    for way in WAYS:
+        step(state, student, teacher, out, way)
+    state.destroy_process_group()
+
+
+def step(state: PartialState, student: str, teacher: str, out: Path, way: str) -> None:
+    """Write the loss, the similarities and (as DDP and FSDP average them) the gradients of each process."""
     plain = AutoModelForCausalLM.from_pretrained(student)
     if way == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
@@ -45,8 +55,7 @@ def main(student: str, teacher: str, out: Path, way: str) -> None:
         out / f"{way}-{state.process_index}.safetensors",
         {"loss": total.detach(), **{f"similarity/{name}": value for name, value in similarities.items()}, **whole},
     )
-    state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
