@@ -1,6 +1,7 @@
 """Shared tiny models, and the fixture that fails a test which leaks hooks, flags, modes or global random state."""
 
 import os
+import random
 import subprocess
 import sys
 import weakref
@@ -175,6 +176,16 @@ def no_leaks() -> Iterator[None]:
         ):
             leaked.append(f"{model.name}: a teacher's parameter takes gradients")
     assert not leaked, f"the test leaked: {leaked}"
+
+
+@pytest.fixture
+def others_randomness() -> Iterator[None]:
+    """Other people's trainers seed globally: what they leave is put back."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
 
 
 def _state() -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """The alignment inside other people's trainers: losses, gradient norms, similarities and weights of the loop's own
 trainings, step by step."""
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -31,7 +29,7 @@ from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's libraries
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("others_randomness")]
 Folder = Callable[..., Path]
 BATCH = PROMPTS[:8]
 STEPS = 3
@@ -51,16 +49,6 @@ def folders(model_folder: Folder) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def cache(folders: tuple[Path, Path]) -> TeacherCache:
     return computed(Teacher.load(folders[1], check=False), BATCH, hook_names([pair.teacher for pair in PAIRS]))
-
-
-@pytest.fixture(autouse=True)
-def others_randomness() -> Iterator[None]:
-    """Other people's trainers seed globally."""
-    kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
 
 
 def plain(folder: Path) -> Any:
