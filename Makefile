@@ -37,8 +37,9 @@ ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
 	$(BIN)/python -m pytest -rs tests/study/test_study_ray.py
 
-figures: $(READY)  ## draw the gallery in assets/figures anew (needs Chromium: apt-get install -y chromium)
+figures: $(READY)  ## draw the gallery in assets/figures and the picture of the explorer anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
+	$(BIN)/python assets/figures/explorer.py
 
 tables: $(READY)  ## the tables of README and site anew from the committed results
 	$(BIN)/python -m docs.tables

@@ -4,10 +4,17 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import cka_pairs, distill_step, patching
+from benchmarks import attribute_edges, cka_pairs, distill_step, eliminating, patching, programs
 from workbench import storage
 
-BENCHMARKS = {"cka-pairs": cka_pairs.run, "distill-step": distill_step.run, **patching.RUNS}
+BENCHMARKS = {
+    "attribute-edges": attribute_edges.run,
+    "cka-pairs": cka_pairs.run,
+    "distill-step": distill_step.run,
+    **patching.RUNS,
+    **eliminating.RUNS,
+    "programs": programs.run,
+}
 
 
 def main() -> int:

@@ -51,6 +51,9 @@ def modules(room: str) -> list[str]:
     return [".".join(path.relative_to(ROOT).parts) for path in sorted(own | files)]
 
 
+BADGE = re.compile(r"\A\s*\[!\[Open in Colab\].*\n")
+
+
 def notebooks() -> list[Path]:
     """All notebooks, in the order of their numbers."""
     return sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -156,6 +159,7 @@ def _notebook(path: Path, config: MkDocsConfig, linked: set[str]) -> Iterator[Fi
     """A notebook as a page with its pictures, and the notebook itself to download."""
     text, resources = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(path))
     page = f"notebooks/{path.stem}.md"
+    text = BADGE.sub("", text, count=1)  # a picture of another host
     text = relinked(text, source=f"notebooks/{path.name}", page=page, linked=linked)
     pictures: dict[str, bytes] = resources.get("outputs", {})
     for name, content in pictures.items():

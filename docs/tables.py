@@ -4,6 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or
 is made.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -320,7 +321,7 @@ def benchmarks() -> str:
 @cache
 def planned(name: str) -> Any:
     """A recipe's plan as JSON; made once, since its prompts are drawn and read for it."""
-    return plan_of(name).to_json()
+    return json.loads(json.dumps(plan_of(name).to_json()))
 
 
 def plans() -> str:

@@ -30,7 +30,6 @@ from workbench.plots.theme import DARK, LIGHT, Theme
 from workbench.readouts.logit_attribution import direct_logit_attribution
 from workbench.readouts.logit_lens import lens_scores, logit_lens
 from workbench.readouts.patterns import attention_patterns
-from workbench.storage import located
 from workbench.tasks.base import PromptPairs, Stage, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.values.metrics import METRICS
@@ -43,7 +42,7 @@ STAGES = (
     Stage(name="V", title="object binder", position="earlier_label", into="A", composition="v"),
 )
 METRIC = METRICS["logit_difference"]
-KEPT = ("circuit", "attention", "logit_attribution", "logit_lens", "cka_matrix", "impacts")
+COMMITTED = ("circuit", "attention", "logit_attribution", "logit_lens", "cka_matrix", "impacts")
 NARROW = DiscoveryConfig(metric="logit_difference", heads=8, confidence=0.8)
 
 
@@ -51,7 +50,7 @@ class Scene:
     """Everything that the gallery draws, measured once: both bundled models on entity tracking with seven boxes."""
 
     def __init__(self) -> None:
-        self.teacher, self.student = (Teacher.load(located(f"assets/models/{name}")) for name in ("teacher", "student"))
+        self.teacher, self.student = (Teacher.load(name) for name in ("teacher", "student"))
         self.pairs = self._prompts("calibration", 4, 0)
         self.circuits = {name: self._circuit(model) for name, model in self.models.items()}
         means = {
@@ -100,7 +99,7 @@ def drawn(scene: Scene, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
     circuit, prompt = scene.circuits["teacher"], scene.pairs.clean[0][scene.pairs.mask[0]]
     fetchers = circuit.roles["A"][::-1]
     few = scene.pairs.rows(slice(0, 14))
-    edges = exact_edges(scene.teacher, few, metric=METRIC, unit="logit difference", senders=circuit.heads)
+    edges = exact_edges(scene.teacher, few, metric=METRIC, senders=circuit.heads)
     yield "circuit", circuit_graph(circuit, edges, theme=theme, title="The teacher's circuit for entity tracking")
     yield (
         "attention",
@@ -109,10 +108,7 @@ def drawn(scene: Scene, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
     yield "attention_maps", attention_maps(attention_patterns(scene.teacher, prompt, fetchers[:4]), theme=theme)
     yield "logit_attribution", attribution_figure(direct_logit_attribution(scene.teacher, scene.pairs), theme=theme)
     yield "logit_lens", lens_figure(logit_lens(scene.teacher, prompt, int(scene.pairs.answers[0])), theme=theme)
-    curves = {
-        name: lens_scores(model, scene.pairs, metric=METRICS["probability"], unit="probability of the answer")
-        for name, model in scene.models.items()
-    }
+    curves = {name: lens_scores(model, scene.pairs, metric="probability") for name, model in scene.models.items()}
     yield "lens_curves", lens_curves(curves, theme=theme)
     yield "cka_matrix", cka_matrix(scene.all_ckas(), head_map=scene.head_map, theme=theme)
     impacts = {"student": scene.impacts["student"], "teacher": scene.impacts["teacher"]}
@@ -136,11 +132,11 @@ def example() -> go.Figure:
 
 
 def main(folder: Path, theme: Theme) -> None:
-    """Write every picture into a folder (which the repository holds: those of `KEPT`), and that of the README's first
-    lines."""
-    _shrink(save_figure(example(), folder / "heat_map.png", scale=1))
+    """Write every picture into a folder (the repository's own holds those of `COMMITTED`), and that of the README's
+    first lines."""
+    _shrink(save_figure(example(), folder / "heat_map.png", scale=2))
     for name, figure in drawn(Scene(), theme):
-        if folder != HERE or name in KEPT:
+        if folder != HERE or name in COMMITTED:
             _shrink(save_figure(figure, folder / f"{name}.png", scale=1))
 
 

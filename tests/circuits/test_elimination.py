@@ -23,7 +23,7 @@ from tests.patching.test_known_circuit import (  # noqa: F401
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.elimination import Elimination, EliminationConfig, Site, eliminate, positions_of
 from workbench.circuits.evaluation import circuit_logits
-from workbench.circuits.gates import _gated, gate_scores
+from workbench.circuits.gates import gate_scores, gated
 from workbench.circuits.remaining import stand_ins
 from workbench.errors import InputError
 from workbench.models import hooks
@@ -215,7 +215,7 @@ def test_gates_are_the_derivative_of_closing_them(load_teacher):
         for gate in (1.0, 1.0 - step):
             gates = torch.ones(len(places), len(some))
             gates[number] = gate
-            with hooks.edit(model.model, _gated(model, some, values, places, gates)), torch.no_grad():
+            with hooks.edit(model.model, gated(model, some, values, places, gates)), torch.no_grad():
                 ends.append(measured(model.final_logits(some.clean, some.mask)))
         assert torch.allclose(scores[number], ((ends[0] - ends[1]) / step).abs(), rtol=0.1, atol=2e-3)
     assert float(scores[list(numbers)].max()) > 0.05

@@ -132,7 +132,7 @@ def commands(*, taking: str) -> set[str]:
 
 
 def test_every_command_that_loads_a_model_takes_a_device_and_a_dtype() -> None:
-    loading = {"demo", "discover", "match", "distill", "evaluate", "study", "explore", "check-model"}
+    loading = {"demo", "discover", "match", "distill", "evaluate", "study", "explore", "check-model", "finetune"}
     assert commands(taking="--device") == commands(taking="--dtype") == loading
     assert commands(taking="--quiet") == commands(taking="--log-file") == set(parser().get_default("known"))
 
@@ -290,6 +290,7 @@ def test_signals_end_a_command_with_its_advice(number: signal.Signals, tmp_path:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout is not None
     assert "the explorer is at" in process.stdout.readline()

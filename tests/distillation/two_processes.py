@@ -60,7 +60,6 @@ def main(teacher: str, student: str, out: Path) -> None:
             config,
             seed=3,
             validation=validation,
-            processes=processes,
         ).run(out / name)
         storage.write_tensors(out / name / f"process-{processes.index}.safetensors", dict(slices.leaves))
     if processes.count > 1:

@@ -311,6 +311,24 @@ def test_the_widget_answers_messages(load_teacher: Callable[..., Teacher]) -> No
             explorer.session.view()["maps"]["panels"]["teacher"]["values"][1][1], rel=1e-4
         )
         assert "Head(1, 1)" in explorer.code
+        sent.clear()
+        view = explorer.choose(average=True, method="activation")
+        assert view["settings"]["average"]
+        assert not view["pending"]
+        assert explorer.select("L0H1")["head"]["impacts"].keys() >= {"zero", "counterfactual"}
+        assert explorer.toggle(Head(0, 1))["circuits"]["teacher"]["on_prompts"] is not None
+        assert explorer.compare()["circuits"]["teacher"]["random"] is not None
+        assert explorer.clear()["circuits"]["teacher"]["heads"] == []
+        assert explorer.pick(1)["pair"]["picked"] == 1
+        second = explorer.session.subjects["teacher"].listed()[1:2]
+        assert explorer.pairs.fingerprint() == second.fingerprint()
+        assert explorer.scores_of("teacher") is explorer.scores
+        assert [message["id"] for message in sent] == [None] * 6, "the page follows what Python does"
+        for wrong in (lambda: explorer.pick(99), lambda: explorer.select("L9H9"), lambda: explorer.choose(colour=1)):
+            with pytest.raises(InputError):
+                wrong()
+        assert len(sent) == 6
+        explorer.toggle("L1H1")
         again = workbench.explore(
             load_teacher(), task="entity_tracking", options={"boxes": 3}, prompts=3, name="widget"
         )

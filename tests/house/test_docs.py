@@ -2,6 +2,7 @@
 request leaves it."""
 
 import ast
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -146,3 +147,52 @@ def test_no_page_asks_another_host(site: Path) -> None:
 )
 def test_shapes_are_code(text: str, expected: str) -> None:
     assert loaded("shapes").with_shapes(text) == expected
+
+
+ROOMS_OF_CODE = ("workbench", "tests", "docs", "benchmarks", "notebooks", "assets")
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _value(name: str) -> object | None:
+    """What a dotted name stands for; None where nothing of that name is."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            value: object = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            value = getattr(value, part, None)
+        return value
+    return None
+
+
+def _stale(text: str) -> list[str]:
+    """Names of code and of files in a text that are not there, or live elsewhere than a reference says."""
+    linked = re.findall(r"\]\[(workbench[\w.]*)\]", text)
+    named = [re.sub(r"^wb\b", "workbench", name) for name in re.findall(r"`((?:workbench|wb)(?:\.\w+)+)(?=[`(])", text)]
+    groups = {"workbench.tasks", "workbench.discovery"}  # of entry points: names, no modules
+    stale = [name for name in [*linked, *named] if name not in groups and _value(name) is None]
+    for name in linked:
+        home, value = name.rpartition(".")[0], _value(name)
+        if hasattr(value, "__qualname__") and home != value.__module__:  # a class or function
+            stale.append(f"{name} (it is {value.__module__}.{value.__qualname__})")
+    files = {path.relative_to(ROOT).as_posix() for room in ROOMS_OF_CODE for path in (ROOT / room).rglob("*.py")}
+    wanted = re.findall(r"`([\w/]+\.py)`", text)
+    return stale + [name for name in wanted if not any(f"/{file}".endswith(f"/{name}") for file in files)]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_text_names_of_the_code_is_there(path: Path) -> None:
+    assert not _stale(path.read_text())
+
+
+def test_stale_names_are_noticed() -> None:
+    assert _stale("see `workbench.circuits.no_such`, `wb.no_such(`, `no_such_file.py`, [x][workbench.no_such.y]") == [
+        "workbench.no_such.y",
+        "workbench.circuits.no_such",
+        "workbench.no_such",
+        "no_such_file.py",
+    ]
+    assert _stale("[`DiscoveryConfig`][workbench.circuits.discovery.DiscoveryConfig]"), "it lives in config.py"
+    assert not _stale("[`path_patch`][workbench.patching.path.path_patch], `wb.plots.heads`, `path.py`")

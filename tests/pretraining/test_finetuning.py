@@ -140,6 +140,27 @@ def test_resumed_equals_uninterrupted(precision: str, model_folder: ModelFolder,
         Finetuning(replace(config, model=str(model_folder("gpt2", seed=1)))).resume(tmp_path)
 
 
+def test_files_of_before_there_was_a_device_still_open() -> None:
+    """What a training is described by holds neither the device nor the usual dtype, as the committed models' files."""
+    described = FinetuningConfig(model="m", device="cpu").described()
+    assert described == FinetuningConfig(model="m", device="cuda").described()
+    assert not {"device", "dtype"} & described.keys()
+    assert FinetuningConfig(model="m", dtype="float64").described()["dtype"] == "float64"
+
+
+def test_placement(model_folder: ModelFolder) -> None:
+    folder = model_folder("llama")
+    training, usual = Finetuning(tuning(folder, dtype="float64")), Finetuning(tuning(folder))
+    training.advance()
+    usual.advance()
+    assert next(iter(training.leaves.values())).dtype == torch.float64
+    assert training.identity != usual.identity
+    assert training.log[0]["loss"] == pytest.approx(usual.log[0]["loss"], rel=1e-4)
+    assert training.log[0]["loss"] != usual.log[0]["loss"]
+    with pytest.raises(InputError, match="no device"):
+        Finetuning(tuning(folder, device="no-such"))
+
+
 @pytest.mark.parametrize("trains", ["blocks", "all"])
 def test_what_trains(trains: str, model_folder: ModelFolder) -> None:
     training = Finetuning(tuning(model_folder("llama"), trains=trains, learning_rate=1e-3))

@@ -1,14 +1,16 @@
-"""`Circuit`: attention heads with their roles and the positions where they act; set algebra and JSON both ways."""
+"""`Circuit`: attention heads with their roles and the positions where they act, and, where they were searched for, MLPs
+and edges with their scores; set algebra and JSON both ways."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from workbench import seeds
+from workbench.circuits.edge import LOGITS, Edge, Node, WrittenEdge, height
 from workbench.errors import InputError
 from workbench.storage import read_typed
 from workbench.values.display import Row, Shown
-from workbench.values.refs import Head, Position, head_named, heads_named
+from workbench.values.refs import Embedding, Head, Mlp, Position, head_named, heads_named, sender_named
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -29,6 +31,11 @@ class Circuit(Shown):
     """Layers and heads per layer of the model."""
     method: str
     """How it was found."""
+    mlps: tuple[Mlp, ...] | None = None
+    """Its MLPs; None where heads alone were searched for (then every MLP is kept)."""
+    edges: tuple[Edge, ...] | None = None
+    """Its edges, from the embedding up; None where nodes alone were searched for (then all edges between them are
+    kept)."""
 
     def __post_init__(self) -> None:
         if list(self.members) != sorted(set(self.members)):
@@ -36,10 +43,28 @@ class Circuit(Shown):
         for member in self.members:
             if member.head.layer >= self.shape[0] or member.head.index >= self.shape[1]:
                 raise InputError(f"{member.head} is outside a model of {self.shape[0]} layers x {self.shape[1]} heads.")
+        if self.mlps is not None and list(self.mlps) != sorted(set(self.mlps)):
+            raise InputError("MLPs of a circuit are sorted and stand once each; build it with `Circuit.of`.")
+        for mlp in self.mlps or ():
+            if mlp.layer >= self.shape[0]:
+                raise InputError(f"{mlp} is outside a model of {self.shape[0]} layers.")
+        names = [str(edge) for edge in self.edges or ()]
+        if self.edges is not None and (
+            len(set(names)) != len(names) or list(self.edges) != sorted(self.edges, key=lambda edge: edge.order)
+        ):
+            raise InputError("edges of a circuit are sorted and stand once each; build it with `Circuit.of`.")
+        for edge in self.edges or ():
+            for node in (edge.sender, edge.into):
+                if isinstance(node, Head) and (node.layer >= self.shape[0] or node.index >= self.shape[1]):
+                    raise InputError(
+                        f"the edge {edge} is outside a model of {self.shape[0]} layers x {self.shape[1]} heads."
+                    )
 
     def _title(self) -> str:
         total = self.shape[0] * self.shape[1]
-        return f"Circuit of {len(self.heads)} of {total} heads ({self.fraction:.0%}): {self.method}"
+        more = "" if self.mlps is None else f", {len(self.mlps)} of {self.shape[0]} MLPs"
+        more += "" if self.edges is None else f", {len(self.edges)} edges"
+        return f"Circuit of {len(self.heads)} of {total} heads ({self.fraction:.0%}){more}: {self.method}"
 
     def _table(self) -> tuple[Row, Sequence[Row]]:
         groups: dict[tuple[str, Position], list[str]] = {}
@@ -48,9 +73,30 @@ class Circuit(Shown):
         return ("role", "position", "heads"), [(*group, " ".join(heads)) for group, heads in sorted(groups.items())]
 
     @classmethod
-    def of(cls, members: Iterable[Member], *, shape: tuple[int, int], method: str) -> "Circuit":
-        """A circuit of these members, in order and without repeats."""
-        return cls(members=tuple(sorted(set(members))), shape=shape, method=method)
+    def of(
+        cls,
+        members: Iterable[Member],
+        *,
+        shape: tuple[int, int],
+        method: str,
+        mlps: Iterable[Mlp] | None = None,
+        edges: Iterable[Edge] | None = None,
+    ) -> "Circuit":
+        """A circuit of these members (MLPs, edges), in order and without repeats."""
+        once = None if edges is None else {str(edge): edge for edge in edges}.values()
+        return cls(
+            members=tuple(sorted(set(members))),
+            shape=shape,
+            method=method,
+            mlps=None if mlps is None else tuple(sorted(set(mlps))),
+            edges=None if once is None else tuple(sorted(once, key=lambda edge: edge.order)),
+        )
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Embedding, heads, MLPs (all, where they were not searched for) and the logits, from the embedding up."""
+        mlps = map(Mlp, range(self.shape[0])) if self.mlps is None else self.mlps
+        return (Embedding(), *sorted([*self.heads, *mlps], key=height), LOGITS)
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -89,8 +135,11 @@ class Circuit(Shown):
         return "+".join(sorted({member.role for member in self.members if member.head == named}))
 
     def where(self, keep: Callable[[Member], bool]) -> "Circuit":
-        """The members that pass a test."""
-        return replace(self, members=tuple(member for member in self.members if keep(member)))
+        """The members that pass a test, and the edges between what is left."""
+        members = tuple(member for member in self.members if keep(member))
+        gone = set(self.heads) - {member.head for member in members}
+        edges = None if self.edges is None else [e for e in self.edges if e.sender not in gone and e.into not in gone]
+        return replace(self, members=members, edges=None if edges is None else tuple(edges))
 
     def without(self, heads: Iterable[Head | str]) -> "Circuit":
         """The circuit without some heads."""
@@ -109,7 +158,15 @@ class Circuit(Shown):
                 f"circuits of models of shapes {self.shape} and {other.shape} can't be joined; compare circuits of one "
                 "model."
             )
-        return Circuit.of(members, shape=self.shape, method=f"({self.method}) {sign} ({other.method})")
+        mlps = edges = None
+        if self.mlps is not None and other.mlps is not None:
+            mlps = set(self.mlps) | set(other.mlps) if sign == "|" else set(self.mlps) & set(other.mlps)
+        if self.edges is not None and other.edges is not None:
+            names = {str(edge) for edge in other.edges}
+            edges = [*self.edges, *other.edges] if sign == "|" else [e for e in self.edges if str(e) in names]
+        return Circuit.of(
+            members, shape=self.shape, method=f"({self.method}) {sign} ({other.method})", mlps=mlps, edges=edges
+        )
 
     def jaccard(self, other: "Circuit") -> float:
         """Heads in both over heads in either (1 for two empty circuits)."""
@@ -119,23 +176,39 @@ class Circuit(Shown):
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back."""
         members = [{"head": str(m.head), "role": m.role, "position": m.position} for m in self.members]
-        return {"members": members, "shape": list(self.shape), "method": self.method}
+        written: dict[str, Any] = {"members": members, "shape": list(self.shape), "method": self.method}
+        if self.mlps is not None:
+            written["mlps"] = [str(mlp) for mlp in self.mlps]
+        if self.edges is not None:
+            written["edges"] = [edge.to_json() for edge in self.edges]
+        return written
 
     @classmethod
     def from_json(cls, value: Any) -> "Circuit":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         found = read_typed(value, _Written, what="a circuit (members with head, role, position; shape; method)")
         members = [Member(member.head, member.role, member.position) for member in found.members]
-        return cls.of(members, shape=found.shape, method=found.method)
+        mlps = None if found.mlps is None else [_mlp_named(name) for name in found.mlps]
+        edges = None if found.edges is None else [Edge.read(edge) for edge in found.edges]
+        return cls.of(members, shape=found.shape, method=found.method, mlps=mlps, edges=edges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
-    """A circuit as it is written."""
+    """A circuit as it is written; files from before there were MLPs and edges have neither."""
 
     members: tuple[Member, ...]
     shape: tuple[int, int]
     method: str
+    mlps: tuple[str, ...] | None = None
+    edges: tuple[WrittenEdge, ...] | None = None
+
+
+def _mlp_named(name: str) -> Mlp:
+    mlp = sender_named(name)
+    if not isinstance(mlp, Mlp):
+        raise InputError(f"{name!r} is no MLP; write M5 for that of layer 5.")
+    return mlp
 
 
 def whole_model(shape: tuple[int, int]) -> Circuit:

@@ -50,6 +50,9 @@ class FaithfulnessCurve(Shown):
     """The metric of the whole model."""
     empty: float
     """The metric with every head ablated."""
+    scope: str = "everywhere"
+    """Where the heads are kept: `everywhere`, at their own `positions` (then all heads together are not yet the model),
+    or one named position."""
 
     def __post_init__(self) -> None:
         curves = (self.faithfulness, self.without, *self.random, *self.random_without)
@@ -58,7 +61,8 @@ class FaithfulnessCurve(Shown):
 
     def _title(self) -> str:
         return (
-            f"Faithfulness ({self.metric}; the other of {self.total_heads} heads ablated: {self.ablation}): "
+            f"Faithfulness ({self.metric}; the other of {self.total_heads} heads ablated: {self.ablation}; scope: "
+            f"{self.scope}): "
             f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f}"
         )
 
@@ -103,7 +107,7 @@ class FaithfulnessCurve(Shown):
     def from_json(cls, value: Any) -> "FaithfulnessCurve":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         if isinstance(value, Mapping):
-            value = {"ablation": "mean", **value}  # files from before there was a choice
+            value = {"ablation": "mean", "scope": "everywhere", **value}  # files from before there was a choice
         beside = ("cpr", "cmd", "random_cpr", "random_cmd")
         return storage.read_typed(value, cls, what="a faithfulness curve", beside=beside)
 
@@ -137,9 +141,12 @@ class Faithfulness:
         *,
         metric: str | Metric,
         position: Position = "all",
+        acting: Mapping[Head, tuple[Position, ...]] | None = None,
         execution: Execution = Execution(),
     ) -> None:
+        """`acting`: where each head is kept, in place of `position`, which is that of heads it leaves out."""
         self.model, self.pairs, self.metric, self.position = model, pairs, metric_named(metric), position
+        self.acting = dict(acting or {})
         self.replacement, self.execution = replacement_named(replacement), execution
         self._known = dict[str, float]()
         self._identity = "" if execution.path is None else self._identify()
@@ -159,8 +166,13 @@ class Faithfulness:
             [self.pairs],
             metrics=[self.metric],
             replacement=self.replacement.identity(),
-            settings={"position": self.position},
+            settings={"position": self.position, **({"acting": sorted(self.acting.items())} if self.acting else {})},
         )
+
+    @property
+    def scope(self) -> str:
+        """Where heads are kept, in a word."""
+        return "positions" if self.acting else "everywhere" if self.position == "all" else self.position
 
     def of(self, heads: Sequence[Head | str]) -> float:
         """(m(C) - m(empty)) / (m(model) - m(empty))."""
@@ -182,7 +194,7 @@ class Faithfulness:
             logits = ablated_logits(
                 self.model,
                 self.pairs,
-                dict.fromkeys(some, (self.position,)),
+                {head: self.acting.get(head, (self.position,)) for head in some},
                 self.replacement,
                 complement=complement,
                 batch=self.execution.batch_of(BATCH),
@@ -239,6 +251,7 @@ def faithfulness_curve(
         random_without=tuple(by_others[1:]),
         full=faithfulness.full,
         empty=faithfulness.empty,
+        scope=faithfulness.scope,
     )
 
 

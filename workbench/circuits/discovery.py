@@ -139,13 +139,13 @@ RULES = {
 """Selection -> what a head must have, in words."""
 
 
-def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryConfig) -> str | None:
-    """Why groups (stages) of a circuit hold fewer heads than `heads` asks for, and what would change it; None where
-    none does."""
+def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryConfig) -> tuple[str, ...]:
+    """Why groups (stages) of a circuit hold fewer heads than `heads` asks for, and what would change it: one sentence,
+    or none where all are full."""
     short = {group: len(circuit.roles.get(group, ())) for group in groups}
     short = {group: count for group, count in short.items() if count < config.heads}
     if not short:
-        return None
+        return ()
     counts = ", ".join(f"{count} in {group}" for group, count in short.items())
     rule = RULES[config.selection].format(
         least_effect=config.least_effect, confidence=config.confidence, rate=1 - config.confidence
@@ -153,7 +153,7 @@ def explained_size(circuit: Circuit, groups: Sequence[str], config: DiscoveryCon
     return (
         f"of up to {config.heads} heads asked for (`discovery.heads`): {counts}; selection {config.selection!r} asks "
         f"for {rule}. More discovery prompts narrow the intervals; `discovery.selection: top` takes the strongest "
-        "whatever their effect"
+        "whatever their effect",
     )
 
 
@@ -167,6 +167,22 @@ def ranking(scores: Mapping[str, Scores]) -> list[Head]:
         for head in part.ranked():
             best[head] = max(best.get(head, -torch.inf), float(means[head.layer, head.index]) / largest)
     return sorted(best, key=lambda head: (-best[head], head))
+
+
+def acting(
+    scores: Mapping[str, Scores], circuit: Circuit, position_of: Mapping[str, str]
+) -> dict[Head, tuple[str, ...]]:
+    """Where each head of a search acts: a head of the circuit at its positions, another at that of the stage in which
+    it is strongest, as `ranking` has it."""
+    best: dict[Head, tuple[float, str]] = {}
+    for stage, part in scores.items():
+        means = part.mean()
+        largest = float(means.nan_to_num(0.0).max()) or 1.0
+        for head in part.ranked():
+            share = float(means[head.layer, head.index]) / largest
+            if head not in best or share > best[head][0]:
+                best[head] = share, position_of[stage]
+    return {head: (position,) for head, (_, position) in best.items()} | circuit.scope
 
 
 def top_by_ablation(profile: Scores, config: DiscoveryConfig, *, position: str = "all") -> Circuit:

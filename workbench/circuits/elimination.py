@@ -31,6 +31,7 @@ from torch import Tensor
 from workbench import storage
 from workbench.circuits.circuit import Circuit, Member
 from workbench.circuits.remaining import KL, Remaining
+from workbench.circuits.search_curve import Of
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.engine.remains import Part
@@ -71,9 +72,9 @@ class EliminationConfig:
     should add least to."""
     target: Annotated[float, Field(gt=0)] = 0.9
     """How much of the model the circuit must keep, as a share (with `until: kl_divergence`, nats at most)."""
-    until: Literal["accuracy", "criterion", "kl_divergence"] = "accuracy"
+    until: Of = "accuracy"
     """Share of what: of the whole model's accuracy; of the way from nothing left to the whole model in the criterion
-    (the logit difference recovered, say); or the KL divergence from the whole model."""
+    (`metric`: the logit difference recovered, say); or the KL divergence from the whole model."""
     positions: tuple[Position, ...] = ()
     """Named positions, apart from each other, at which parts are removed one by one; what they leave is one position
     more. Empty: parts are removed everywhere."""
@@ -87,6 +88,8 @@ class EliminationConfig:
     """Share of what is left that one round removes."""
     round_steps: Annotated[int, Field(ge=1)] = 3
     """Steps of a round's integrated gradient."""
+    prompts: Annotated[int, Field(ge=1)] | None = None
+    """What goes is decided on the first so many prompts, whether the target is kept on all. None: on all."""
 
     @property
     def criterion_name(self) -> str:
@@ -98,7 +101,8 @@ class EliminationConfig:
         """What of it decides the numbers, for the identity of a file."""
         names = ("target", "until", "positions", "mlps", "to_the_end", "exact_from", "round_share", "round_steps")
         criterion = KL if self.criterion == KL else metric_named(self.criterion).fingerprint
-        return {"criterion": criterion, **{name: getattr(self, name) for name in names}}
+        fewer = {} if self.prompts is None else {"prompts": self.prompts}
+        return {"criterion": criterion, **{name: getattr(self, name) for name in names}, **fewer}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,18 +127,29 @@ class Elimination:
     shape: tuple[int, int]
     config: EliminationConfig
     method: str
+    runs: float
+    """Forwards over one prompt that it took (a candidate counts 1, a forward with its backward 3)."""
 
     def share(self, removed: int) -> float:
         """What the target is measured by, after some removals (`until` of the configuration)."""
+        curves = {"criterion": self.criterion, "accuracy": self.accuracy, "divergence": self.divergence}
+        return self._share(**{name: float(each.values[removed].mean()) for name, each in curves.items()})
+
+    def _share(self, *, criterion: float, accuracy: float, divergence: float) -> float:
         match self.config.until:
             case "kl_divergence":
-                return float(self.divergence.values[removed].mean())
+                return divergence
             case "accuracy":
                 whole = float(self.accuracy.values[0].mean())
-                return float(self.accuracy.values[removed].mean()) / whole if whole else 0.0
-            case "criterion":
+                return accuracy / whole if whole else 0.0
+            case "metric":
                 whole, empty = float(self.criterion.values[0].mean()), self.empty["criterion"]
-                return (float(self.criterion.values[removed].mean()) - empty) / (whole - empty)
+                return (criterion - empty) / (whole - empty)
+
+    def keeps(self, *, criterion: float, accuracy: float, divergence: float) -> bool:
+        """Whether a circuit of these means keeps the target."""
+        share = self._share(criterion=criterion, accuracy=accuracy, divergence=divergence)
+        return share <= self.config.target if self.config.until == "kl_divergence" else share >= self.config.target
 
     def reaches(self, removed: int) -> bool:
         """Whether what is left after some removals keeps the target."""
@@ -258,6 +273,10 @@ class _Search:
         self.sites = sites_of(model, pairs, config)
         self.method = f"elimination by {config.criterion_name}, {replacement.kind} ablation"
         self.remaining = Remaining(model, pairs, replacement, config.criterion, execution, mlps=config.mlps)
+        self.deciding = self.remaining
+        if config.prompts is not None and config.prompts < len(pairs):
+            some = pairs.rows(slice(0, config.prompts))
+            self.deciding = Remaining(model, some, replacement, config.criterion, execution, mlps=config.mlps)
         self.empty = self.remaining.empty(self._parts(self.sites))
         self.record = _Record(
             execution.path,
@@ -267,13 +286,20 @@ class _Search:
         )
         self.order, self.rows, self.rivals = self.record.order, self.record.rows, self.record.rivals
         self.rows = self.rows or [self.remaining.measured()]
-        self.remaining.remove(self._parts(self.order))
+        self._take_away(self.order)
         gone = set(self.order)
         self.left = [site for site in self.sites if site not in gone]
         self.in_rounds = config.exact_from is not None and not self.record.exact
 
     def _parts(self, sites: Sequence[Site]) -> list[tuple[Part, Position]]:
         return [(site.part, site.position) for site in sites]
+
+    def _both(self) -> list[Remaining]:
+        return [self.remaining] if self.deciding is self.remaining else [self.remaining, self.deciding]
+
+    def _take_away(self, sites: Sequence[Site]) -> None:
+        for each in self._both():
+            each.remove(self._parts(sites))
 
     def step(self) -> None:
         """One removal, or one round of removals; the file knows of it."""
@@ -283,38 +309,44 @@ class _Search:
         self.record.write(self.order, self.rows, self.rivals, exact=not self.in_rounds)
 
     def _exactly_one(self) -> None:
-        values = self.remaining.without_each(self._parts(self.left))
+        values = self.deciding.without_each(self._parts(self.left))
         best = int(values.mean(1).argmax())
         self.rivals.append(_rivals(values, best))
         self._remove([self.left[best]])
 
     def _remove(self, sites: Sequence[Site]) -> None:
         """Take sites away, the last of which has its values measured."""
-        self.remaining.remove(self._parts(sites))
+        self._take_away(sites)
         unknown = torch.full_like(self.rows[0], torch.nan)
         self.rows += [*(unknown for _ in sites[1:]), self.remaining.measured()]
         self.order += sites
         self.left = [site for site in self.left if site not in set(sites)]
 
     def _round(self) -> bool:
-        """Remove the parts of least attribution, as many as a round may. False where that would miss the target: the
-        round is taken back, and the rest goes exactly."""
-        scores = self.remaining.gate_scores(self._parts(self.left), steps=self.config.round_steps)
+        """Remove the parts of least attribution, as many as a round may; where that would miss the target, half as
+        many. False where not even one may go by its attribution: the rest goes exactly."""
+        scores = self.deciding.gate_scores(self._parts(self.left), steps=self.config.round_steps)
         most = len(self.left) - (self.config.exact_from or 0)
         count = min(most, max(1, int(self.config.round_share * len(self.left))))
         weakest = [self.left[at] for at in scores.mean(1).argsort(stable=True)[:count].tolist()]
-        before = len(self.order)
-        self._remove(weakest)
-        self.rivals += [None] * count
-        if self.config.to_the_end or self.result().reaches(len(self.order)):
-            return True
-        del self.order[before:], self.rows[before + 1 :], self.rivals[before:]
-        self.remaining.restart()
-        self.remaining.remove(self._parts(self.order))
-        gone = set(self.order)
-        self.left = [site for site in self.sites if site not in gone]
+        while count:
+            self._remove(weakest[:count])
+            self.rivals += [None] * count
+            if self.config.to_the_end or self.result().reaches(len(self.order)):
+                return True
+            self._put_back(count)
+            count //= 2
         self.in_rounds = False
         return False
+
+    def _put_back(self, count: int) -> None:
+        before = len(self.order) - count
+        del self.order[before:], self.rows[before + 1 :], self.rivals[before:]
+        for each in self._both():
+            each.restart()
+        self._take_away(self.order)
+        gone = set(self.order)
+        self.left = [site for site in self.sites if site not in gone]
 
     def result(self) -> Elimination:
         """The elimination so far."""
@@ -336,6 +368,7 @@ class _Search:
             shape=(self.model.n_layers, self.model.n_heads),
             config=self.config,
             method=self.method,
+            runs=sum(each.runs for each in self._both()),
         )
 
 

@@ -10,9 +10,10 @@ result says which.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -60,6 +61,27 @@ class CircuitReport(Shown):
     `empty`."""
     logit_difference_recovered: float | None
     """(circuit - empty) / (full - empty) logit difference; None when the two ends are equal."""
+    candidate_accuracies: Mapping[str, float] = field(default_factory=dict)
+    """Accuracy among the candidates, the tokens that are answer or distractor of any of these prompts, in place of the
+    whole vocabulary: `full`, `circuit`, `random`, `empty`. Nothing in files from before."""
+
+    def line(self) -> str:
+        """All of it that a log needs, with its scope and ablation."""
+        kept = "at their own positions" if self.scope == "positions" else "at all positions"
+        recovered = self.logit_difference_recovered
+        parts = [
+            f"{self.heads} of {self.total_heads} heads alone, kept {kept}, the others ablated ({self.ablation}), on "
+            f"{self.prompts} test prompts: accuracy {self.circuit_accuracy:.3f} of {self.full_accuracy:.3f} over the "
+            f"vocabulary (random circuits {self.random_circuit_accuracy:.3f}, no head {self.empty_accuracy:.3f})"
+        ]
+        if self.candidate_accuracies:
+            among = self.candidate_accuracies
+            parts.append(
+                f"{among['circuit']:.3f} of {among['full']:.3f} among the candidates (random {among['random']:.3f}, no "
+                f"head {among['empty']:.3f})"
+            )
+        told = "undefined" if recovered is None else f"{recovered:.2f} recovered"
+        return ", ".join([*parts, f"logit difference {told}"])
 
     def _title(self) -> str:
         faithful = "undefined" if self.faithfulness is None else f"{self.faithfulness:.3f}"
@@ -93,7 +115,7 @@ class CircuitReport(Shown):
     def from_json(cls, value: Any) -> "CircuitReport":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         if isinstance(value, Mapping):
-            value = {"ablation": "mean", **value}  # files from before there was a choice
+            value = {"ablation": "mean", "candidate_accuracies": {}, **value}  # files from before there was a choice
         return read_typed(value, cls, what="the evaluation of a circuit")
 
 
@@ -180,11 +202,11 @@ def evaluate_with_outcomes(
         "empty": [empty],
     }
     right = {name: [correct(logits, pairs) for logits in several] for name, several in runs.items()}
-    whole, alone = right["full"][0], right["circuit"][0]
+    whole, circuit_right = right["full"][0], right["circuit"][0]
     randoms = [float(each.float().mean()) for each in right["random"]] or [float("nan")]
     differences = {name: _mean_difference(several, pairs) for name, several in runs.items()}
     gap = differences["full"] - differences["empty"]
-    full_accuracy, alone_accuracy = float(whole.float().mean()), float(alone.float().mean())
+    full_accuracy, alone_accuracy = float(whole.float().mean()), float(circuit_right.float().mean())
     report = CircuitReport(
         heads=len(circuit.heads),
         total_heads=circuit.shape[0] * circuit.shape[1],
@@ -194,7 +216,7 @@ def evaluate_with_outcomes(
         full_accuracy=full_accuracy,
         full_interval=wilson_interval(int(whole.sum()), len(pairs)),
         circuit_accuracy=alone_accuracy,
-        circuit_interval=wilson_interval(int(alone.sum()), len(pairs)),
+        circuit_interval=wilson_interval(int(circuit_right.sum()), len(pairs)),
         random_circuit_accuracy=sum(randoms) / len(randoms),
         random_circuit_range=(min(randoms), max(randoms)),
         random_circuits=random_circuits,
@@ -202,8 +224,16 @@ def evaluate_with_outcomes(
         faithfulness=alone_accuracy / full_accuracy if full_accuracy else None,
         logit_differences=differences,
         logit_difference_recovered=(differences["circuit"] - differences["empty"]) / gap if gap else None,
+        candidate_accuracies={name: _among_candidates(several, pairs) for name, several in runs.items() if several},
     )
-    return report, {"full": whole, "circuit": alone}
+    return report, {"full": whole, "circuit": circuit_right}
+
+
+def _among_candidates(runs: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
+    """Mean accuracy where only tokens that are answer or distractor of some prompt can win."""
+    known = torch.cat([pairs.answers, pairs.distractors]).unique()
+    values = [float((known[logits[:, known].argmax(-1)] == pairs.answers).float().mean()) for logits in runs]
+    return sum(values) / len(values)
 
 
 def _mean_difference(runs: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:

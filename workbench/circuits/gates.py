@@ -41,12 +41,12 @@ def gate_scores(
     total = torch.zeros(len(left), len(pairs), device=pairs.clean.device)
     for step in range(1, steps + 1):
         gates = torch.full_like(total, step / steps).requires_grad_(True)
-        with torch.enable_grad(), hooks.edit(model.model, _gated(model, pairs, values, left, gates)):
+        with torch.enable_grad(), hooks.edit(model.model, gated(model, pairs, values, left, gates)):
             total += torch.autograd.grad(metric(model.final_logits(pairs.clean, pairs.mask)).sum(), gates)[0]
     return (total / steps).abs()
 
 
-def _gated(
+def gated(
     model: HookedModel, pairs: PromptPairs, values: StandIns, left: Sequence[Place], gates: Float[Tensor, "part batch"]
 ) -> dict[str, hooks.Edit]:
     """Edits that let each part write its own output as far as its gate is open, and its stand-in for the rest."""

@@ -43,6 +43,8 @@ class Remaining:
         self.metric = None if criterion == KL else metric_named(criterion)
         self.pairs = list(pairs.batches(execution.batch_of(BATCH)))
         self.stand_ins = [stand_ins(model, part, replacement, mlps=mlps) for part in self.pairs]
+        self.runs = 0.0
+        """Forwards over one prompt so far: what is left without one part counts 1, a forward with its backward 3."""
         self.restart()
         self.whole = [each.logits for each in self.batches]
 
@@ -62,18 +64,23 @@ class Remaining:
 
     def remove(self, parts: Somewhere) -> None:
         """Take parts away for good."""
+        self.runs += sum(map(len, self.pairs))
         for number, batch in enumerate(self.batches):
             batch.remove(*self._places(number, parts))
 
     def empty(self, parts: Somewhere) -> dict[str, float]:
         """Mean criterion, accuracy and KL with all of these removed from the whole model."""
+        return dict(zip(("criterion", "accuracy", "divergence"), self.after(parts).mean(1).tolist(), strict=True))
+
+    def after(self, parts: Somewhere) -> Float[Tensor, "measure example"]:
+        """Criterion, accuracy and KL of the whole model without all of these, whatever is removed now."""
         rows = []
+        self.runs += sum(map(len, self.pairs))
         for number in range(len(self.pairs)):
             batch = self._whole_model(number)
             batch.remove(*self._places(number, parts))
             rows.append(self._measured(number, batch.logits))
-        means = torch.cat(rows, 1).mean(1).tolist()
-        return dict(zip(("criterion", "accuracy", "divergence"), means, strict=True))
+        return torch.cat(rows, 1)
 
     def measured(self) -> Float[Tensor, "measure example"]:
         """Criterion, accuracy and KL of what is left, for each prompt."""
@@ -94,6 +101,7 @@ class Remaining:
     def without_each(self, parts: Somewhere) -> Float[Tensor, "candidate example"]:
         """The criterion of what is left without each of some parts."""
         columns = []
+        self.runs += len(parts) * sum(map(len, self.pairs))
         for number, batch in enumerate(self.batches):
             values = torch.zeros(len(parts), len(self.pairs[number]), dtype=torch.float64)
             for candidate, logits in batch.without_each(self._places(number, parts)):
@@ -104,6 +112,7 @@ class Remaining:
     def gate_scores(self, parts: Somewhere, *, steps: int) -> Float[Tensor, "part example"]:
         """How much each of the parts that are left is worth by its gate, all others being removed."""
         columns = []
+        self.runs += 3 * steps * sum(map(len, self.pairs))
         for number, pairs in enumerate(self.pairs):
             places, values = self._places(number, parts), self.stand_ins[number]
             scores = gate_scores(

@@ -57,7 +57,13 @@ def _finetuning_config(options: argparse.Namespace) -> "FinetuningConfig":
     from workbench.experiment.recipe import parse_config, read_yaml
     from workbench.pretraining.config import FinetuningConfig
 
-    return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides=_overrides(options.set))
+    placement = _placement(options)
+    if placement.get("dtype", "float32") not in ("float32", "float64"):
+        raise InputError(
+            f"--dtype {placement['dtype']}: weights are trained in float32 (or float64); for forwards in half "
+            "precision use --set precision=bf16."
+        )
+    return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides={**_overrides(options.set), **placement})
 
 
 def _placement(options: argparse.Namespace) -> dict[str, str]:
@@ -145,9 +151,9 @@ def match(options: argparse.Namespace) -> None:
 
     match_circuits(_begun(options))
     report(options)
-    found = forecast_of(options.out, options.against)
-    if found is not None:
-        print(found.text())
+    forecast = forecast_of(options.out, options.against)
+    if forecast is not None:
+        print(forecast.text())
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -192,7 +198,7 @@ def plan(options: argparse.Namespace) -> None:
     from workbench.plan.road import plan_of
     from workbench.storage import located
 
-    found = plan_of(
+    forecast = plan_of(
         options.recipe,
         overrides=_overrides(options.set),
         configs={name: located(place) for name, place in _pairs(options.config, "--config").items()},
@@ -200,7 +206,7 @@ def plan(options: argparse.Namespace) -> None:
         flops=options.flops,
         utilisation=options.utilisation,
     )
-    print(json.dumps(found.to_json(), indent=2) if options.json else found.text())
+    print(json.dumps(forecast.to_json(), indent=2) if options.json else forecast.text())
 
 
 def report(options: argparse.Namespace) -> None:
@@ -228,9 +234,9 @@ def check_model(options: argparse.Namespace) -> None:
     from workbench.patching import conformance
 
     require_device(options.device)
-    found = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
-    print(found.text())
-    conformance.require_conformance(found)
+    conformance_report = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
+    print(conformance_report.text())
+    conformance.require_conformance(conformance_report)
 
 
 def explore(options: argparse.Namespace) -> None:
@@ -263,10 +269,10 @@ def finetune_model(options: argparse.Namespace) -> None:
     from workbench.pretraining.finetuning import finetune
 
     config = _finetuning_config(options)
-    made = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
+    training = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
     print(
-        f"{options.out}: accuracy {made['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
-        f"{made['steps']} steps"
+        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
+        f"{training['steps']} steps"
     )
 
 
@@ -277,7 +283,7 @@ def check_task(options: argparse.Namespace) -> None:
     from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
 
     tokenizer = tokenizer_of(options.tokenizer) if options.tokenizer else word_level_tokenizer(mixture_words())
-    found = check(task_named(options.name, _overrides(options.set)), tokenizer, scenes=options.scenes)
-    print(found)
-    if not found.sound:
-        raise InputError(f"the task {options.name} has {len(found.faults)} fault(s); see above.")
+    report = check(task_named(options.name, _overrides(options.set)), tokenizer, scenes=options.scenes)
+    print(report)
+    if not report.sound:
+        raise InputError(f"the task {options.name} has {len(report.faults)} fault(s); see above.")

@@ -37,9 +37,9 @@ def explained(error: Exception) -> str | None:
     """What is wrong and the remedy, in one line; None for an error that is no matter of the user's."""
     if isinstance(error, InputError):
         return str(error)
-    found = OS_ERROR.search(str(error))
+    os_error = OS_ERROR.search(str(error))
     if not isinstance(error, OSError):
-        return _of_a_file(int(found[1]), None) if found and type(error).__name__ == "SafetensorError" else None
+        return _of_a_file(int(os_error[1]), None) if os_error and type(error).__name__ == "SafetensorError" else None
     if error.errno is None:
         return " ".join(str(error).split())
     return _of_a_file(error.errno, error.filename2 or error.filename)

@@ -98,18 +98,20 @@ def _declare_stages(commands: Any) -> None:
 
 
 def _declare_distill(commands: Any) -> None:
-    made = _command(
+    command_parser = _command(
         commands,
         run.distill,
         "train the matched heads under one condition of the paper's table: task loss + lambda * sum (1 - CKA)",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--condition",
         default=METHOD,
         choices=sorted(CONDITIONS),
         help="the arm of the table (default: %(default)s)",
     )
-    made.add_argument("--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)")
+    command_parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the batches and of the controls' maps (default: 0)"
+    )
 
 
 def _declare_evaluate(commands: Any) -> None:
@@ -125,14 +127,14 @@ def _declare_study(commands: Any) -> None:
         "students x data sizes x conditions x seeds, lambda chosen on validation prompts: intervals, tests, and "
         "when alignment helps"
     )
-    made = _command(commands, run.study, summary, recipe="study_entity", check=run.check_study)
-    made.add_argument(
+    command_parser = _command(commands, run.study, summary, recipe="study_entity", check=run.check_study)
+    command_parser.add_argument(
         "--launcher",
         choices=("local", "ray"),
         default="local",
         help="one training after another, or spread over Ray (default: %(default)s)",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)"
     )
 
@@ -142,202 +144,213 @@ def _declare_plan(commands: Any) -> None:
         "what a recipe or a study costs: parameters, operations, memory, disk and hours of every stage, from the "
         "models' configs alone"
     )
-    made = commands.add_parser("plan", help=summary, description=summary[0].upper() + summary[1:] + ".")
-    made.add_argument("recipe", help="a YAML file or a bundled recipe's name")
-    made.add_argument(
+    command_parser = commands.add_parser("plan", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command_parser.add_argument("recipe", help="a YAML file or a bundled recipe's name")
+    command_parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="override a recipe key, e.g. training.steps=20 or student=PATH",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="MODEL=DIRECTORY",
         help="where the config.json of a model is, by the recipe's name of it",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--tokenizer",
         help="a directory, GGUF file or hub id to cut the prompts with (default: the teacher's, where it is a "
         "directory)",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--flops",
         type=float,
         default=312e12,
         help="peak operations a second of the accelerator (default: 312e12, an A100 in 16 bits)",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)"
     )
-    made.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    _common(made, run.plan, check=run.check_plan)
+    command_parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    _common(command_parser, run.plan, check=run.check_plan)
 
 
 def _declare_report(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "report",
         help="write report.html of a run folder: heat maps, matching, loss curves, table",
         description="Write report.html of a run folder.",
     )
-    made.add_argument("--out", type=Path, required=True, help="the run folder")
-    _common(made, run.report)
+    command_parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    _common(command_parser, run.report)
 
 
 def _declare_check_model(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "check-model",
         help="whether the workbench computes with your model exactly: the self-check of loading, and patching against "
         "hooked forwards",
         description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
     )
-    made.add_argument("model", help="a directory, hub id, adapter or GGUF file")
-    _on_a_device(made, device="cpu", dtype="float32")
-    _common(made, run.check_model)
+    command_parser.add_argument("model", help="a directory, hub id, adapter or GGUF file")
+    _on_a_device(command_parser, device="cpu", dtype="float32")
+    _common(command_parser, run.check_model)
 
 
 def _declare_explore(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "explore",
         help="the interactive explorer as a page on this machine: heat maps, one head's attention and paths, circuits "
         "picked by hand",
         description="Serve the explorer on loopback: heat maps, one head's attention and paths, circuits picked by "
         "hand and evaluated at once.",
     )
-    explorer.add_arguments(made)
-    _on_a_device(made, device="cpu", dtype="float32")
-    _common(made, run.explore)
+    explorer.add_arguments(command_parser)
+    _on_a_device(command_parser, device="cpu", dtype="float32")
+    _common(command_parser, run.explore)
 
 
 def _declare_pretrain(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "pretrain",
         help="train the bundled teacher and students, on entity tracking or on the mixture of tasks",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--bundle", choices=("entity", "mixture"), default="entity", help="which three models (default: %(default)s)"
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--out", type=Path, default=Path("runs/models"), help="where the models go (default: %(default)s)"
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--work",
         type=Path,
         default=Path("runs/pretrain"),
         help="where checkpoints go; a killed training goes on from there (default: %(default)s)",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3"
     )
-    _common(made, run.pretrain_models, after=CHECKPOINTED)
+    _common(command_parser, run.pretrain_models, after=CHECKPOINTED)
 
 
 def _declare_finetune(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "finetune",
         help="fine-tune a model on a task (or some of its layers alone): a teacher that can do it, or a shallower "
         "student of its lineage",
         description="Fine-tune a model on a task by cross-entropy on the answers; a killed training goes on from its "
         "last checkpoint.",
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--recipe", required=True, help="a YAML file or a bundled recipe's name, e.g. smollm2_boxes_teacher"
     )
-    made.add_argument("--out", type=Path, required=True, help="where the model goes, as a Hugging Face directory")
-    made.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
-    made.add_argument(
+    command_parser.add_argument(
+        "--out", type=Path, required=True, help="where the model goes, as a Hugging Face directory"
+    )
+    command_parser.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
+    command_parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="override a setting, e.g. model=PATH or steps=100",
     )
-    _common(made, run.finetune_model, check=run.check_finetuning, after=CHECKPOINTED)
+    _on_a_device(command_parser)
+    _common(command_parser, run.finetune_model, check=run.check_finetuning, after=CHECKPOINTED)
 
 
 def _declare_check_task(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "check-task",
         help="say what is wrong with a task: leaks, long answers, shortcuts, positions, seeds",
         description="Draw a task's prompts and name every fault: leaks between splits, answers of several tokens, "
         "equal prompts, shortcuts, positions, seeds.",
     )
-    made.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
-    made.add_argument(
+    command_parser.add_argument("name", help="the task's entry point, e.g. theory_of_mind")
+    command_parser.add_argument(
         "--tokenizer",
         help="a directory, GGUF file or hub id (default: a word-level tokenizer of all installed tasks' words)",
     )
-    made.add_argument("--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)")
-    made.add_argument(
+    command_parser.add_argument(
+        "--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)"
+    )
+    command_parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="an option of the task, e.g. counterfactual=order",
     )
-    _common(made, run.check_task)
+    _common(command_parser, run.check_task)
 
 
 def _declare_recipes(commands: Any) -> None:
     summary = "the bundled recipes by name, what each is, and the commands that take it"
-    made = commands.add_parser("recipes", help=summary, description=summary[0].upper() + summary[1:] + ".")
-    _common(made, run.recipes, light=True)
+    command_parser = commands.add_parser("recipes", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    _common(command_parser, run.recipes, light=True)
 
 
 def _declare_completion(commands: Any) -> None:
-    made = commands.add_parser(
+    command_parser = commands.add_parser(
         "completion",
         help="a script that completes commands and options in your shell",
         description="Print a completion script, for example: workbench completion bash > "
         "~/.local/share/bash-completion/completions/workbench",
     )
-    made.add_argument("shell", choices=("bash", "zsh", "fish"))
-    _common(made, run.completion, light=True)
+    command_parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    _common(command_parser, run.completion, light=True)
 
 
 def _command(
     commands: Any, command: Run, summary: str, *, recipe: str | None = None, check: Run = run.check_recipe
 ) -> argparse.ArgumentParser:
     """A command that works on a recipe in a run folder."""
-    made = commands.add_parser(command.__name__, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    made.add_argument(
+    command_parser = commands.add_parser(
+        command.__name__, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    command_parser.add_argument(
         "--recipe",
         default=recipe,
         required=recipe is None,
         help="a YAML file or a bundled recipe's name" + (f" (default: {recipe})" if recipe else ""),
     )
-    made.add_argument(
+    command_parser.add_argument(
         "--out",
         type=Path,
         default=Path(f"runs/{recipe}") if recipe else None,
         required=recipe is None,
         help="the run folder",
     )
-    made.add_argument("--resume", action="store_true", help="go on in a run folder that holds a run")
-    made.add_argument(
+    command_parser.add_argument("--resume", action="store_true", help="go on in a run folder that holds a run")
+    command_parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="override a recipe key, e.g. training.steps=20 or student=PATH",
     )
-    _on_a_device(made)
-    _common(made, command, check=check, after=RESUMED)
-    return made
+    _on_a_device(command_parser)
+    _common(command_parser, command, check=check, after=RESUMED)
+    return command_parser
 
 
-def _on_a_device(made: argparse.ArgumentParser, *, device: str | None = None, dtype: str | None = None) -> None:
-    made.add_argument("--device", default=device, help=f"where the models are (default: {device or 'as the recipe'})")
-    made.add_argument(
+def _on_a_device(
+    command_parser: argparse.ArgumentParser, *, device: str | None = None, dtype: str | None = None
+) -> None:
+    command_parser.add_argument(
+        "--device", default=device, help=f"where the models are (default: {device or 'as the recipe'})"
+    )
+    command_parser.add_argument(
         "--dtype", default=dtype, choices=DTYPES, help=f"of the models' weights (default: {dtype or 'as the recipe'})"
     )
 
 
 def _common(
-    made: argparse.ArgumentParser,
+    command_parser: argparse.ArgumentParser,
     command: Run,
     *,
     check: Run | None = None,
@@ -347,8 +360,10 @@ def _common(
     """What every command takes. `check`: what is refused before anything heavy is loaded; `after`: what an interruption
     advises; `light`: it works in no folder and needs no torch."""
     if not light:
-        made.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
-    made.add_argument("--quiet", action="store_true", help="print results and errors alone, no progress")
-    made.add_argument("--log-file", type=Path, metavar="FILE", help="append all messages, with their time, to a file")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    made.set_defaults(run=command, check=check, after=after, light=light)
+        command_parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
+    command_parser.add_argument("--quiet", action="store_true", help="print results and errors alone, no progress")
+    command_parser.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="append all messages, with their time, to a file"
+    )
+    command_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command_parser.set_defaults(run=command, check=check, after=after, light=light)

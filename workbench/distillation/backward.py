@@ -71,37 +71,37 @@ def _averaged(
     objective: Objective, pieces: Sequence[Index], mine: range, weight: float, processes: Processes, dropout: Dropout
 ) -> Losses:
     """Each piece by itself, its losses divided by the number of pieces."""
-    share, found = 1 / len(pieces), []
+    share, gradients = 1 / len(pieces), []
     for piece in mine:
         with dropout(piece):
             task, alignment, ckas = objective.losses(pieces[piece])
         shared = [None if value is None else value * share for value in (task, alignment)]
         losses = _losses(shared[0], shared[1], ckas * share, weight)
         losses.total.backward()
-        found.append(losses.detached())
+        gradients.append(losses.detached())
     task, alignment = (
-        None if getattr(found[0], name) is None else _total([getattr(each, name) for each in found], processes)
+        None if getattr(gradients[0], name) is None else _total([getattr(each, name) for each in gradients], processes)
         for name in ("task", "alignment")
     )
-    return _losses(task, alignment, _total([each.ckas for each in found], processes), weight)
+    return _losses(task, alignment, _total([each.ckas for each in gradients], processes), weight)
 
 
 def _by_chain_rule(
     objective: Objective, pieces: Sequence[Index], mine: range, weight: float, processes: Processes, dropout: Dropout
 ) -> Losses:
     """The alignment on the whole batch, its gradient handed to the pieces."""
-    kept: dict[int, tuple[Tensor | None, Rows]] = {}
+    rows_of: dict[int, tuple[Tensor | None, Rows]] = {}
     rows: dict[int, Rows] = {}
     for piece in mine:
         with dropout(piece):
             if len(mine) == 1:
-                kept[piece] = objective.task_and_rows(pieces[piece])
-            rows[piece] = kept[piece][1] if piece in kept else objective.rows_alone(pieces[piece])
+                rows_of[piece] = objective.task_and_rows(pieces[piece])
+            rows[piece] = rows_of[piece][1] if piece in rows_of else objective.rows_alone(pieces[piece])
     alignment, ckas, slopes = _whole_alignment(objective, pieces, rows, weight, processes)
     tasks = []
     for piece in mine:
         with dropout(piece):
-            task, live = kept[piece] if piece in kept else objective.task_and_rows(pieces[piece])
+            task, live = rows_of[piece] if piece in rows_of else objective.task_and_rows(pieces[piece])
         along = torch.stack([(row * slope).sum() for row, slope in zip(live, slopes[piece], strict=True)]).sum()
         share = None if task is None else task / len(pieces)
         (along if share is None else share + along).backward()

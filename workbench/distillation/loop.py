@@ -67,9 +67,8 @@ class Distillation:
         *,
         seed: int,
         validation: Validation | None = None,
-        processes: Processes | None = None,
     ) -> None:
-        self.processes = launched(student.device) if processes is None else processes
+        self.processes = launched(student.device)
         _require_sound(student, prompts, teacher, pairs, config, validation, self.processes)
         require_wide(next((leaf.dtype for leaf in slices.leaves.values()), torch.float32))
         self.student, self.slices, self.prompts, self.config, self.seed = student, slices, prompts, config, seed
@@ -192,9 +191,9 @@ class Distillation:
     def step(self, step: int) -> StepReport:
         """One optimizer step on the batch of this step."""
         index, weight = self.batch_index(step), alignment_weight(self.config, step)
-        found = backward(self.objective, index, weight, self.processes, partial(self._dropout, step))
-        if not math.isfinite(found.total.item()):
-            raise InputError(_not_finite(f"loss is {found.total.item()}", step))
+        gradients = backward(self.objective, index, weight, self.processes, partial(self._dropout, step))
+        if not math.isfinite(gradients.total.item()):
+            raise InputError(_not_finite(f"loss is {gradients.total.item()}", step))
         norm = self._gradient_norm()
         rate = self.config.learning_rate * self._share_of_rate(step)
         for group in self.optimizer.param_groups:
@@ -209,11 +208,11 @@ class Distillation:
         self.slices.write_back()
         return StepReport(
             step=step,
-            loss=found.total.item(),
-            task_loss=None if found.task is None else found.task.item(),
-            alignment_loss=None if found.alignment is None else found.alignment.item(),
-            ckas=dict(zip(map(str, self.pairs), found.ckas.tolist(), strict=True))
-            if found.alignment is not None
+            loss=gradients.total.item(),
+            task_loss=None if gradients.task is None else gradients.task.item(),
+            alignment_loss=None if gradients.alignment is None else gradients.alignment.item(),
+            ckas=dict(zip(map(str, self.pairs), gradients.ckas.tolist(), strict=True))
+            if gradients.alignment is not None
             else {},
             gradient_norm=norm,
             learning_rate=rate,

@@ -108,5 +108,5 @@ def alignment_loss(
         batched = similarity(x, y, measure=measure, estimator=estimator, options=options)
         for place, index in enumerate(members):
             values[index] = batched[place]
-    found = torch.stack(values)
-    return (1 - found).sum() if pairs == "sum" else (1 - found).mean(), found.detach()
+    ckas = torch.stack(values)
+    return (1 - ckas).sum() if pairs == "sum" else (1 - ckas).mean(), ckas.detach()

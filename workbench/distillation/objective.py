@@ -82,10 +82,10 @@ class Objective:
             self.prompts.rows(index).for_teacher,
             self.teacher.output_weights if self.config.activation == "result" else None,
         )
-        found = {
+        outputs = {
             name: value.to(self.student.device) for name, value in self.teacher.rows(index, self._teacher_names).items()
         }
-        return rows_at(weights, found, ((pair.teacher, pair.teacher_positions) for pair in self.pairs), prompts)
+        return rows_at(weights, outputs, ((pair.teacher, pair.teacher_positions) for pair in self.pairs), prompts)
 
     def row_counts(self, index: Index) -> list[int]:
         """How many rows each pair has on some prompts (m of these prompts)."""
@@ -108,9 +108,9 @@ class Objective:
         if not self.aligned:
             return []
         dtype = next(iter(self.student.parameters().values())).dtype
-        found = {name: value.to(dtype) for name, value in activations.items()}
+        outputs = {name: value.to(dtype) for name, value in activations.items()}
         weights = output_weights(self.student, [pair.student for pair in self.pairs], self.config.activation)
-        return rows_at(weights, found, ((pair.student, pair.student_positions) for pair in self.pairs), prompts)
+        return rows_at(weights, outputs, ((pair.student, pair.student_positions) for pair in self.pairs), prompts)
 
     def _labels(self, index: Index) -> Index:
         """The teacher's answers in the student's tokens."""

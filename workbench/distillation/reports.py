@@ -44,16 +44,16 @@ class StepReport:
 
 def read_log(path: Path, *, first: int | None = None) -> list[StepReport]:
     """The (first) reports of a JSONL log. Errors: `InputError` when it is missing or damaged."""
-    found = []
+    reports = []
     lines = [line for line in storage.read_lines(path) if line][:first]
     for number, line in enumerate(lines, 1):
         try:
-            found.append(storage.read_typed(storage.json_value(line), StepReport, what="a line of a training's log"))
+            reports.append(storage.read_typed(storage.json_value(line), StepReport, what="a line of a training's log"))
         except ValueError as error:
             raise InputError(
                 f"{path}, line {number}, is damaged ({str(error).rstrip('.')}); run this condition again."
             ) from None
-    return found
+    return reports
 
 
 def read_training(folder: Path) -> list[StepReport]:
@@ -81,7 +81,7 @@ def evaluations(reports: Sequence[StepReport]) -> list[tuple[int, float]]:
 
 def best_evaluation(reports: Sequence[StepReport]) -> tuple[int, float] | None:
     """(steps taken, accuracy) of the best evaluation, the earlier of equals; None where there is none."""
-    return max(evaluations(reports), key=lambda found: (found[1], -found[0]), default=None)
+    return max(evaluations(reports), key=lambda evaluation: (evaluation[1], -evaluation[0]), default=None)
 
 
 def exhausted(reports: Sequence[StepReport], patience: int | None) -> bool:
@@ -97,7 +97,7 @@ def exhausted(reports: Sequence[StepReport], patience: int | None) -> bool:
 def steps_to_reach(reports: Sequence[StepReport], accuracy: float) -> int | None:
     """Optimizer steps to the first evaluation of at least this accuracy (so to a multiple of `evaluate_every`); None
     where none reaches it."""
-    return next((taken for taken, found in evaluations(reports) if found >= accuracy), None)
+    return next((taken for taken, accuracy_then in evaluations(reports) if accuracy_then >= accuracy), None)
 
 
 Validation = PromptPairs | Callable[[Student], float]

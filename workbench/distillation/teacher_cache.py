@@ -113,8 +113,8 @@ class LiveTeacher:
     def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]:
         """Activations of some prompts by hook name. Errors: `InputError` for a hook that is not captured."""
         require_cached(names, self._names)
-        found = self._run(index)[1]
-        return {name: found[name] for name in names}
+        outputs = self._run(index)[1]
+        return {name: outputs[name] for name in names}
 
 
 def require_cached(names: Sequence[str], held: Collection[str]) -> None:
@@ -162,15 +162,15 @@ def teacher_cache(
 def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batch: int = 256) -> TeacherCache:
     """Run the teacher on the clean prompts and keep what `teacher_cache` would keep."""
     logits: list[Tensor] = []
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     for part in progress_bar(
         list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch"
     ):
         final, activations = teacher.activations(part.clean, part.mask, names)
         logits.append(final)
         for name in names:
-            found[name].append(activations[name])
-    activated = {name: torch.cat(values) for name, values in found.items()}
+            outputs[name].append(activations[name])
+    activated = {name: torch.cat(values) for name, values in outputs.items()}
     return TeacherCache(
         logits=torch.cat(logits),
         activations=activated,

@@ -115,11 +115,11 @@ class TeacherShards:
     def _gathered(self, name: str, index: Int[Tensor, " rows"]) -> Tensor:
         owner = torch.bucketize(index, self._starts, right=True) - 1
         first = self._shards[0][name]
-        found = first.new_empty(len(index), *first.shape[1:])
+        gathered = first.new_empty(len(index), *first.shape[1:])
         for shard in owner.unique().tolist():
             here = owner == shard
-            found[here] = self._shards[shard][name][index[here] - self._starts[shard]]
-        return found
+            gathered[here] = self._shards[shard][name][index[here] - self._starts[shard]]
+        return gathered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

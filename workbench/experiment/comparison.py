@@ -182,13 +182,13 @@ def _circuits(models: Mapping[str, HookedModel], circuits: Mapping[str, Circuit 
             raise InputError(
                 f"there is a circuit for {name!r} but no such model; {nearest(str(name), [*models, *KINDS])}"
             )
-    found = {}
+    chosen = {}
     for name, model in models.items():
         kind = "teacher" if isinstance(model, Teacher) else "student"
         given = circuits.get(name, circuits.get(kind))
         if given is not None:
-            found[name] = circuit_of(given, model)
-    return found
+            chosen[name] = circuit_of(given, model)
+    return chosen
 
 
 def _one_teacher(models: Mapping[str, HookedModel]) -> Teacher:
@@ -206,5 +206,5 @@ def _ckas(
 ) -> tuple[float | None, float | None]:
     if teacher is None or matching is None or model is teacher:
         return None, None
-    found = pair_ckas(model, teacher, pairs, matching.pairs)
-    return sum(each.cka for each in found) / len(found), sum(each.floor for each in found) / len(found)
+    ckas = pair_ckas(model, teacher, pairs, matching.pairs)
+    return sum(each.cka for each in ckas) / len(ckas), sum(each.floor for each in ckas) / len(ckas)

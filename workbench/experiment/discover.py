@@ -2,12 +2,15 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from pathlib import Path
 
 from workbench import storage
-from workbench.circuits import curves, discovery, evaluation
+from workbench.circuits import curves, evaluation
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.looks import attention_to_positions
+from workbench.circuits.methods.base import Inquiry, search_by
+from workbench.circuits.methods.registry import method_named
+from workbench.circuits.search_result import CircuitSearch
 from workbench.errors import InputError
 from workbench.experiment.evaluate import evaluate
 from workbench.experiment.origins import KEY
@@ -16,7 +19,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablation_profiles, plain_logits
 from workbench.patching.attribution import exact_edges
 from workbench.patching.execution import Execution
-from workbench.values.refs import Head
+from workbench.values.metrics import METRICS
 from workbench.values.scores import Scores
 
 log = logging.getLogger("workbench")
@@ -34,16 +37,11 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     prompts = run.read_by(model, run.prompts.discovery)
     accuracy = float(evaluation.correct(plain_logits(model, prompts), prompts).float().mean())
     log.info("%s: accuracy %.2f on %d discovery prompts; %d heads", name, accuracy, len(prompts), len(model.heads))
-    if run.recipe.discovery.method == "mean_ablation":
-        profile = profiles(run, name, model)[run.recipe.discovery.metric]
-        circuit, ranking = discovery.top_by_ablation(profile, run.recipe.discovery), profile.ranked()
-        groups = ["ablation"]
-    else:
-        if run.recipe.student is not None:
-            profiles(run, name, model)
-        circuit, ranking = _searched(run, name, model)
-        groups = [stage.name for stage in run.prompts.stages]
-    _explain_size(run, name, circuit, groups)
+    search = _searched(run, name, model)
+    circuit = search.circuit
+    if not circuit.members:
+        reasons, scores = "; ".join(search.notes), run.folder.path / "scores"
+        raise InputError(f"{name}: no head is chosen; {reasons}. The scores of all heads are in {scores}.")
     log.info(
         "%s: circuit of %d heads (%.0f %%): %s",
         name,
@@ -51,71 +49,88 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
         100 * circuit.fraction,
         "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
     )
-    _examine(run, name, model, circuit, ranking)
+    for note in search.notes:
+        log.info("%s: %s", name, note)
+    storage.write_json(run.folder.search_file(name), search.to_json())
+    _examine(run, name, model, search)
     _connect(run, name, model, circuit)
     attention_to_positions(model, prompts, circuit.members).save(run.folder.scores_file(name, "looks"))
-    found = {**circuit.to_json(), KEY: run.circuit_origin(name)}
-    storage.write_json(run.folder.circuit_file(name), found)  # last: it says that this stage is done
+    described = {**circuit.to_json(), KEY: run.circuit_origin(name)}
+    storage.write_json(run.folder.circuit_file(name), described)  # last: it says that this stage is done
     return circuit
 
 
-def _explain_size(run: Run, name: str, circuit: Circuit, groups: Sequence[str]) -> None:
-    """Say why a circuit is smaller than asked for. Errors: `InputError` for an empty one, which nothing can be matched
-    with; its scores stay in the folder."""
-    reason = discovery.explained_size(circuit, groups, run.recipe.discovery)
-    if not circuit.members:
-        raise InputError(
-            f"{name}: no head is chosen, {reason}. The scores of all heads are in {run.folder.path}/scores."
-        )
-    if reason is not None:
-        log.info("%s: %s", name, reason)
-
-
-def _searched(run: Run, name: str, model: HookedModel) -> tuple[Circuit, list[Head]]:
-    """The backward search; each stage's scores are written as soon as they are there, and not computed again."""
-    prompts = run.read_by(model, run.prompts.discovery)
-    files = {stage.name: run.folder.scores_file(name, f"path-{stage.name}") for stage in run.prompts.stages}
-    resumed = any((run.folder.path / "scores").glob(f"{name}-path-*"))
-    found = discovery.backward_search(model, prompts, run.prompts.stages, run.recipe.discovery, files=files)
+def _searched(run: Run, name: str, model: HookedModel) -> CircuitSearch:
+    """The search by the recipe's method; what it finds on the way is written as it goes, and not computed again."""
+    config = run.recipe.discovery
+    if run.recipe.student is not None or config.method == "mean_ablation":
+        profiles(run, name, model)  # matching reads them
+    resumed = any(f"{name}-ablation-" not in file.name for file in (run.folder.path / "scores").glob(f"{name}-*"))
+    start = time.perf_counter()
+    search = search_by(method_named(config.method, config.options), inquiry_of(run, name, model))
     if not resumed:
-        start = time.perf_counter()
-        plain_logits(model, prompts)
-        forward = time.perf_counter() - start
-        taken = ", ".join(f"{stage} {seconds / forward:.0f}" for stage, seconds in found.seconds.items())
-        log.info("%s: searched in %.0f s; in plain forwards, up to stage: %s", name, max(found.seconds.values()), taken)
-    return found.circuit, discovery.ranking(found.scores)
+        seconds, clock = search.seconds or {config.method: time.perf_counter() - start}, time.perf_counter()
+        plain_logits(model, run.read_by(model, run.prompts.discovery))
+        forward = time.perf_counter() - clock
+        taken = ", ".join(f"{part} {each / forward:.0f}" for part, each in seconds.items())
+        log.info("%s: searched in %.0f s; in plain forwards, up to stage: %s", name, max(seconds.values()), taken)
+    return search
 
 
-def _examine(run: Run, name: str, model: HookedModel, circuit: Circuit, ranking: Sequence[Head]) -> None:
-    """The circuit on test prompts: its report, and faithfulness over the size of the ranking, beside random
-    ones."""
-    if not run.recipe.evaluation.curve or (run.recipe.data.pairs is not None and not run.prompts.has_test):
-        return
-    metric, file = run.recipe.discovery.metric, run.folder.examined_file(name)
-    report, _ = evaluate(run, model, circuit)
-    partial = file.with_suffix(".partial")
-    whole = curves.Faithfulness(
-        model,
-        run.read_by(model, run.prompts.test),
-        run.outside(model),
-        metric=metric,
-        execution=Execution(file=partial),
+def inquiry_of(run: Run, name: str, model: HookedModel, *, keep: bool = True) -> Inquiry:
+    """What a run asks of its method; `keep=False`: of another model in the place of one of its own, with no files."""
+    config = run.recipe.discovery
+    prompts = run.read_by(run.both()[name], run.prompts.discovery)
+    return Inquiry(
+        model=model,
+        pairs=prompts,
+        metric=METRICS[config.metric],
+        config=config,
+        stand_in=lambda some: run.stand_in(name, model, config.replacement, some),
+        stages=run.prompts.stages,
+        file_of=(lambda part: run.folder.scores_file(name, part)) if keep else None,
+        impacts=(lambda: profiles(run, name, model)[config.metric]) if keep and config.replacement == "mean" else None,
     )
-    curve = curves.faithfulness_curve(whole, ranking, random_rankings=run.recipe.evaluation.random_circuits)
-    storage.write_json(file, {"report": report.to_json(), "curve": curve.to_json()})
-    partial.unlink(missing_ok=True)
+
+
+def _examine(run: Run, name: str, model: HookedModel, search: CircuitSearch) -> None:
+    """The circuit on test prompts: its report, and where the recipe wants it faithfulness over the size of the ranking,
+    beside random ones."""
+    if run.recipe.data.pairs is not None and not run.prompts.has_test:
+        return
+    report, _ = evaluate(run, model, search.circuit)
+    log.info("%s: %s", name, report.line())
+    file = run.folder.examined_file(name)
+    curve = _curve(run, model, search, file.with_suffix(".partial")) if run.recipe.evaluation.curve else None
+    storage.write_json(file, {"report": report.to_json(), "curve": None if curve is None else curve.to_json()})
+    file.with_suffix(".partial").unlink(missing_ok=True)
+    if curve is None:
+        return
     log.info(
-        "%s: circuit alone %.3f of %.3f accuracy (random circuits %.3f); CPR %.2f (random %.2f), CMD %.2f (random "
-        "%.2f)",
+        "%s: over all sizes, heads kept %s (%s ablation): CPR %.2f (random %.2f), CMD %.2f (random %.2f)",
         name,
-        report.circuit_accuracy,
-        report.full_accuracy,
-        report.random_circuit_accuracy,
+        "at their own positions" if curve.scope == "positions" else "at all positions",
+        curve.ablation,
         curve.cpr,
         curve.random_cpr[0],
         curve.cmd,
         curve.random_cmd[0],
     )
+
+
+def _curve(run: Run, model: HookedModel, search: CircuitSearch, partial: Path) -> curves.FaithfulnessCurve:
+    config = run.recipe.evaluation
+    prompts = run.read_by(model, run.prompts.test).rows(slice(0, config.curve_prompts))
+    own = config.scope == "positions" and config.curve_scope == "same"
+    whole = curves.Faithfulness(
+        model,
+        prompts,
+        run.outside(model, prompts),
+        metric=run.recipe.discovery.metric,
+        acting=search.acting if own else None,
+        execution=Execution(file=partial),
+    )
+    return curves.faithfulness_curve(whole, search.ranking, random_rankings=config.random_circuits)
 
 
 def _connect(run: Run, name: str, model: HookedModel, circuit: Circuit) -> None:

@@ -76,8 +76,8 @@ def is_trained(run: Run, condition: str, seed: int) -> bool:
     folder = run.folder.condition(condition, seed)
     if not (folder / TRAINING).exists():
         return _was_trained(run, folder)
-    found = storage.read_json(folder / TRAINING)
-    require_origin(folder / TRAINING, found.get(KEY), run.condition_origin(condition, seed))
+    training = storage.read_json(folder / TRAINING)
+    require_origin(folder / TRAINING, training.get(KEY), run.condition_origin(condition, seed))
     read_training(folder)
     return True
 

@@ -16,27 +16,42 @@ Origin = Mapping[str, str]
 KEY = "origin"
 
 
-def require_origin(file: Path, found: Origin | None, expected: Origin) -> None:
+def require_origin(file: Path, actual: Origin | None, expected: Origin) -> None:
     """Refuse a result of another origin, naming the ingredients that differ."""
-    if found is None:
+    if actual is None:
         return
-    other = [name for name, value in expected.items() if found.get(name) != value]
+    other = [name for name, value in expected.items() if actual.get(name) != value]
     if other:
-        words = "; ".join(_said(name, found.get(name), expected[name]) for name in other)
+        words = "; ".join(_said(name, actual.get(name), expected[name]) for name in other)
         raise InputError(
             f"{file} is not of this run: {words}. Put back the file that belongs there, delete it (and what was made "
             "of it) to have it made again, or choose another --out."
         )
 
 
-def _said(name: str, found: str | None, expected: str) -> str:
+def _said(name: str, actual: str | None, expected: str) -> str:
     """Digests mean nothing to a reader; names and numbers do."""
-    return f"another {name}" if found is None or len(expected) == 64 else f"{name} {found}, not {expected}"
+    return f"another {name}" if actual is None or len(expected) == 64 else f"{name} {actual}, not {expected}"
 
 
 def digest_of(value: Any) -> str:
     """Of plain values."""
     return storage.digest(json.dumps(value, sort_keys=True))
+
+
+LATER: Mapping[str, Mapping[str, Any]] = {
+    "recipe": {"teacher_top": None},
+    "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
+    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300},
+}
+"""Keys of a recipe, and of its parts, that came later, at what they were before there was a choice."""
+
+
+def stated(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings of a recipe (`recipe`), or under a key of it, as they are digested: the later ones only where they are set, so that a
+    circuit or row from before is still of its recipe."""
+    later = LATER[key]
+    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 def to_metadata(origin: Origin) -> dict[str, str]:

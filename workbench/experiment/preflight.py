@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from workbench.circuits.methods.registry import method_named
 from workbench.distillation.loop import require_settings, require_wide
 from workbench.distillation.losses import DIVERGENCES
 from workbench.distillation.processes import launched
@@ -43,6 +44,8 @@ def training_conditions(names: Iterable[str]) -> tuple[Condition, ...]:
 
 def require_recipe(recipe: Recipe, prompts: Prompts, trained: Sequence[Condition], *, processes: int = 1) -> None:
     """The part of it that a recipe and its prompts tell."""
+    for name in recipe.discovery.options.get("positions") or ():
+        prompts.discovery.position(name)
     if recipe.student is not None:
         require_alignable(recipe, prompts)
     elif trained:
@@ -58,8 +61,7 @@ def require_alignable(recipe: Recipe, prompts: Prompts) -> None:
     afterwards."""
     alignment = recipe.alignment
     require_fitting(alignment.measure, alignment.activation, prompts.discovery)
-    searched = recipe.discovery.method == "path_patching"
-    acts = [stage.position for stage in prompts.stages] if searched else ["all"]
+    acts = method_named(recipe.discovery.method, recipe.discovery.options).acts_at(prompts.stages)
     own = [*acts, *(alignment.broadened.get(name, name) for name in acts)]
     for name in own if alignment.positions == "own" else [alignment.positions]:
         require_same_words(prompts.discovery, [name], [name])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from workbench.circuits.config import DiscoveryConfig
+from workbench.circuits.config import DiscoveryConfig, ReplacementKind
 from workbench.distillation.config import AlignmentConfig, TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import TABLE, Condition, ConditionName
@@ -94,13 +94,19 @@ class EvaluationConfig:
     """How circuits are evaluated."""
 
     scope: Literal["positions", "everywhere"] = "positions"
-    ablation: Literal["mean", "counterfactual"] = "mean"
-    """What stands in for the heads outside a circuit: their mean over reference prompts (Prakash, the paper), or their
-    output on the prompt's own corrupt counterpart (MIB), which leaves in place whatever the two prompts have in
-    common."""
+    ablation: ReplacementKind = "mean"
+    """What stands in for the heads outside a circuit: their mean over reference prompts (Prakash, the paper), their
+    output on a drawn reference prompt (`resampled`), on the prompt's own corrupt counterpart (MIB), which leaves in
+    place whatever the two prompts have in common, or `zero`, which alone sees a head whose output is constant over the
+    prompts."""
     random_circuits: Annotated[int, Field(ge=1)] = 5
     curve: bool = True
-    """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it."""
+    """After discovery: faithfulness over circuit size on the test prompts, with random rankings beside it; the
+    circuit's own report is made either way."""
+    curve_scope: Literal["same", "everywhere"] = "same"
+    """Where the curve keeps heads: as the report does (`scope`), or at all positions, where all heads are the model."""
+    curve_prompts: Annotated[int, Field(ge=1)] = 300
+    """The curve is measured on at most so many test prompts, which bounds its cost."""
     edges: Annotated[int, Field(ge=0)] = 0
     """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its
     graph; 0: not."""
@@ -215,7 +221,20 @@ def parse_recipe(value: Mapping[str, Any], *, overrides: Mapping[str, Any] | Non
     recipe = parse_config(Recipe, settings)
     if recipe.data.pairs is None:
         _require_task(recipe.data, yaml.located(("data",), settings.lines, settings.file))
+    _require_options(recipe.discovery, yaml.located(("discovery", "options"), settings.lines, settings.file))
     return recipe
+
+
+def _require_options(discovery: DiscoveryConfig, where: str) -> None:
+    """Refuse options that the method of discovery does not take: last, because a method loads torch."""
+    if not discovery.options:
+        return
+    from workbench.circuits.methods.registry import method_named
+
+    try:
+        method_named(discovery.method, discovery.options)
+    except InputError as error:
+        raise InputError(f"{where}recipe key discovery.options: {error}") from None
 
 
 def _require_task(data: DataConfig, where: str) -> None:

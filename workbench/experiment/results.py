@@ -111,9 +111,9 @@ def _named(folder: Path) -> Origin:
 
 def _require_one_run(files: Sequence[Path], rows: Sequence[ConditionResult]) -> None:
     """Refuse rows that rest on other weights or another recipe than the first that says so."""
-    told = [(file, row.origin) for file, row in zip(files, rows, strict=True) if row.origin is not None]
-    for file, origin in told[1:]:
-        first = {name: value for name, value in (told[0][1] or {}).items() if name not in ("condition", "seed")}
+    with_origin = [(file, row.origin) for file, row in zip(files, rows, strict=True) if row.origin is not None]
+    for file, origin in with_origin[1:]:
+        first = {name: value for name, value in (with_origin[0][1] or {}).items() if name not in ("condition", "seed")}
         require_origin(file, origin, first)
 
 

@@ -6,15 +6,23 @@ from typing import TypeVar
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
+from workbench.circuits.config import ReplacementKind
 from workbench.distillation.processes import launched
 from workbench.errors import InputError
-from workbench.experiment.origins import Origin, digest_of
+from workbench.experiment.origins import Origin, digest_of, stated
 from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import Recipe, to_plain
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
 from workbench.models.hooked_model import Dtype, HookedModel, Student, Teacher
-from workbench.patching.ablation import ReferenceMeans, Replacement, counterfactual_outputs, reference_means
+from workbench.patching.replacement import (
+    ReferenceMeans,
+    Replacement,
+    Zero,
+    counterfactual_outputs,
+    reference_means,
+    resampled_outputs,
+)
 from workbench.storage import located
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.tokenizers import same_vocabulary
@@ -22,8 +30,6 @@ from workbench.tasks.tokenizers import same_vocabulary
 NO_STUDENT = "this recipe names no student; add `student: <directory or hub id>`."
 BESIDE = ("title", "conditions", "seeds", "save_students")
 """Keys of a recipe that no row depends on."""
-LATER = ("teacher_top",)
-"""Keys that recipes of before do not have: unset, they are no part of what a row rests on, as they never were."""
 Kind = TypeVar("Kind", bound=HookedModel)
 
 
@@ -39,9 +45,9 @@ class Models:
         key = (kind.__name__, source, device, dtype)
         if key not in self._loaded:
             self._loaded[key] = kind.load(located(source), device=device, dtype=dtype)
-        found = self._loaded[key]
-        assert isinstance(found, kind)
-        return found
+        model = self._loaded[key]
+        assert isinstance(model, kind)
+        return model
 
     def fingerprint(self, model: HookedModel) -> str:
         """Of a model's weights, taken once."""
@@ -125,7 +131,10 @@ class Run:
         if name not in self._origins:
             model = self.both()[name]
             read = [self.read_by(model, part) for part in (self.prompts.reference, self.prompts.discovery)]
-            search = [to_plain(self.recipe.discovery), [to_plain(stage) for stage in self.prompts.stages]]
+            search = [
+                stated(to_plain(self.recipe.discovery), "discovery"),
+                [to_plain(stage) for stage in self.prompts.stages],
+            ]
             self._origins[name] = {
                 "model": name,
                 "weights": self.models.fingerprint(model),
@@ -141,10 +150,9 @@ class Run:
 
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
-        plain = to_plain(self.recipe)
-        recipe = {
-            name: part for name, part in plain.items() if name not in BESIDE and not (name in LATER and part is None)
-        }
+        recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
+        recipe = stated(recipe, "recipe")
+        recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation")}
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 
@@ -154,8 +162,26 @@ class Run:
             model, self.read_by(model, self.prompts.reference), per_position=self.recipe.data.per_position_means
         )
 
-    def outside(self, model: HookedModel) -> Replacement:
-        """What stands in for the heads outside a circuit on the test prompts."""
-        if self.recipe.evaluation.ablation == "mean":
-            return self.means(model)
-        return counterfactual_outputs(model, self.read_by(model, self.prompts.test))
+    def outside(self, model: HookedModel, prompts: PromptPairs | None = None) -> Replacement:
+        """What stands in for the heads outside a circuit on the test prompts (or some of them)."""
+        role = "teacher" if model is self.teacher else "student"
+        there = self.read_by(model, self.prompts.test) if prompts is None else prompts
+        return self.stand_in(role, model, self.recipe.evaluation.ablation, there)[0]
+
+    def stand_in(
+        self, name: str, model: HookedModel, kind: ReplacementKind, prompts: PromptPairs
+    ) -> tuple[Replacement, str]:
+        """What stands in for an ablated head of a model on some prompts (in the tokens of `name`, teacher or student),
+        with that in words."""
+        if kind == "zero":
+            return Zero(), "zero"
+        if kind == "counterfactual":
+            return counterfactual_outputs(model, prompts), "each prompt's own corrupt counterpart"
+        reference = self.prompts.reference.for_teacher if name == "teacher" else self.prompts.reference
+        if kind == "resampled":
+            drawn = resampled_outputs(model, reference, seed=self.recipe.data.seed)
+            return drawn, f"the output on one of {len(reference)} drawn prompts"
+        by_position = self.recipe.data.per_position_means if kind == "mean" else kind == "per_position_mean"
+        how = "position by position" if by_position else "over all tokens"
+        means = reference_means(model, reference, per_position=by_position)
+        return means, f"mean over {len(reference)} reference prompts, {how}"

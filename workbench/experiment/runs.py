@@ -3,7 +3,7 @@
     run/
       run.json                 recipe, seed, versions, commit, machine
       scores/<model>-<name>.safetensors
-      circuits/<model>.json, <model>-evaluation.json    head_map.json    ckas.json
+      circuits/<model>.json, <model>-search.json, <model>-evaluation.json    head_map.json    ckas.json
       conditions/<condition>-<seed>/log.jsonl, checkpoint.safetensors, training.json, result.json, student/
       results.json             one object per condition and seed
       report.html
@@ -87,13 +87,17 @@ class RunFolder:
                 f"{self.path} is not a run folder (no run.json); give the folder that `workbench demo` or `workbench "
                 "discover` wrote."
             )
-        found = storage.read_json(self.path / "run.json")
-        recipe = to_plain(self._recipe(found))
-        return {**found, "recipe": recipe}
+        description = storage.read_json(self.path / "run.json")
+        recipe = to_plain(self._recipe(description))
+        return {**description, "recipe": recipe}
 
     def examined_file(self, model: str) -> Path:
         """A circuit's report and faithfulness curve on test prompts."""
         return self.path / "circuits" / f"{model}-evaluation.json"
+
+    def search_file(self, model: str) -> Path:
+        """How a model's circuit was found: the ranking with its curve, and what the prompts can't tell."""
+        return self.path / "circuits" / f"{model}-search.json"
 
     def scores_file(self, model: str, name: str) -> Path:
         """Where scores of a model (`teacher` or `student`) lie."""

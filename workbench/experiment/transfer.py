@@ -34,11 +34,11 @@ FILE = "transfer.safetensors"
 
 def transfer_outcomes(run: Run, model: HookedModel) -> dict[str, UInt8[Tensor, " prompt"]]:
     """Which test prompts of each other task a model answers right (1) or not (0)."""
-    found = {}
+    outcomes = {}
     for other in run.recipe.evaluation.transfer:
         prompts = run.read_by(model, transfer_prompts(run, other))
-        found[other.task] = evaluation.correct(plain_logits(model, prompts), prompts).to(torch.uint8)
-    return found
+        outcomes[other.task] = evaluation.correct(plain_logits(model, prompts), prompts).to(torch.uint8)
+    return outcomes
 
 
 def transfer_prompts(run: Run, other: TransferConfig) -> PromptPairs:
@@ -90,16 +90,16 @@ def read_outcomes(folders: Sequence[Path]) -> list[dict[str, Tensor]]:
     return [read_outcomes_of(folder, FILE) for folder in folders if (folder / FILE).exists()]
 
 
-def transfer_text(found: Mapping[str, Any]) -> str:
+def transfer_text(transfer: Mapping[str, Any]) -> str:
     """A transfer table as text: one row for each condition, for each task its accuracy and its change."""
-    tasks = list(found)
-    conditions = [name for name in TITLES if name in found[tasks[0]]]
+    tasks = list(transfer)
+    conditions = [name for name in TITLES if name in transfer[tasks[0]]]
     head = ["condition", *(column for task in tasks for column in (task.replace("_", " "), "change", "p"))]
     return in_columns(
         [
             head,
             *(
-                [TITLES[name], *(cell for task in tasks for cell in _cells(name, found[task][name]))]
+                [TITLES[name], *(cell for task in tasks for cell in _cells(name, transfer[task][name]))]
                 for name in conditions
             ),
         ]

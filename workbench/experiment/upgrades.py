@@ -4,6 +4,7 @@
     data.boxes                               -> data.options.boxes, of the task that has boxes
     data.chat, data.prepend_bos, ...         -> data.prompts.chat, ...
     training.weight, training.measure, ...   -> gone: a recipe's `alignment` always stood in their place
+    (no evaluation.curve_scope)              -> everywhere, as it was (where a run has written it)
     teacher: assets/models/teacher, ...      -> teacher: teacher (where a run has written it; a path works too)
 """
 
@@ -55,6 +56,8 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False, set_last
         boxes = value["data"].get("boxes")
         if boxes is not None:
             _give_boxes(recipe.get("evaluation"), boxes)
+    if written and isinstance(recipe.get("evaluation"), dict):
+        recipe["evaluation"].setdefault("curve_scope", "everywhere")
     if written:
         from workbench.storage.assets import short_name  # here: storage loads torch, which reading a recipe need not
 
@@ -83,14 +86,14 @@ def _state_sizes(recipe: dict[str, Any]) -> None:
 def _upgraded_data(data: Mapping[str, Any], *, set_last: bool) -> dict[str, Any]:
     names = {field.name for field in fields(PromptConfig)}
     flat = {name: value for name, value in data.items() if name in names}
-    found = {name: value for name, value in data.items() if name not in names}
+    settings = {name: value for name, value in data.items() if name not in names}
     if flat:
-        found["prompts"] = _merged(flat, found.get("prompts") or {}, set_last=set_last)
-    if "boxes" in found:
-        boxes = found.pop("boxes")
-        if found.get("task", BOXED) == BOXED:
-            found["options"] = _merged({"boxes": boxes}, found.get("options") or {}, set_last=set_last)
-    return found
+        settings["prompts"] = _merged(flat, settings.get("prompts") or {}, set_last=set_last)
+    if "boxes" in settings:
+        boxes = settings.pop("boxes")
+        if settings.get("task", BOXED) == BOXED:
+            settings["options"] = _merged({"boxes": boxes}, settings.get("options") or {}, set_last=set_last)
+    return settings
 
 
 def _merged(before: Mapping[str, Any], today: Mapping[str, Any], *, set_last: bool) -> dict[str, Any]:

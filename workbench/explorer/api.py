@@ -1,8 +1,11 @@
 """`explore(...)`: models and prompts -> a session, kept under a name, and the widget that shows it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import TypedDict, Unpack
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
@@ -15,6 +18,7 @@ from workbench.models.hooked_model import HookedModel, Teacher
 from workbench.tasks.base import Task
 from workbench.tasks.prompts import PromptSettings
 from workbench.tasks.tokenizers import SharedWords, refuse_token_indices, same_vocabulary
+from workbench.values.settings import configured
 
 if TYPE_CHECKING:
     from workbench.explorer.widget import Explorer
@@ -25,23 +29,49 @@ _SESSIONS: dict[str, tuple[str, Session]] = {}
 """Name -> identity of what the session is about, and the session."""
 
 
+class ExploreSettings(TypedDict, total=False):
+    """What of an exploration can be set besides its models and prompts."""
+
+    options: Mapping[str, Any]
+    """Of a task that is named."""
+    reference: Given | None
+    """Pairs whose clean prompts give the means, beside `pairs` of your own."""
+    prompts: int
+    """How many of a task."""
+    seed: int
+    """Of the task's prompts."""
+    head_map: HeadMap | None
+    """The matches to show as partners."""
+    circuits: Mapping[Side, Circuit] | None
+    """What to begin with."""
+    settings: PromptSettings
+    """BOS and chat template."""
+    folder: str | Path
+    """Where circuits are saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Settings:
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reference: Given | None = None
+    prompts: int = PROMPTS
+    seed: int = 0
+    head_map: HeadMap | None = None
+    circuits: Mapping[Side, Circuit] | None = None
+    settings: PromptSettings = PLAIN
+    folder: str | Path = "."
+
+
 def explore(
     teacher: HookedModel | str | Path,
     student: HookedModel | str | Path | None = None,
     *,
     after: HookedModel | str | Path | None = None,
     task: Task | str | None = None,
-    options: Mapping[str, Any] | None = None,
     pairs: Given | None = None,
-    reference: Given | None = None,
-    prompts: int = PROMPTS,
-    seed: int = 0,
-    head_map: HeadMap | None = None,
-    circuits: Mapping[Side, Circuit] | None = None,
-    settings: PromptSettings = PLAIN,
-    folder: str | Path = ".",
     name: str = "explorer",
     theme: Literal["auto", "light", "dark"] = "auto",
+    **settings: Unpack[ExploreSettings],
 ) -> "Explorer":
     """The explorer as a Jupyter widget: a model, or a teacher beside its student (`after`: the student after
     distillation).
@@ -51,7 +81,7 @@ def explore(
     to begin with. `settings`: BOS and chat template. Saved circuits go to `folder`. The state is kept under `name`:
     running the cell again goes on where it was, as long as models and prompts are the same. While the explorer computes
     in the background, other calls of the workbench on the same models wait for it. Errors: `InputError` for what can't
-    be explored.
+    be explored, and for an unknown setting (see `ExploreSettings`).
     """
     try:
         from workbench.explorer.widget import Explorer
@@ -60,22 +90,7 @@ def explore(
             'the explorer in Jupyter needs anywidget: pip install "circuit-distillation-workbench[explorer]"; without '
             "Jupyter use `workbench explore`."
         ) from None
-    session = session_of(
-        teacher,
-        student,
-        after=after,
-        task=task,
-        options=options,
-        pairs=pairs,
-        reference=reference,
-        prompts=prompts,
-        seed=seed,
-        head_map=head_map,
-        circuits=circuits,
-        settings=settings,
-        folder=folder,
-        name=name,
-    )
+    session = session_of(teacher, student, after=after, task=task, pairs=pairs, name=name, **settings)
     return Explorer(session, theme=theme)
 
 
@@ -85,71 +100,62 @@ def session_of(
     *,
     after: HookedModel | str | Path | None = None,
     task: Task | str | None = None,
-    options: Mapping[str, Any] | None = None,
     pairs: Given | None = None,
-    reference: Given | None = None,
-    prompts: int = PROMPTS,
-    seed: int = 0,
-    head_map: HeadMap | None = None,
-    circuits: Mapping[Side, Circuit] | None = None,
-    settings: PromptSettings = PLAIN,
-    folder: str | Path = ".",
     name: str | None = None,
+    **settings: Unpack[ExploreSettings],
 ) -> Session:
     """The session behind `explore`, without a widget; with a `name` the one that is kept under it, where it is about
     the same things."""
+    chosen = configured(_Settings, settings, call="explore")
     given: dict[Side, HookedModel | str | Path | None] = {"teacher": teacher, "student": student, "after": after}
     models: dict[Side, HookedModel] = {side: _model(model) for side, model in given.items() if model is not None}
     if pairs is not None and task is not None:
         raise InputError("give either a task or pairs of your own, not both.")
     if pairs is None:
-        material = _of_task(task, options or {}, list(models.values()), prompts, seed, settings)
+        material = _of_task(task, list(models.values()), chosen)
     else:
-        material = _readable(material_of_pairs(pairs, reference, settings), list(models.values()))
+        material = _readable(material_of_pairs(pairs, chosen.reference, chosen.settings), list(models.values()))
+    folder = Path(chosen.folder)
+
+    def begun() -> Session:
+        return Session(models, material, head_map=chosen.head_map, circuits=chosen.circuits, folder=folder)
+
     if name is None:
-        return Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
+        return begun()
     identity = _identity(models, material)
-    kept = _SESSIONS.get(name)
-    if kept is not None and kept[0] == identity:
-        kept[1].head_map, kept[1].folder = head_map, Path(folder)
-        return kept[1]
+    known = _SESSIONS.get(name)
+    if known is not None and known[0] == identity:
+        known[1].head_map, known[1].folder = chosen.head_map, folder
+        return known[1]
     forget(name)
-    session = Session(models, material, head_map=head_map, circuits=circuits, folder=Path(folder))
-    _SESSIONS[name] = (identity, session)
-    return session
+    _SESSIONS[name] = (identity, begun())
+    return _SESSIONS[name][1]
 
 
 def forget(name: str = "explorer") -> None:
     """Let go of a kept session: its models, its results and its thread."""
-    kept = _SESSIONS.pop(name, None)
-    if kept is not None:
-        kept[1].close()
+    session = _SESSIONS.pop(name, None)
+    if session is not None:
+        session[1].close()
 
 
 def _model(model: HookedModel | str | Path) -> HookedModel:
     return model if isinstance(model, HookedModel) else Teacher.load(model)
 
 
-def _of_task(
-    task: Task | str | None,
-    options: Mapping[str, Any],
-    models: Sequence[HookedModel],
-    prompts: int,
-    seed: int,
-    settings: PromptSettings = PLAIN,
-) -> Material:
+def _of_task(task: Task | str | None, models: Sequence[HookedModel], chosen: _Settings) -> Material:
     """Prompts of a task in words that all models know."""
-    how: dict[str, Any] = {"prompts": prompts, "seed": seed, "settings": settings}
+    how: dict[str, Any] = {"prompts": chosen.prompts, "seed": chosen.seed, "settings": chosen.settings}
     tokenizer = models[0].tokenizer
     if _several_tokenizers(models):
         tokenizer = SharedWords(*(model.tokenizer for model in models))
         how["spelled"] = f"SharedWords({', '.join(f'tokenizer_of({model.name!r})' for model in models)})"
     if task is not None:
-        return material_of_task(task, options, tokenizer, **how)
+        return material_of_task(task, chosen.options, tokenizer, **how)
     last: InputError | None = None
     for name in TASKS:
         try:
-            return material_of_task(name, options, tokenizer, **how)
+            return material_of_task(name, chosen.options, tokenizer, **how)
         except InputError as refused:
             last = refused
     raise InputError(

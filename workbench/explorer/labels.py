@@ -94,5 +94,5 @@ def colours() -> dict[str, Any]:
 
 
 def _theme(theme: Theme) -> dict[str, Any]:
-    found = asdict(theme)
-    return {**found, "wash": list(theme.wash), "helps": theme.helps, "hurts": theme.hurts}
+    colours = asdict(theme)
+    return {**colours, "wash": list(theme.wash), "helps": theme.helps, "hurts": theme.hurts}

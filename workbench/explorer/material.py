@@ -98,12 +98,12 @@ def material_of_task(
     `spelled`: the tokenizer in Python.
     """
     name = task if isinstance(task, str) else type(task).name
-    made = task_named(task, options) if isinstance(task, str) else task
+    chosen = task_named(task, options) if isinstance(task, str) else task
     known = isinstance(task, str) or name in task_names()
-    made_as = f"task_named({name!r}, {_options(made)!r})" if known else "task"
+    made_as = f"task_named({name!r}, {_options(chosen)!r})" if known else "task"
 
     def drawn(split: Split, count: int) -> Drawn:
-        pairs = made.pairs(tokenizer, split=split, scenes=count, seed=seed)  # a scene gives at least one pair
+        pairs = chosen.pairs(tokenizer, split=split, scenes=count, seed=seed)  # a scene gives at least one pair
         python = f"list(islice({made_as}.pairs({spelled}, split={split!r}, scenes={count}, seed={seed}), {count}))"
         return Drawn(pairs=tuple(islice(pairs, count)), python=python)
 
@@ -112,7 +112,7 @@ def material_of_task(
         shown=drawn("calibration", prompts),
         evaluated=drawn("test", prompts),
         reference=drawn("train", 2 * prompts),
-        chance=made.chance,
+        chance=chosen.chance,
         settings=settings,
     )
 
@@ -138,16 +138,16 @@ def material_of_pairs(pairs: Given, reference: Given | None, settings: PromptSet
 
 def _given(source: Given, name: str) -> Drawn:
     if isinstance(source, str | Path | Dataset):
-        found = tuple(pair for _, pair in numbered_pairs(source))
+        drawn = tuple(pair for _, pair in numbered_pairs(source))
         python = f"[pair for _, pair in numbered_pairs({name if isinstance(source, Dataset) else repr(str(source))})]"
     else:
-        found, python = tuple(source), f"list({name})"
-    if not found or not all(isinstance(pair, Pair) for pair in found):
+        drawn, python = tuple(source), f"list({name})"
+    if not drawn or not all(isinstance(pair, Pair) for pair in drawn):
         raise InputError(
             f"`{name}` holds no pairs; give a JSONL file, a dataset, or `Pair(clean=..., corrupt=..., answer=..., "
             "distractor=...)`s."
         )
-    return Drawn(pairs=found, python=python)
+    return Drawn(pairs=drawn, python=python)
 
 
 def encoded(pairs: Sequence[Pair], model: HookedModel, settings: PromptSettings = PLAIN) -> PromptPairs:

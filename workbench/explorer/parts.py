@@ -28,18 +28,18 @@ LISTED_READS, LISTED_SHARES = 8, 14
 def parts(state: State, subjects: Subjects) -> list[Part]:
     """Everything in view, the model in view first."""
     focus, others = subjects[state.side], [subject for side, subject in subjects.items() if side != state.side]
-    found: list[Part] = [prediction_part(state, focus), map_part(state, focus)]
-    found += [] if state.head is None else look_parts(state, focus, state.head)
-    found += [attribution_part(state, focus), *circuit_parts(state, focus)]
+    wanted: list[Part] = [prediction_part(state, focus), map_part(state, focus)]
+    wanted += [] if state.head is None else look_parts(state, focus, state.head)
+    wanted += [attribution_part(state, focus), *circuit_parts(state, focus)]
     for subject in others:
-        found += [prediction_part(state, subject), map_part(state, subject)]
-        found += [*circuit_parts(state, subject)]
+        wanted += [prediction_part(state, subject), map_part(state, subject)]
+        wanted += [*circuit_parts(state, subject)]
     if state.compared:
-        found += [random_part(state, focus)]
+        wanted += [random_part(state, focus)]
     if state.head is not None:
-        found += [*partner_parts(state, subjects)]
-        found += [*path_parts(state, focus, state.head)]
-    return found
+        wanted += [*partner_parts(state, subjects)]
+        wanted += [*path_parts(state, focus, state.head)]
+    return wanted
 
 
 def prediction_part(state: State, subject: Subject) -> Part:
@@ -186,12 +186,12 @@ def _maps(state: State, subjects: Subjects, known: Known) -> dict[str, Any]:
 
 def _circuit(state: State, subject: Subject, known: Known) -> dict[str, Any]:
     on_pair, on_prompts = circuit_parts(state, subject)
-    found = {
+    shown = {
         "on_pair": _said(known, on_pair),
         "on_prompts": _said(known, on_prompts),
         "random": _said(known, random_part(state, subject)),
     }
-    return {**view.of_circuit(state.circuits[subject.side]), **found}
+    return {**view.of_circuit(state.circuits[subject.side]), **shown}
 
 
 def _head(state: State, subjects: Subjects, head: Head, known: Known, head_map: HeadMap | None) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _partners(
     state: State, subjects: Subjects, head: Head, known: Known, head_map: HeadMap | None
 ) -> list[dict[str, Any]]:
     """The heads of the other models that are most alike, and the one that the given head map names."""
-    found = []
+    partners = []
     for part in partner_parts(state, subjects):
         student = part.key[1]
         other = student if state.side == "teacher" else "teacher"
@@ -229,7 +229,7 @@ def _partners(
         def read(similarity: Scores) -> list[tuple[str, float]]:
             return nearest_heads(similarity, head, of="teacher" if state.side == "teacher" else "student")
 
-        found.append(
+        partners.append(
             {
                 "side": other,
                 "nearest": _said(known, part, read),
@@ -237,7 +237,7 @@ def _partners(
                 "unit": _said(known, part, lambda each: each.unit),
             }
         )
-    return found
+    return partners
 
 
 def _mapped(side: Side, head: Head, head_map: HeadMap | None) -> list[str]:

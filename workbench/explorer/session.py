@@ -274,6 +274,16 @@ class Session:
             }
         )
 
+    def do(self, name: str, **fields: Any) -> dict[str, Any]:
+        """Carry out a command and wait for all that it asks for: the complete view (for Python; the page polls).
+
+        Errors: `InputError` with what the page would be told.
+        """
+        view = self.handle({"do": name, **fields})
+        if view["error"] is not None:
+            raise InputError(view["error"])
+        return self.settle()
+
     def settle(self, seconds: float = 600.0) -> dict[str, Any]:
         """Wait until everything in view is there, and return the view (for scripts and tests; the page polls)."""
         return self.handle({"do": "poll"}, patience=seconds)

@@ -100,8 +100,8 @@ class Subject:
     def predictions(self, pair: Pair) -> dict[str, Any]:
         """Tokens, likeliest next tokens, and every metric, of the clean and the corrupt prompt."""
         pairs = self.pair(pair)
-        found = {name: self._predicted(each) for name, each in (("clean", pairs), ("corrupt", pairs.swapped()))}
-        return {**found, "answer": pair.answer, "distractor": pair.distractor}
+        predicted = {name: self._predicted(each) for name, each in (("clean", pairs), ("corrupt", pairs.swapped()))}
+        return {**predicted, "answer": pair.answer, "distractor": pair.distractor}
 
     def _predicted(self, pairs: PromptPairs) -> dict[str, Any]:
         logits = plain_logits(self.model, pairs)

@@ -54,36 +54,41 @@ def of_attention(patterns: AttentionPatterns) -> dict[str, Any]:
     }
 
 
-def of_attribution(found: LogitAttribution, count: int) -> dict[str, Any]:
+def of_attribution(attribution: LogitAttribution, count: int) -> dict[str, Any]:
     """The largest direct shares of the logit difference, [part, share], and the sum of all."""
-    frame = found.to_frame()
+    frame = attribution.to_frame()
     parts = [list(each) for each in zip(frame["part"].tolist(), frame["mean"].tolist(), strict=True)]
-    return {"parts": parts[:count], "count": len(parts), "total": float(found.total.mean()), "unit": found.heads.unit}
+    return {
+        "parts": parts[:count],
+        "count": len(parts),
+        "total": float(attribution.total.mean()),
+        "unit": attribution.heads.unit,
+    }
 
 
-def of_share(found: LogitAttribution, head: Head) -> dict[str, Any]:
+def of_share(attribution: LogitAttribution, head: Head) -> dict[str, Any]:
     """A head's direct share of the logit difference, its rank by size among the heads, and the sum that it is a share
     of."""
-    ranked = strongest(found.heads, found.heads.values[..., 0].numel())
+    ranked = strongest(attribution.heads, attribution.heads.values[..., 0].numel())
     return {
-        "share": float(found.heads.at(head).mean()),
+        "share": float(attribution.heads.at(head).mean()),
         "rank": ranked.index(head) + 1,
         "heads": len(ranked),
-        "total": float(found.total.mean()),
+        "total": float(attribution.total.mean()),
     }
 
 
 def of_reads(together: Scores, singly: Mapping[str, Scores], count: int) -> list[dict[str, Any]]:
     """The heads below with the largest path effect through q, k and v together, with that through each, as far as it is
     known."""
-    found = [(head, float(together.at(head).mean())) for head in strongest(together, count)]
+    effects = [(head, float(together.at(head).mean())) for head in strongest(together, count)]
     return [
         {
             "head": str(head),
             "together": value,
             **{name: float(scores.at(head).mean()) for name, scores in singly.items()},
         }
-        for head, value in found
+        for head, value in effects
         if value
     ]
 

@@ -61,9 +61,9 @@ def all_head_similarity(
     require_same_words(prompts, [position], [position])
     rows = []
     for model, side in ((student, prompts), (teacher, prompts.for_teacher)):
-        _, found = model.activations(side.clean, side.mask, hook_names(model.heads, activation))
+        _, activations = model.activations(side.clean, side.mask, hook_names(model.heads, activation))
         weights, where = output_weights(model, model.heads, activation), place(side, [position])
-        rows.append(torch.stack([head_rows(weights, found, head, where) for head in model.heads]))
+        rows.append(torch.stack([head_rows(weights, activations, head, where) for head in model.heads]))
     ours, theirs = ([str(head) for head in model.heads] for model in (student, teacher))
     return similarity_scores(
         rows[0], rows[1], student=ours, teacher=theirs, measure=measure, estimator=estimator, options=options
@@ -104,7 +104,6 @@ def circuit_ckas(
     activation: Activation = "z",
     positions: str = "own",
     shuffles: int = 8,
-    seed: int = 0,
 ) -> Scores:
     """Debiased CKA of every circuit head of the student with every one of the teacher, beside its floor: [student
     teacher draw].
@@ -117,7 +116,7 @@ def circuit_ckas(
     for places, x, y in rows.by_scope(torch.arange(len(prompts))):
         orders = [
             torch.arange(y.shape[1]),
-            *(torch.randperm(y.shape[1], generator=seeds.generator(seed, "floor", draw)) for draw in range(shuffles)),
+            *(torch.randperm(y.shape[1], generator=seeds.generator(0, "floor", draw)) for draw in range(shuffles)),
         ]
         values[places] = torch.stack(
             [pairwise_similarity(x, y[:, order], estimator="debiased") for order in orders], -1

@@ -51,14 +51,14 @@ class PairCka:
     def from_json(cls, value: Any) -> "PairCka":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
         remedy = "run `workbench match` or `workbench evaluate` again"
-        found = read_typed(value, _Written, what="the CKA of a pair", remedy=remedy)
+        written = read_typed(value, _Written, what="the CKA of a pair", remedy=remedy)
         pair = AlignedPair(
-            student=found.student,
-            teacher=found.teacher,
-            student_positions=found.student_positions,
-            teacher_positions=found.teacher_positions,
+            student=written.student,
+            teacher=written.teacher,
+            student_positions=written.student_positions,
+            teacher_positions=written.teacher_positions,
         )
-        return cls(pair=pair, cka=found.cka, floor=found.floor, floor_high=found.floor_high, rows=found.rows)
+        return cls(pair=pair, cka=written.cka, floor=written.floor, floor_high=written.floor_high, rows=written.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -216,9 +216,9 @@ class HookedModel:
         gradients: bool = False,
     ) -> tuple[Float[Tensor, "batch d_vocab"], dict[str, Tensor]]:
         """Final logits and activations by hook name; with `gradients=True` both stay in the autograd graph."""
-        with torch.set_grad_enabled(gradients), hooks.capture(self.model, names, detach=not gradients) as found:
+        with torch.set_grad_enabled(gradients), hooks.capture(self.model, names, detach=not gradients) as captured:
             logits = self.final_logits(tokens, mask)
-        return logits, found
+        return logits, captured
 
     @torch.no_grad()
     def early_activations(
@@ -226,9 +226,9 @@ class HookedModel:
     ) -> dict[str, Tensor]:
         """Activations by hook name from a forward that ends where the last of them is computed."""
         self.require_prompts(tokens, mask)
-        with hooks.capture_and_stop(self.model, names) as found:
+        with hooks.capture_and_stop(self.model, names) as captured:
             self.model(tokens, attention_mask=mask.long())
-        return found
+        return captured
 
     def of_head(self, head: Head, name: str, activation: Tensor) -> Tensor:
         """A head's own part of an activation captured under `name`.
@@ -461,31 +461,31 @@ def self_check(
     names = [
         name(layer) for layer in range(model.n_layers) for name in (hooks.z, hooks.attention_output, hooks.pattern)
     ]
-    with torch.no_grad(), hooks.capture(model.model, names) as found:
+    with torch.no_grad(), hooks.capture(model.model, names) as captured:
         logits = model.model(tokens, attention_mask=mask.long())
     _refuse_difference(model, "its logits differ from transformers'", logits[mask], expected.to(model.device)[mask])
     normed = "ln1_post" in dict(model.model.blocks[0].named_children())
     because = " (a norm stands between its attention and the residual stream)" if normed else ""
     for layer in range(model.n_layers):
-        written = model.head_outputs(layer, found[hooks.z(layer)]).sum(2)
+        written = model.head_outputs(layer, captured[hooks.z(layer)]).sum(2)
         bias = model.output_bias(layer)
         written = written if bias is None else written + bias
         _refuse_difference(
             model,
             f"its heads' outputs do not sum to the attention output of layer {layer}{because}",
             written[mask],
-            found[hooks.attention_output(layer)][mask],
+            captured[hooks.attention_output(layer)][mask],
         )
-        rows = found[hooks.pattern(layer)].sum(-1).transpose(1, 2)[mask]
+        rows = captured[hooks.pattern(layer)].sum(-1).transpose(1, 2)[mask]
         _refuse_difference(model, f"its attention rows of layer {layer} do not sum to 1", rows, torch.ones_like(rows))
 
 
-def _refuse_difference(model: HookedModel, what: str, found: Tensor, expected: Tensor) -> None:
+def _refuse_difference(model: HookedModel, what: str, actual: Tensor, expected: Tensor) -> None:
     precision = min(
-        1e3 * torch.finfo(found.dtype).eps, 0.1
+        1e3 * torch.finfo(actual.dtype).eps, 0.1
     )  # at most a tenth: 1,000 roundings of bfloat16 would excuse anything
-    found, expected = found.detach(), expected.detach()
-    difference = float((found - expected).abs().max())
+    actual, expected = actual.detach(), expected.detach()
+    difference = float((actual - expected).abs().max())
     allowed = precision * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
         raise InputError(

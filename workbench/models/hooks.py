@@ -135,10 +135,10 @@ def capture(model: Hooked, names: Sequence[str], *, detach: bool = True) -> Iter
     With `detach=False` the tensors stay in the autograd graph, so that a loss on them trains the model.
     """
     wanted = checked(model, names)
-    found: dict[str, Tensor] = {}
-    with locked(model), model.hooks(fwd_hooks=[(name, partial(_record, found, name, detach)) for name in wanted]):
-        yield found
-    _refuse_silent([name for name in wanted if name not in found])
+    captured: dict[str, Tensor] = {}
+    with locked(model), model.hooks(fwd_hooks=[(name, partial(_record, captured, name, detach)) for name in wanted]):
+        yield captured
+    _refuse_silent([name for name in wanted if name not in captured])
 
 
 class _AllRecorded(Exception):
@@ -150,19 +150,19 @@ def capture_and_stop(model: Hooked, names: Sequence[str]) -> Iterator[dict[str, 
     """Record activations by hook name, and end the forward inside the context as soon as the last of them is there (it
     returns nothing)."""
     wanted = checked(model, names)
-    found: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def record(name: str, activation: Tensor, *, hook: Any) -> None:
-        found[name] = activation.detach()
-        if len(found) == len(wanted):
+        captured[name] = activation.detach()
+        if len(captured) == len(wanted):
             raise _AllRecorded
 
     try:
         with locked(model), model.hooks(fwd_hooks=[(name, partial(record, name)) for name in wanted]):
-            yield found
+            yield captured
     except _AllRecorded:
         pass
-    _refuse_silent([name for name in wanted if name not in found])
+    _refuse_silent([name for name in wanted if name not in captured])
 
 
 @contextmanager
@@ -178,8 +178,8 @@ def edit(model: Hooked, edits: Mapping[str, Edit]) -> Iterator[None]:
     _refuse_silent([name for name in edits if name not in fired])
 
 
-def _record(found: dict[str, Tensor], name: str, detach: bool, activation: Tensor, *, hook: Any) -> None:
-    found[name] = activation.detach() if detach else activation
+def _record(captured: dict[str, Tensor], name: str, detach: bool, activation: Tensor, *, hook: Any) -> None:
+    captured[name] = activation.detach() if detach else activation
 
 
 def _replace(fired: set[str], name: str, change: Edit, activation: Tensor, *, hook: Any) -> Tensor:

@@ -5,9 +5,11 @@ gradients (EAP-IG).
       = sum over positions of (clean - corrupt output of the sender) . d metric / d (what the receiver reads)
 
 The gradient is taken at the clean run (EAP), or averaged over `steps` points on the line from the clean to the corrupt
-input embeddings (EAP-IG-inputs; Hanna et al. 2024). It is a linear estimate of an exact path effect with MLPs frozen:
-`exact_edges` measures that, and `agreement` reports the rank correlation. Direction and sign are those of `path.py`:
-corrupt into clean, clean minus patched.
+input embeddings (EAP-IG-inputs; Hanna et al. 2024). A Riemann sum takes one end of the line and leaves the other out:
+ours the clean end by default, the authors' library the corrupt one (`end="corrupt"` gives its numbers), and `both` is
+the trapezoid rule. It is a linear estimate of an exact path effect with MLPs frozen: `exact_edges` measures that, and
+`agreement` reports the rank correlation. Direction and sign are those of `path.py`: corrupt into clean, clean minus
+patched.
 
 Receivers: q by query head, k and v by key-value head (with grouped-query attention the group's), each MLP's input, the
 logits.
@@ -17,17 +19,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from workbench.errors import InputError
-from workbench.models import hooks
+from workbench.errors import InputError, nearest
 from workbench.models.hooked_model import HookedModel
-from workbench.models.parts import DecoderParts, decoder_parts
+from workbench.models.parts import decoder_parts
+from workbench.patching.edge_gradients import Gradients, Sent, add_products, graph_bytes
 from workbench.patching.engine.frozen import Variant
 from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
@@ -37,12 +39,16 @@ from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender, sender_named
-from workbench.values.scores import Scores, joined
+from workbench.values.scores import Scores
 
 Input = Composition | Literal["logits"]
 """The kinds of input that exact edges lead into."""
+End = Literal["clean", "corrupt", "both"]
+"""Which end of the line the Riemann sum takes: `both` are taken by half (the trapezoid rule)."""
 BATCH, EXACT_BATCH = 32, 128
-"""Default numbers of prompts in one forward and backward, and in one forward of exact edges."""
+"""Default numbers of prompts in one forward and backward (at most), and in one forward of exact edges."""
+GRAPH = 4
+"""How many times the memory of a chunk the graph of one backward may take, where no batch is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +60,27 @@ class Edges:
 
     @classmethod
     def of(cls, model: HookedModel) -> "Edges":
-        """Every sender and receiver; k and v by the first query head of their group."""
-        group = model.n_heads // model.n_kv_heads
+        """Every sender and receiver of a model."""
+        return cls.of_shape(model.n_layers, model.n_heads, model.n_kv_heads)
+
+    @classmethod
+    def of_shape(cls, layers: int, heads: int, kv_heads: int) -> "Edges":
+        """Every sender and receiver of so many layers and heads; k and v by the first query head of their group."""
+        group = heads // kv_heads
         senders: list[Sender] = [Embedding()]
         receivers: list[PathEnd | Literal["logits"]] = []
-        for layer in range(model.n_layers):
-            senders += [*(Head(layer, index) for index in range(model.n_heads)), Mlp(layer)]
-            receivers += [Receiver(Head(layer, index), "q") for index in range(model.n_heads)]
+        for layer in range(layers):
+            senders += [*(Head(layer, index) for index in range(heads)), Mlp(layer)]
+            receivers += [Receiver(Head(layer, index), "q") for index in range(heads)]
             for composition in ("k", "v"):
-                receivers += [Receiver(Head(layer, kv * group), composition) for kv in range(model.n_kv_heads)]
+                receivers += [Receiver(Head(layer, kv * group), composition) for kv in range(kv_heads)]
             receivers.append(Mlp(layer))
         return cls(senders=tuple(senders), receivers=(*receivers, "logits"))
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The labels of scores of these edges."""
+        return {"sender": tuple(map(str, self.senders)), "receiver": tuple(map(str, self.receivers))}
 
     def connected(self, *, parallel: bool) -> Float[Tensor, "sender receiver"]:
         """1 where the sender writes before the receiver reads, else NaN."""
@@ -74,6 +90,46 @@ class Edges:
                 for sender in self.senders
             ]
         )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a k and a v."""
+        kinds = [end.composition for end in self.receivers if isinstance(end, Receiver)]
+        return kinds.count("q") // kinds.count("k")
+
+    def counts(self) -> Float[Tensor, " receiver"]:
+        """How many edges of a graph whose k and v go to each query head on its own (MIB's) one into this receiver
+        is."""
+        shared = [isinstance(end, Receiver) and end.composition != "q" for end in self.receivers]
+        return torch.tensor([float(self.group) if one else 1.0 for one in shared])
+
+    def feeds(self) -> Bool[Tensor, "receiver sender"]:
+        """Whether what a receiver reads goes into what a sender writes: a head's q, its group's k and v, an MLP."""
+        group = self.group
+
+        def fed(end: PathEnd | Literal["logits"], sender: Sender) -> bool:
+            if not isinstance(end, Receiver):
+                return end == sender
+            if not isinstance(sender, Head) or sender.layer != end.head.layer:
+                return False
+            return 0 <= sender.index - end.head.index < (1 if end.composition == "q" else group)
+
+        return torch.tensor([[fed(end, sender) for sender in self.senders] for end in self.receivers])
+
+    def pruned(self, present: Bool[Tensor, "sender receiver"]) -> Bool[Tensor, "sender receiver"]:
+        """The edges that lie on a way from the embedding to the logits: those out of a sender that nothing reaches, and
+        those into a receiver from which nothing leads on, change nothing."""
+        feeds, present = self.feeds(), present.clone()
+        while True:
+            reached = present.any(0).float() @ feeds.float() > 0
+            reached[0] = True
+            alive = reached & present.any(1)
+            onward = (feeds & alive).any(1)
+            onward[-1] = True
+            left = present & alive[:, None] & onward
+            if torch.equal(left, present):
+                return left
+            present = left
 
 
 def _before(sender: Sender, receiver: PathEnd | Literal["logits"], parallel: bool) -> bool:
@@ -89,14 +145,17 @@ def attribute_edges(
     *,
     metric: str | Metric = "log_probability",
     steps: int = 1,
+    end: End = "clean",
     execution: Execution = Execution(),
 ) -> Scores:
     """EAP (`steps=1`) or EAP-IG scores of every edge: [sender receiver example], NaN where there is no edge.
 
-    Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). Costs two forwards and `steps`
-    forwards with a backward; `execution`: its batch, bar and file are used (nothing is kept before the end). Errors:
-    `InputError` in training mode, for an unknown metric, a model whose blocks `parts.py` does not know, and another
-    sweep's file. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
+    Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). `end`: which end of the line from the
+    clean to the corrupt embeddings the `steps` points take; `corrupt` is what EAP-IG's library takes, `both` costs one
+    point more. Costs two forwards and `steps` forwards with a backward; `execution`: its memory (for the senders'
+    outputs beside a layer's gradients), batch, bar and file are used (nothing is kept before the end). Errors:
+    `InputError` in training mode, for an unknown metric or end, a model whose blocks `parts.py` does not know, and
+    another sweep's file. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
     """
     require_model(model)
     require_pairs(pairs)
@@ -104,14 +163,35 @@ def attribute_edges(
     pairs, measured = reading(model, pairs), metric_named(metric)
     if steps < 1:
         raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
+    if end not in get_args(End):
+        raise InputError(f"the sum of gradients has no end {end!r}; {nearest(str(end), get_args(End))}")
+    settings = {"steps": steps} if end == "clean" else {"steps": steps, "end": end}
     return load_or_sweep(
         execution.path,
-        lambda: identity("attribution", model, [pairs], metrics=[measured], settings={"steps": steps}),
-        lambda _: _attributed(model, pairs, measured, steps, execution),
+        lambda: identity("attribution", model, [pairs], metrics=[measured], settings=settings),
+        lambda _: _attributed(model, pairs, measured, _points(steps, end), execution),
     )
 
 
-def _attributed(model: HookedModel, pairs: PromptPairs, metric: Metric, steps: int, execution: Execution) -> Scores:
+def _points(steps: int, end: End) -> dict[float, float]:
+    """Where on the line from clean (0) to corrupt (1) a gradient is taken -> its weight in the sum."""
+    if end == "both":
+        return {step / steps: (0.5 if step in (0, steps) else 1.0) / steps for step in range(steps + 1)}
+    return {(step + (end == "corrupt")) / steps: 1 / steps for step in range(steps)}
+
+
+def _method(points: dict[float, float]) -> str:
+    ends = {0.0, 1.0} & set(points)
+    taken = "" if ends == {0.0} else ", both ends" if len(ends) == 2 else ", corrupt end"
+    if len(points) == 1:
+        return f"EAP{taken}"
+    steps = len(points) - (len(ends) == 2)
+    return f"EAP-IG ({steps} step{'s' if steps > 1 else ''}{taken})"
+
+
+def _attributed(
+    model: HookedModel, pairs: PromptPairs, metric: Metric, points: dict[float, float], execution: Execution
+) -> Scores:
     parts = decoder_parts(model)
     if parts is None:
         raise InputError(
@@ -120,25 +200,26 @@ def _attributed(model: HookedModel, pairs: PromptPairs, metric: Metric, steps: i
         )
     edges = Edges.of(model)
     there = edges.connected(parallel=model.has_parallel_blocks)
-    batches, values = list(pairs.batches(execution.batch_of(BATCH))), []
+    affordable = GRAPH * execution.memory // graph_bytes(parts, pairs.clean.shape[1])
+    batches, values = list(pairs.batches(execution.batch_of(min(max(affordable, 1), BATCH)))), []
     for part in progress_bar(
         batches, desc=f"attributing edges of {model.name}", unit="batch", shown=execution.progress
     ):
-        change = _sent(model, part)
-        gradients = sum(_gradients(model, parts, part, metric, step / steps) for step in range(steps)) / steps
-        values.append(torch.einsum("sbpd,rbpd->srb", change, gradients).cpu() * there[..., None])
-    labels = {"sender": tuple(map(str, edges.senders)), "receiver": tuple(map(str, edges.receivers))}
-    method = "EAP" if steps == 1 else f"EAP-IG ({steps} steps)"
-    scores = [
-        Scores(
-            values=part.float(),
-            axes=("sender", "receiver", "example"),
-            labels=labels,
-            unit=f"fall of {metric.unit}, {method}",
-        )
-        for part in values
-    ]
-    return joined(scores)
+        sent = Sent.of(model, part)
+        scores = sent.clean.new_zeros(*there.shape, len(part))
+        for share, weight in points.items():
+            embedded = sent.clean + share * (sent.corrupt - sent.clean)
+            gradients = Gradients.of(model, parts, part, metric, embedded)
+            summed = torch.zeros_like(scores)
+            add_products(summed, sent, gradients, execution.memory)
+            scores.add_(summed, alpha=weight)
+        values.append(scores.cpu().float() * there[..., None])
+    return Scores(
+        values=torch.cat(values, -1),
+        axes=("sender", "receiver", "example"),
+        labels=edges.labels,
+        unit=f"fall of {metric.unit}, {_method(points)}",
+    )
 
 
 def attribute_nodes(scores: Scores) -> Scores:
@@ -151,93 +232,6 @@ def attribute_nodes(scores: Scores) -> Scores:
         labels={"sender": scores.labels["sender"]},
         unit=f"{scores.unit}, all edges of a sender",
     )
-
-
-@torch.no_grad()
-def _sent(model: HookedModel, pairs: PromptPairs) -> Float[Tensor, "sender batch pos d_model"]:
-    """Clean minus corrupt output of every sender."""
-    names = [
-        hooks.residual_pre(0),
-        *(kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output)),
-    ]
-    runs = [model.activations(tokens, pairs.mask, names)[1] for tokens in (pairs.clean, pairs.corrupt)]
-    change = {name: runs[0][name] - runs[1][name] for name in names}
-    written = [change[hooks.residual_pre(0)][None]]
-    for layer in range(model.n_layers):
-        written += [
-            model.head_outputs(layer, change[hooks.z(layer)]).permute(2, 0, 1, 3),
-            change[hooks.mlp_output(layer)][None],
-        ]
-    return torch.cat(written) * pairs.mask[..., None]
-
-
-def _gradients(
-    model: HookedModel, parts: DecoderParts, pairs: PromptPairs, metric: Metric, share: float
-) -> Float[Tensor, "receiver batch pos d_model"]:
-    """Gradient of the summed metric at what every receiver reads, with the embeddings `share` of the way from clean to
-    corrupt."""
-    with torch.no_grad():
-        start, end = (
-            model.activations(tokens, pairs.mask, [hooks.residual_pre(0)])[1][hooks.residual_pre(0)]
-            for tokens in (pairs.clean, pairs.corrupt)
-        )
-        embedded = start + share * (end - start)
-    taps: dict[str, Tensor] = {}
-    last = hooks.residual_post(model.n_layers - 1)
-    read = [kind(layer) for layer in range(model.n_layers) for kind in (hooks.q, hooks.k, hooks.v, hooks.mlp_input)]
-    pre = [hooks.residual_pre(layer) for layer in range(model.n_layers)] + [
-        hooks.attention_output(layer) for layer in range(model.n_layers)
-    ]
-    edits = {name: _tap(taps, name) for name in (*pre[1:], *read, last)}
-    with torch.enable_grad():
-        leaf = embedded.clone().requires_grad_()
-        edits[pre[0]] = lambda activation: leaf
-        with hooks.edit(model.model, edits):
-            logits = model.final_logits(pairs.clean, pairs.mask)
-        values = metric(logits, pairs.answers, pairs.distractors)
-        grads = dict(
-            zip([*read, last], torch.autograd.grad(values.sum(), [taps[name] for name in (*read, last)]), strict=True)
-        )
-    taps[pre[0]] = leaf
-    found = [part for layer in range(model.n_layers) for part in _into_layer(model, parts, layer, taps, grads)]
-    return torch.cat([*found, grads[last][None]]).detach()
-
-
-def _tap(taps: dict[str, Tensor], name: str) -> hooks.Edit:
-    """An edit that changes nothing, and keeps the tensor that the rest of the forward is computed from."""
-
-    def keep(activation: Tensor) -> Tensor:
-        taps[name] = activation.clone()
-        return taps[name]
-
-    return keep
-
-
-def _into_layer(
-    model: HookedModel, parts: DecoderParts, layer: int, taps: dict[str, Tensor], grads: dict[str, Tensor]
-) -> Iterator[Float[Tensor, "receiver batch pos d_model"]]:
-    """From the gradients at a layer's q, k, v and MLP input to those at each receiver's own copy of the residual
-    stream."""
-    part, counts = parts.blocks[layer], {"q": parts.n_heads, "k": parts.n_kv_heads, "v": parts.n_kv_heads}
-    pre, weights = (
-        taps[hooks.residual_pre(layer)].detach(),
-        part.weight_qkv.split([count * parts.d_head for count in counts.values()], 1),
-    )
-    for (name, count), weight in zip(counts.items(), weights, strict=True):
-        own = grads[{"q": hooks.q, "k": hooks.k, "v": hooks.v}[name](layer)]
-        normed = torch.einsum("bphw,dhw->hbpd", own, weight.unflatten(1, (count, parts.d_head)))
-        yield _through_norm(part.norm_attention, pre, normed)
-    middle = pre if part.parallel else pre + taps[hooks.attention_output(layer)].detach()
-    yield _through_norm(part.norm_mlp, middle, grads[hooks.mlp_input(layer)][None])
-
-
-def _through_norm(
-    norm: object, residual: Tensor, gradient: Float[Tensor, "receiver batch pos d_model"]
-) -> Float[Tensor, "receiver batch pos d_model"]:
-    """The vector-Jacobian product of a normalisation, for several gradients at its output."""
-    with torch.enable_grad():
-        leaf = residual.expand_as(gradient).clone().requires_grad_()
-        return torch.autograd.grad(norm(leaf), leaf, gradient)[0]  # type: ignore[operator]
 
 
 def exact_edges(

@@ -42,9 +42,11 @@ def corrupt_run_bytes(shape: ModelShape, prompts: int, tokens: int, width: int) 
 
 def patching_bytes(shape: ModelShape, prompts: int, tokens: int, width: int, *, batch: int) -> int:
     """Path patching: clean and corrupt runs of all prompts at once, one forward on top, and a chunk of variants."""
-    kept = clean_run_bytes(shape, prompts, tokens, width) + corrupt_run_bytes(shape, prompts, tokens, width)
+    clean_and_corrupt = clean_run_bytes(shape, prompts, tokens, width) + corrupt_run_bytes(
+        shape, prompts, tokens, width
+    )
     copies = (-(-prompts // batch) - 1) * shape.layers * width * (shape.query_weights + shape.kv_weights)
-    return kept + copies + max(forward_bytes(shape, min(batch, prompts), tokens, width), MEMORY)
+    return clean_and_corrupt + copies + max(forward_bytes(shape, min(batch, prompts), tokens, width), MEMORY)
 
 
 def ablation_bytes(shape: ModelShape, prompts: int, tokens: int, width: int, *, batch: int) -> int:

@@ -75,13 +75,13 @@ def _shape(name: str, configs: Mapping[str, str]) -> ModelShape:
 def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> tuple[Road, tuple[str, ...]]:
     teacher = _shape(recipe.teacher, configs)
     student = None if recipe.student is None else _shape(recipe.student, configs)
-    found = _tokenizer(recipe, configs, tokenizer)
-    if found is None:
+    named_tokenizer = _tokenizer(recipe, configs, tokenizer)
+    if named_tokenizer is None:
         bare = replace(recipe.data.prompts, chat="none", system=None, instruction=None)
         words = replace(recipe, data=replace(recipe.data, prompts=bare), device="cpu")
         prompts, note = Prompts(words, word_level_tokenizer(mixture_words())), (WORDS,)
     else:
-        prompts, note = Prompts(replace(recipe, device="cpu"), found), ()
+        prompts, note = Prompts(replace(recipe, device="cpu"), named_tokenizer), ()
     road = Road(recipe=recipe, teacher=teacher, student=student, prompts=prompts)
     _preflight(road)
     return road, note

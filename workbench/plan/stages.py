@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from workbench.circuits.curves import default_sizes
 from workbench.circuits.discovery import receiver_position
+from workbench.circuits.methods.registry import method_named
 from workbench.experiment import CONDITIONS, Prompts
 from workbench.experiment.recipe import Recipe
 from workbench.patching import ablation as ablating
@@ -18,6 +19,8 @@ from workbench.plan.steps import Step, Trained, cache_bytes
 from workbench.tasks.base import PromptPairs
 
 WIDTHS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+COUNTED = ("mean_ablation", "eap", "eap_ig")
+"""Methods that take `discovery.heads` heads in all."""
 HALF = 2
 """Bytes of a bfloat16, in which autocast computes."""
 
@@ -48,9 +51,13 @@ class Road:
         )
 
     def circuit_heads(self, shape: ModelShape) -> int:
-        """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all."""
-        stages = len(self.prompts.stages) if self.recipe.discovery.method == "path_patching" else 1
-        return min(shape.layers * shape.heads, stages * self.recipe.discovery.heads)
+        """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all; with a target
+        to keep, every head."""
+        config, total = self.recipe.discovery, shape.layers * shape.heads
+        if config.method not in (*COUNTED, "path_patching"):
+            return total
+        stages = len(self.prompts.stages) if config.method == "path_patching" else 1
+        return min(total, stages * config.heads)
 
     @property
     def matched_heads(self) -> int:
@@ -119,7 +126,8 @@ class Road:
         """Ablation of every head, the search stage by stage, and the circuit on test prompts."""
         name, pairs, reference = title or role, self.prompts.discovery, self.prompts.reference
         (count, tokens), searched = pairs.clean.shape, self.recipe.discovery.method == "path_patching"
-        if self.student is not None or not searched:
+        ablated = self.recipe.discovery.method == "mean_ablation"
+        if self.student is not None or ablated:
             swept = (
                 sweeps.ablation(shape, pairs, batch=ablating.BATCH)
                 + forward(shape, *reference.clean.shape)
@@ -139,8 +147,24 @@ class Road:
             )
         if searched:
             yield from self.search(name, shape)
-        if self.recipe.evaluation.curve and (self.recipe.data.pairs is None or self.prompts.has_test):
+        elif not ablated:
+            yield self.by_method(name, shape)
+        if self.recipe.data.pairs is None or self.prompts.has_test:
             yield self.examined(name, shape)
+
+    def by_method(self, name: str, shape: ModelShape) -> StageCost:
+        """A method of discovery, by the most runs that it says it takes."""
+        pairs, config = self.prompts.discovery, self.recipe.discovery
+        (count, tokens), width = pairs.clean.shape, self.width_of(shape)
+        runs = method_named(config.method, config.options).runs(shape.layers * shape.heads, shape.layers)
+        return self.cost(
+            f"discover {name}: {config.method}",
+            f"at most {runs} runs of {count} prompts",
+            runs * forward(shape, count, tokens) + forward(shape, *self.prompts.reference.clean.shape),
+            shape,
+            pairs,
+            memory.patching_bytes(shape, count, tokens, width, batch=path.BATCH),
+        )
 
     def search(self, name: str, shape: ModelShape, *, repeats: int = 1) -> Iterator[StageCost]:
         """The stages of a backward search; the first carries the clean and corrupt runs that all share."""
@@ -172,8 +196,11 @@ class Road:
         """A circuit's report and its curve of faithfulness over size, random ones beside it."""
         test, draws = self.prompts.test, self.recipe.evaluation.random_circuits
         sizes = len(default_sizes(shape.layers * shape.heads)) - 1
-        sets = 2 + 2 * (1 + draws) * sizes - 2 * draws
-        operations = 2 * self.outside(shape) + (self.report_runs + sets) * forward(shape, *test.clean.shape)
+        sets = 2 + 2 * (1 + draws) * sizes - 2 * draws if self.recipe.evaluation.curve else 0
+        count = min(len(test), self.recipe.evaluation.curve_prompts)
+        operations = (2 if sets else 1) * self.outside(shape)
+        operations += self.report_runs * forward(shape, *test.clean.shape)
+        operations += sets * forward(shape, count, test.clean.shape[1])
         return self.cost(
             f"discover {name}: test",
             f"{self.report_runs + sets} ablated forwards",
@@ -191,8 +218,9 @@ class Road:
 
     def outside(self, shape: ModelShape) -> int:
         """What stands in for ablated heads: a forward over reference prompts, or over the corrupt test prompts."""
-        prompts = self.prompts.reference if self.recipe.evaluation.ablation == "mean" else self.prompts.test
-        return forward(shape, *prompts.clean.shape)
+        kind = self.recipe.evaluation.ablation
+        prompts = self.prompts.test if kind == "counterfactual" else self.prompts.reference
+        return 0 if kind == "zero" else forward(shape, *prompts.clean.shape)
 
     def evaluation_bytes(self, shape: ModelShape) -> int:
         """A batch's forward; with counterfactual ablation every head's output on all test prompts."""
@@ -200,7 +228,7 @@ class Road:
         batch = min(ablating.BATCH, count)
         held = (
             0
-            if self.recipe.evaluation.ablation == "mean"
+            if self.recipe.evaluation.ablation != "counterfactual"
             else count * tokens * memory.captured_z(shape) * self.width_of(shape)
         )
         return memory.means_bytes(shape, batch, tokens, self.width_of(shape)) + held
@@ -307,11 +335,8 @@ class Road:
     def aligned_tokens(self) -> int:
         """Tokens of each prompt at which a pair is aligned: those of one position, or at most those of any stage's."""
         train, positions = self.prompts.train, self.recipe.alignment.positions
-        own = (
-            [stage.position for stage in self.prompts.stages]
-            if self.recipe.discovery.method == "path_patching"
-            else ["all"]
-        )
+        config = self.recipe.discovery
+        own = method_named(config.method, config.options).acts_at(self.prompts.stages)
         names = own if positions == "own" else [positions]
         return max(int(train.position(name).sum(1).max()) for name in names)
 

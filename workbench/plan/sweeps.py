@@ -43,15 +43,15 @@ def stretches(pairs: PromptPairs, sending: str, receiving: str, *, batch: int) -
 def ablation(shape: ModelShape, pairs: PromptPairs, *, batch: int, position: str = "all") -> int:
     """Every head ablated on its own: what it writes instead, the MLP beside it, the layers above. One clean run for
     all."""
-    found = sum(clean_run(shape, len(part), part.clean.shape[1]) for part in pairs.batches(batch))
+    operations = sum(clean_run(shape, len(part), part.clean.shape[1]) for part in pairs.batches(batch))
     for stretch in stretches(pairs, position, "all", batch=batch):
         rows = shape.heads * stretch.prompts
         for layer in range(shape.layers):
-            found += linear(stretch.prompts * stretch.slots, shape.query_weights) + joined(
+            operations += linear(stretch.prompts * stretch.slots, shape.query_weights) + joined(
                 shape, layer, rows, stretch.slots
             )
-            found += upward(shape, layer + 1, rows, stretch.slots, stretch.keys)
-    return found
+            operations += upward(shape, layer + 1, rows, stretch.slots, stretch.keys)
+    return operations
 
 
 def clean_and_corrupt(shape: ModelShape, pairs: PromptPairs, *, batch: int) -> int:
@@ -63,12 +63,12 @@ def clean_and_corrupt(shape: ModelShape, pairs: PromptPairs, *, batch: int) -> i
 def to_logits(shape: ModelShape, pairs: PromptPairs, *, batch: int) -> int:
     """Direct effects of all heads: every attention frozen, the MLPs above each head at the last token, and its
     logits."""
-    found = 0
+    operations = 0
     for part in pairs.batches(batch):
-        found += _frozen(shape, range(shape.layers), shape.layers, len(part), 1) + unembedding(
+        operations += _frozen(shape, range(shape.layers), shape.layers, len(part), 1) + unembedding(
             shape, shape.layers * shape.heads * len(part)
         )
-    return found
+    return operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,11 @@ def into_heads(
     A sender's change reaches the receivers through MLPs alone (the frozen run); from its lowest receiver on the layers
     are replayed.
     """
-    layers, found = sorted(receivers), 0
+    layers, operations = sorted(receivers), 0
     for stretch in stretches(pairs, sending, receiving, batch=batch):
         for below, first in zip([0, *layers], layers, strict=False):
             if first > below:
-                found += _through(
+                operations += _through(
                     shape,
                     range(below, first),
                     [layer for layer in layers if layer >= first],
@@ -109,7 +109,7 @@ def into_heads(
                     stretch,
                     pairs.clean.shape[1],
                 )
-    return found
+    return operations
 
 
 def _through(
@@ -123,29 +123,29 @@ def _through(
     """The senders of some layers, whose lowest receivers stand in `layers[0]`."""
     first, variants = layers[0], len(senders) * shape.heads
     rows, heads = variants * stretch.prompts, receivers[first].heads(shape)
-    found = _frozen(shape, senders, layers[-1], stretch.prompts, stretch.spots)
-    found += sum(
+    operations = _frozen(shape, senders, layers[-1], stretch.prompts, stretch.spots)
+    operations += sum(
         linear(rows * stretch.spots, shape.d_model * receivers[layer].count * shape.d_head) for layer in layers
     )
     keys = tokens if receivers[first].composition == "q" else stretch.keys
-    found += attention(shape, rows, stretch.slots, keys) * heads // shape.heads
-    found += linear(rows * stretch.slots, heads * shape.d_head * shape.d_model) + joined(
+    operations += attention(shape, rows, stretch.slots, keys) * heads // shape.heads
+    operations += linear(rows * stretch.slots, heads * shape.d_head * shape.d_model) + joined(
         shape, first, rows, stretch.slots
     )
-    return found + upward(shape, first + 1, rows, stretch.slots, stretch.keys)
+    return operations + upward(shape, first + 1, rows, stretch.slots, stretch.keys)
 
 
 def _frozen(shape: ModelShape, senders: range, top: int, prompts: int, spots: int) -> int:
     """The frozen run up to `top`: senders join in their layers; each goes on through the MLPs at its spots."""
-    found, variants = 0, 0
+    operations, variants = 0, 0
     for layer in range(top):
         if layer in senders:
             variants += shape.heads
-            found += linear(prompts * spots, shape.query_weights) + linear(
+            operations += linear(prompts * spots, shape.query_weights) + linear(
                 prompts * spots, shape.heads * shape.heads * shape.d_model
             )
-        found += linear(variants * prompts * spots, shape.mlp_weights)
-    return found
+        operations += linear(variants * prompts * spots, shape.mlp_weights)
+    return operations
 
 
 def receivers_everywhere(shape: ModelShape, heads: int, composition: Literal["q", "k", "v"]) -> dict[int, Receiving]:

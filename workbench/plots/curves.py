@@ -100,11 +100,11 @@ def _scaled(sizes: Sequence[int]) -> list[float]:
 
 def _apart(sizes: Sequence[int]) -> list[int]:
     """The largest size and, downwards, those whose labels do not run into the one above."""
-    kept: list[int] = []
+    ticks: list[int] = []
     for size in reversed(sizes):
-        if not kept or _scaled([kept[-1]])[0] - _scaled([size])[0] >= 0.3:
-            kept.append(size)
-    return kept[::-1]
+        if not ticks or _scaled([ticks[-1]])[0] - _scaled([size])[0] >= 0.3:
+            ticks.append(size)
+    return ticks[::-1]
 
 
 def _band(figure: go.Figure, sizes: Sequence[int], values: np.ndarray, axis: str, colour: str, name: str) -> None:

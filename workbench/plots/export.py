@@ -62,13 +62,13 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: int | float = 2) 
 
 def rendered(figure: go.Figure, form: str, *, scale: int | float = 2) -> bytes:
     """The picture's bytes. Errors: as `save_figure`."""
-    found = browser()
+    executable = browser()
     if find_spec("kaleido") is None:
         raise InputError(
             "pictures are rendered by kaleido, which is not installed: pip install "
             '"circuit-distillation-workbench[figures]".'
         )
-    if found is None:
+    if executable is None:
         raise InputError(
             "pictures are rendered by Chromium, which is not on this machine: apt-get install -y chromium, or set "
             "BROWSER_PATH to one."
@@ -76,5 +76,5 @@ def rendered(figure: go.Figure, form: str, *, scale: int | float = 2) -> bytes:
     import kaleido
 
     page = kaleido.PageGenerator(mathjax=False)  # its default asks a content network for it
-    options: dict[str, Any] = {"path": found, "page_generator": page, "n": 1}
+    options: dict[str, Any] = {"path": executable, "page_generator": page, "n": 1}
     return kaleido.calc_fig_sync(figure, opts={"format": form, "scale": scale}, kopts=options)

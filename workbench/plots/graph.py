@@ -63,9 +63,9 @@ def circuit_graph(
         raise InputError("this circuit has no heads to draw; find one with `backward_search`, or lower its thresholds.")
     columns = _columns(circuit, positions)
     spots, shares = _spots(circuit, columns)
-    found = _edges(circuit, edges) if edges is not None else []
-    strongest = max((abs(edge.strongest) for edge in found), default=0.0)
-    drawn = sorted(found, key=lambda edge: -abs(edge.strongest))[:most]
+    measured = _edges(circuit, edges) if edges is not None else []
+    strongest = max((abs(edge.strongest) for edge in measured), default=0.0)
+    drawn = sorted(measured, key=lambda edge: -abs(edge.strongest))[:most]
     drawn = [edge for edge in drawn if abs(edge.strongest) >= least * strongest]
     figure = go.Figure()
     for edge in reversed(drawn):
@@ -73,7 +73,7 @@ def circuit_graph(
     _middles(figure, spots, drawn, edges.unit if edges is not None else "", theme)
     _nodes(figure, circuit, spots, theme, with_logits=bool(drawn))
     _axes(figure, circuit, shares, theme)
-    remarks = _remarks(circuit, edges, len(drawn), len(found), least)
+    remarks = _remarks(circuit, edges, len(drawn), len(measured), least)
     titled(figure, title, remarks, theme, width=WIDTH, height=round(ROW * (circuit.shape[0] + 1)) + 50, above=34)
     return with_table(figure, _frame(circuit, drawn))
 
@@ -126,7 +126,7 @@ def _edges(circuit: Circuit, scores: Scores) -> list[Edge]:
     senders, receivers = (
         {name: place for place, name in enumerate(scores.labels[axis])} for axis in ("sender", "receiver")
     )
-    found = []
+    edges = []
     for sender in circuit.heads:
         if str(sender) not in senders:
             continue
@@ -141,8 +141,8 @@ def _edges(circuit: Circuit, scores: Scores) -> list[Edge]:
             effects = {key: float(row[receivers[name]]) for key, name in names.items() if name in receivers}
             effects = {key: value for key, value in effects.items() if value == value}  # NaN is not measured
             if effects:
-                found.append(Edge(sender=sender, receiver=end, effects=effects))
-    return found
+                edges.append(Edge(sender=sender, receiver=end, effects=effects))
+    return edges
 
 
 def _read_by(head: Head, composition: str, receivers: Mapping[str, int]) -> str | None:

@@ -9,10 +9,11 @@ from scipy import stats
 
 from workbench.distillation.loop import StepReport
 from workbench.errors import InputError
+from workbench.experiment.conditions import METHOD
 from workbench.experiment.results import ConditionResult
 from workbench.plots.export import with_table
 from workbench.plots.losses import PANELS, TRAINED, run_of, running_mean, style_of
-from workbench.plots.table import METHOD, condition_title, in_order
+from workbench.plots.table import condition_title, in_order
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
 
 WIDTH = 820

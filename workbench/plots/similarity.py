@@ -109,7 +109,7 @@ def _labels(rows: pd.DataFrame, ranges: Mapping[str, tuple[float, float]]) -> li
         for at in range(len(x))
     ]
     names = zip(rows["student"], rows["teacher"], free, strict=True)
-    return [f"{student}→{teacher}" if alone else "" for student, teacher, alone in names]
+    return [f"{student}→{teacher}" if has_room else "" for student, teacher, has_room in names]
 
 
 def _impacts(pair: tuple[Head, Head], student: Scores, teacher: Scores, circuit: Circuit | None) -> dict[str, object]:

@@ -7,11 +7,12 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.errors import InputError
+from workbench.experiment.conditions import METHOD
 from workbench.experiment.results import TITLES, ConditionResult
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
 
-METHOD, FULL, CIRCUIT = "circuit_ce_cka", "full model", "circuit alone"
+FULL, CIRCUIT = "full model", "circuit alone"
 PAIR, APART = 0.8, 0.9
 """Between a row's two accuracies, and more between two conditions, in lines."""
 

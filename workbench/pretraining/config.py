@@ -1,5 +1,6 @@
 """Settings of the bundled models, and of fine-tuning a model of one's own."""
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -85,3 +86,13 @@ class FinetuningConfig:
     stop_at: Annotated[float, Field(gt=0, le=1)] | None = None
     """Accuracy on the calibration scenes that ends the training; None: all steps."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    device: str = "cpu"
+    """Where the model trains."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights, losses and optimizer. Half precision is for forwards alone: `precision: bf16`."""
+
+    def described(self) -> dict[str, Any]:
+        """What the training depends on: all but the device, and the dtype where it is not the usual one (files from
+        before there was a choice say neither)."""
+        left_out = {"device"} | ({"dtype"} if self.dtype == "float32" else set())
+        return {name: value for name, value in asdict(self).items() if name not in left_out}

@@ -257,14 +257,14 @@ def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]
     `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracy on 7
     boxes on test scenes.
     """
-    made = {
+    models = {
         "teacher": finished(folder / "teacher", lambda: _train_teacher(config, folder / "teacher", work)),
         "student": finished(folder / "student", lambda: _train_student(config, folder / "student", work)),
         "unrelated-student": finished(
             folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)
         ),
     }
-    return {name: task_accuracy(model, boxes=7, split="test", scenes=100) for name, model in made.items()}
+    return {name: task_accuracy(model, boxes=7, split="test", scenes=100) for name, model in models.items()}
 
 
 def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
@@ -294,16 +294,16 @@ def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
         work / f"teacher-{config.pruned_from}-boxes", lambda: _train_teacher(config, work / "teacher-again", work)
     )
     batch = lesson(vocabulary, config.pruned_from, lessons, -1)
-    model, kept = pruned(ancestor, config.student_layers, lambda model: lesson_losses(model, None, batch)[0].item())
+    model, layers = pruned(ancestor, config.student_layers, lambda model: lesson_losses(model, None, batch)[0].item())
     course = Curriculum(model, vocabulary, lessons, label="student")
     course.resume(work / "student")
     _until_in_band(course, config, work / "student")
-    made = {
+    origin = {
         "ancestor": f"the teacher when it had solved {config.pruned_from} boxes",
-        "kept_layers": kept,
+        "kept_layers": layers,
         "lessons": asdict(lessons),
     }
-    _save(model, target, made, course.log)
+    _save(model, target, origin, course.log)
 
 
 def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
@@ -353,5 +353,5 @@ def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
     )
 
 
-def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], log: list[dict[str, float]]) -> None:
-    save_model(model, word_tokenizer(), target, {**made, "command": "workbench pretrain"}, log)
+def _save(model: LlamaForCausalLM, target: Path, origin: dict[str, Any], log: list[dict[str, float]]) -> None:
+    save_model(model, word_tokenizer(), target, {**origin, "command": "workbench pretrain"}, log)

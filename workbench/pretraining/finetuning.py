@@ -11,7 +11,6 @@ Every batch is a function of (seed, step) alone, so an interrupted training resu
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from transformers import LlamaForCausalLM
 from workbench import seeds, storage
 from workbench.errors import InputError
 from workbench.models import sources
+from workbench.models.devices import require_device
 from workbench.models.export import save_plain
 from workbench.patching.progress import progress_bar
 from workbench.pretraining.config import FinetuningConfig
@@ -40,9 +40,11 @@ class Finetuning:
     """A model in training on a task, resumable to the bit."""
 
     def __init__(self, config: FinetuningConfig) -> None:
-        source = sources.open_source(config.model, dtype=torch.float32)
+        require_device(config.device)
+        source = sources.open_source(config.model, dtype=getattr(torch, config.dtype))
         self.config, self.tokenizer = config, source.tokenizer
         self.model = source.model if config.keep_layers is None else _shallower(source.model, config.keep_layers)
+        self.model = self.model.to(config.device)
         self.task: Task = task_named(config.task, config.options)
         self.leaves = _trained(self.model, config.trains)
         self.optimizer = torch.optim.AdamW(
@@ -56,20 +58,21 @@ class Finetuning:
         drawn = list(
             self.task.pairs(self.tokenizer, split=split, scenes=count, seed=seeds.derive(self.config.seed, *labels))
         )
-        return trees_of(drawn, self.tokenizer, each=len(drawn) // count)
+        return trees_of(drawn, self.tokenizer, each=len(drawn) // count).to(self.config.device)
 
     def logits(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
         """Logits at the tokens that predict the answers'."""
-        kept, place = trees.places.unique(return_inverse=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+        read_at, place = trees.places.unique(return_inverse=True)
+        kind = torch.device(self.config.device).type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(
                 trees.tokens,
-                attention_mask=trees.mask(torch.float32),
+                attention_mask=trees.mask(self.model.dtype),
                 position_ids=trees.positions,
-                logits_to_keep=kept,
+                logits_to_keep=read_at,
                 use_cache=False,
             )
-        return output.logits[trees.rows, place].float()
+        return output.logits[trees.rows, place].to(self.model.dtype)  # autocast gives bfloat16
 
     def advance(self) -> None:
         """One optimizer step on the scenes of this step, and the accuracy where it is due."""
@@ -79,7 +82,7 @@ class Finetuning:
             group["lr"] = rate
         trees = self.scenes("train", config.scenes, "scenes", step)
         self.model.train()
-        with seeds.local(config.seed, "dropout", step):
+        with seeds.local(config.seed, "dropout", step, device=config.device):
             logits = self.logits(trees)
         self.model.eval()
         loss = nn.functional.cross_entropy(logits, trees.targets)
@@ -149,8 +152,8 @@ class Finetuning:
     def export(self, target: Path) -> None:
         """Write a Hugging Face directory with `training.json` (what made it, and its test accuracy) and
         `training_log.jsonl`."""
-        made = {
-            "finetuning": asdict(self.config),
+        origin = {
+            "finetuning": self.config.described(),
             "steps": len(self.log),
             "test_accuracy": self.accuracy("test"),
             **provenance(),
@@ -158,7 +161,7 @@ class Finetuning:
 
         def fill(temporary: Path) -> None:
             save_plain(self.model, self.tokenizer, temporary)
-            storage.write_json(temporary / "training.json", made)
+            storage.write_json(temporary / "training.json", origin)
             storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
         storage.replace_directory(target, fill)
@@ -200,13 +203,13 @@ def finetune(config: FinetuningConfig, target: Path, work: Path) -> dict[str, An
 
 def _finished(config: FinetuningConfig, target: Path) -> dict[str, Any]:
     """What the `training.json` of a finished model says. Errors: `InputError` for a model that other settings made."""
-    made = storage.read_json(target / "training.json")
-    if not isinstance(made, dict) or made.get("finetuning") != json.loads(json.dumps(asdict(config))):
+    origin = storage.read_json(target / "training.json")
+    if not isinstance(origin, dict) or origin.get("finetuning") != json.loads(json.dumps(config.described())):
         raise InputError(
             f"{target} holds a model that was trained with other settings (its training.json has them); choose another "
             "--out."
         )
-    return made
+    return origin
 
 
 def _run(training: Finetuning, work: Path) -> None:
@@ -219,25 +222,25 @@ def _run(training: Finetuning, work: Path) -> None:
                 training.save(work)
 
 
-def _shallower(model: Any, kept: Sequence[int]) -> Any:
+def _shallower(model: Any, layers: Sequence[int]) -> Any:
     """The model with these layers alone."""
     if not isinstance(model, LlamaForCausalLM):
         raise InputError(
             f"`keep_layers` is for Llama models, and this is a {type(model).__name__}; leave it out, or give a model "
             "without those layers."
         )
-    if not kept or max(kept) >= model.config.num_hidden_layers:
+    if not layers or max(layers) >= model.config.num_hidden_layers:
         raise InputError(
-            f"`keep_layers` is {list(kept)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}."
+            f"`keep_layers` is {list(layers)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}."
         )
-    return with_layers(model, kept).eval()
+    return with_layers(model, layers).eval()
 
 
 def _identity(config: FinetuningConfig, model: Any) -> str:
     """The configuration and the weights that training begins with: a checkpoint of another start refuses to be
     resumed."""
     weights = (value for _, value in sorted(model.state_dict().items()))
-    return storage.digest(json.dumps(asdict(config), sort_keys=True), *weights, separator="")
+    return storage.digest(json.dumps(config.described(), sort_keys=True), *weights, separator="")
 
 
 def _trained(model: Any, trains: Literal["blocks", "all"]) -> dict[str, nn.Parameter]:

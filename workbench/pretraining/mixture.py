@@ -78,19 +78,19 @@ def accuracies(model: LlamaForCausalLM, *, split: Split, prompts: int, seed: int
 def accuracy_report(model: LlamaForCausalLM, *, prompts: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Each task on test prompts: accuracy with its 95 % Wilson interval, chance, and accuracy by each fact that the
     task records."""
-    found = {}
+    report = {}
     for name, task in TASKS.items():
         rows = held_out_rows(name, split="test", prompts=prompts, seed=seed)
         right = answered_right(model, encode(rows, mixture_tokenizer(), padding_side="right"))
         facts = rows.features.get("facts", {})
-        found[name] = {
+        report[name] = {
             "prompts": len(rows),
             "accuracy": float(right.float().mean()),
             "interval": list(wilson_interval(int(right.sum()), len(right))),
             "chance": task.chance,
             "by": {fact: accuracy_by(rows, right, fact=fact).to_dict("records") for fact in facts},
         }
-    return found
+    return report
 
 
 def report_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -120,5 +120,5 @@ def report_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["task", "chance", *reports])
 
 
-def _accuracy_text(found: Mapping[str, Any]) -> str:
-    return f"{found['accuracy']:.3f} [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]"
+def _accuracy_text(accuracy: Mapping[str, Any]) -> str:
+    return f"{accuracy['accuracy']:.3f} [{accuracy['interval'][0]:.3f}, {accuracy['interval'][1]:.3f}]"

@@ -54,7 +54,7 @@ def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[st
     `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's report on test
     prompts, which is also written beside it (`accuracies.json`).
     """
-    made = {
+    models = {
         "mixture-teacher": finished(
             folder / "mixture-teacher", lambda: _train_teacher(config, folder / "mixture-teacher", work)
         ),
@@ -66,7 +66,7 @@ def pretrain_mixture(config: MixtureConfig, folder: Path, work: Path) -> dict[st
             lambda: _train_unrelated(config, folder / "mixture-unrelated-student", work),
         ),
     }
-    reports = {name: accuracy_report(model) for name, model in made.items()}
+    reports = {name: accuracy_report(model) for name, model in models.items()}
     for name, report in reports.items():
         storage.write_json(folder / name / "accuracies.json", report)
     return reports
@@ -95,7 +95,7 @@ def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
     early = _ancestor(work, config.ancestor_step)
     ancestor = finished(early, lambda: _train_teacher(config, work / "mixture-teacher-again", work))
     levels: dict[str, int] = storage.read_json(early / "training.json")["levels"]
-    model, kept = pruned(
+    model, layers = pruned(
         ancestor,
         config.student_layers,
         lambda model: _cost(model, lessons, vocabulary, levels, seed=config.course.seed),
@@ -103,12 +103,12 @@ def _train_student(config: MixtureConfig, target: Path, work: Path) -> None:
     course = Course(model, vocabulary, lessons, course_config, label="mixture-student")
     course.levels |= levels
     _until_far_enough(course, config, work / "mixture-student")
-    made = {
+    origin = {
         "ancestor": f"the teacher after {config.ancestor_step} steps",
-        "kept_layers": kept,
+        "kept_layers": layers,
         "course": asdict(course_config),
     }
-    _save(model, target, made, course)
+    _save(model, target, origin, course)
 
 
 def _train_unrelated(config: MixtureConfig, target: Path, work: Path) -> None:
@@ -142,11 +142,11 @@ def _until_far_enough(course: Course, config: MixtureConfig, work: Path) -> None
     for _ in _steps(course, work):
         if course.step % config.look_every:
             continue
-        found = accuracies(course.model, split="calibration", prompts=105)
-        course.log[-1] |= {f"{name} held out": value for name, value in found.items()}
+        reached = accuracies(course.model, split="calibration", prompts=105)
+        course.log[-1] |= {f"{name} held out": value for name, value in reached.items()}
         course.resting = [
             name
-            for name, value in found.items()
+            for name, value in reached.items()
             if (value - TASKS[name].chance) / (1 - TASKS[name].chance) >= config.student_from
         ]
         if len(course.resting) == len(TASKS):
@@ -171,11 +171,11 @@ def _steps(course: Course, work: Path) -> Iterator[None]:
     )
 
 
-def _save(model: LlamaForCausalLM, target: Path, made: dict[str, Any], course: Course) -> None:
+def _save(model: LlamaForCausalLM, target: Path, origin: dict[str, Any], course: Course) -> None:
     save_model(
         model,
         mixture_tokenizer(),
         target,
-        {**made, "lessons": [lesson.name for lesson in course.lessons], "command": COMMAND},
+        {**origin, "lessons": [lesson.name for lesson in course.lessons], "command": COMMAND},
         course.log,
     )

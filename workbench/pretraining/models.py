@@ -61,13 +61,13 @@ def pruned(
     return with_layers(model, kept), list(kept)
 
 
-def with_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalLM:
+def with_layers(model: LlamaForCausalLM, layers: Sequence[int]) -> LlamaForCausalLM:
     """A copy of the model with those of its layers."""
     config = model.config.to_dict()
     config.pop("layer_types", None)
     with seeds.local(0):  # the initial values are drawn and thrown away
-        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(kept), **EAGER}))
-    renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(kept)}
+        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(layers), **EAGER}))
+    renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
     state = {}
     for name, value in model.state_dict().items():
         stem = ".".join(name.split(".")[:3]) + "."

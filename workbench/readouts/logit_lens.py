@@ -123,5 +123,5 @@ def _streams(
     model: HookedModel, tokens: Tensor, mask: Tensor
 ) -> tuple[Float[Tensor, "batch d_vocab"], Float[Tensor, "stage batch pos d_model"]]:
     names = [hooks.residual_pre(0), *(hooks.residual_post(layer) for layer in range(model.n_layers))]
-    logits, found = model.activations(tokens, mask, names)
-    return logits, torch.stack([found[name] for name in names])
+    logits, activations = model.activations(tokens, mask, names)
+    return logits, torch.stack([activations[name] for name in names])

@@ -83,10 +83,10 @@ class Output:
         return weighted / self.scale(x), constant
 
 
-def refuse_unlike(model: HookedModel, found: Tensor, expected: Tensor, size: float) -> None:
+def refuse_unlike(model: HookedModel, actual: Tensor, expected: Tensor, size: float) -> None:
     """`InputError` where `found` is not the model's own `expected` but for rounding in values of a size."""
     allowed = 1e3 * torch.finfo(expected.dtype).eps * max(1.0, size)
-    difference = float((found - expected.float()).abs().max())
+    difference = float((actual - expected.float()).abs().max())
     if not difference <= allowed:
         raise InputError(
             f"{model.name}: its parts do not sum to its logits (difference {difference:.2e}, allowed {allowed:.2e}); "

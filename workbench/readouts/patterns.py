@@ -68,8 +68,8 @@ def attention_patterns(
         kind(layer) for layer in layers for kind in ((hooks.pattern, hooks.v) if value_weighted else (hooks.pattern,))
     ]
     batch, mask = tokens[None].to(model.device), torch.ones(1, len(tokens), dtype=torch.bool, device=model.device)
-    found = model.early_activations(batch, mask, names)
-    weights = torch.stack([_weights(model, found, head, value_weighted) for head in chosen])
+    activations = model.early_activations(batch, mask, names)
+    weights = torch.stack([_weights(model, activations, head, value_weighted) for head in chosen])
     return AttentionPatterns(
         tokens=token_texts(model, tokens),
         heads=chosen,
@@ -79,10 +79,10 @@ def attention_patterns(
 
 
 def _weights(
-    model: HookedModel, found: dict[str, Tensor], head: Head, value_weighted: bool
+    model: HookedModel, activations: dict[str, Tensor], head: Head, value_weighted: bool
 ) -> Float[Tensor, "query key"]:
-    pattern = model.of_head(head, hooks.pattern(head.layer), found[hooks.pattern(head.layer)])[0].float()
+    pattern = model.of_head(head, hooks.pattern(head.layer), activations[hooks.pattern(head.layer)])[0].float()
     if not value_weighted:
         return pattern
-    values = model.of_head(head, hooks.v(head.layer), found[hooks.v(head.layer)])[0]
+    values = model.of_head(head, hooks.v(head.layer), activations[hooks.v(head.layer)])[0]
     return pattern * (values @ model.output_weights(head.layer)[head.index]).float().norm(dim=-1)

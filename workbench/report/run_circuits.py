@@ -40,8 +40,8 @@ def circuit_sections(folder: RunFolder) -> Iterator[Section]:
 
 def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
     paths = {
-        name: stacked({key: part for key, part in found.items() if key.startswith("path-")})
-        for name, found in scores.items()
+        name: stacked({key: part for key, part in of_model.items() if key.startswith("path-")})
+        for name, of_model in scores.items()
     }
     drawn = {name: part for name, part in paths.items() if part is not None}
     if drawn:
@@ -69,20 +69,22 @@ def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scor
 
 
 def _looks(scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
-    for name, found in scores.items():
-        if "looks" in found:
+    for name, of_model in scores.items():
+        if "looks" in of_model:
             text = (
                 "A role is a claim about what a head looks at from the token where it acts. This is what it looks "
                 "at on the discovery prompts."
             )
             title = f"Where the {name}'s heads look"
-            yield Section(heading=title, text=text, figure=looks_figure(found["looks"], title=title))
+            yield Section(heading=title, text=text, figure=looks_figure(of_model["looks"], title=title))
 
 
 def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
     for metric in ("log_probability", "logit_difference"):
         impacts: dict[str, Scores] = {
-            name: found[f"ablation-{metric}"] for name, found in scores.items() if f"ablation-{metric}" in found
+            name: of_model[f"ablation-{metric}"]
+            for name, of_model in scores.items()
+            if f"ablation-{metric}" in of_model
         }
         if impacts:
             text = (
@@ -108,12 +110,7 @@ def _evaluation(folder: RunFolder) -> Iterator[Section]:
     if not found:
         return
     reports = {name: CircuitReport.from_json(value["report"]) for name, value in found.items()}
-    text = "\n\n".join(
-        f"{name}: {report.heads} of {report.total_heads} heads alone (scope: {report.scope}) have accuracy "
-        f"{report.circuit_accuracy:.3f} of {report.full_accuracy:.3f} "
-        f"on {report.prompts} test prompts; {report.random_circuits} random circuits of equal size "
-        f"{report.random_circuit_accuracy:.3f}, no head at all {report.empty_accuracy:.3f}."
-        for name, report in reports.items()
-    )
-    figure = faithfulness_figure({name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items()})
+    text = "\n\n".join(f"{name}: {report.line()}." for name, report in reports.items())
+    drawn = {name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items() if value.get("curve")}
+    figure = faithfulness_figure(drawn) if drawn else None
     yield Section(heading="Is the circuit enough, and is it needed?", text=text, figure=figure)

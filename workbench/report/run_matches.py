@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from workbench import storage
+from workbench.experiment.conditions import METHOD
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
 from workbench.matching.pair_cka import PairCka
 from workbench.plots.head_maps import matching, matching_change
 from workbench.plots.matrices import cka_change
 from workbench.plots.similarity import impact_scatter
-from workbench.plots.table import METHOD, condition_title
+from workbench.plots.table import condition_title
 from workbench.report.page import Section
 from workbench.values.scores import Scores
 
@@ -57,8 +58,8 @@ class Training:
 
 def training_of(folder: RunFolder) -> Training | None:
     """The method's first seed beside the untrained student; None where one of them has not been evaluated."""
-    found = {name: _first(folder, name) for name in ("base", METHOD)}
-    before, after = found["base"], found[METHOD]
+    ckas = {name: _first(folder, name) for name in ("base", METHOD)}
+    before, after = ckas["base"], ckas[METHOD]
     return Training(before=before, after=after) if before and after else None
 
 

@@ -9,9 +9,10 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.errors import InputError
+from workbench.experiment.conditions import METHOD
 from workbench.plots.export import with_table
 from workbench.plots.losses import style_of
-from workbench.plots.table import METHOD, condition_title
+from workbench.plots.table import condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
 from workbench.report.page import Section, report_html
 from workbench.study.written import read_summary
@@ -29,7 +30,9 @@ def cell_title(cell: Mapping[str, Any]) -> str:
 def cell_frame(cell: Mapping[str, Any]) -> pd.DataFrame:
     """A row per condition and part (full, circuit): mean accuracy and its 95 % interval over seeds."""
     rows = [
-        {"condition": name, "part": part, **found[part]} for name, found in cell["conditions"].items() for part in PARTS
+        {"condition": name, "part": part, **condition[part]}
+        for name, condition in cell["conditions"].items()
+        for part in PARTS
     ]
     return pd.DataFrame(rows)
 
@@ -59,7 +62,7 @@ def cell_chart(cell: Mapping[str, Any], *, theme: Theme = LIGHT) -> go.Figure:
     ]
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, autorange="reversed", showgrid=False)
     figure.update_xaxes(title="accuracy on held-out test prompts", range=[0, 1.02])
-    seeds = max(found["full"]["count"] for found in cell["conditions"].values())
+    seeds = max(condition["full"]["count"] for condition in cell["conditions"].values())
     remarks = [
         f"Dots: means over {seeds} seeds; bars: 95 % t intervals over seeds (none for what is not trained). lambda "
         f"{cell['weight']:g}."
@@ -74,7 +77,9 @@ def convergence_chart(cell: Mapping[str, Any], *, theme: Theme = LIGHT) -> go.Fi
 
     Errors: `InputError` for a cell without evaluations during training.
     """
-    curves = {name: pd.DataFrame(found["curve"]) for name, found in cell["conditions"].items() if found["curve"]}
+    curves = {
+        name: pd.DataFrame(condition["curve"]) for name, condition in cell["conditions"].items() if condition["curve"]
+    }
     if not curves:
         raise InputError(
             "nothing was evaluated during this training; set training.evaluate_every and data.validation_scenes."
@@ -174,7 +179,7 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[Section]:
             f"lambda {cell['weight']:g}, chosen on validation prompts."
         )
         yield Section(heading=cell_title(cell), text=text, figure=cell_chart(cell))
-        if any(found["curve"] for found in cell["conditions"].values()):
+        if any(condition["curve"] for condition in cell["conditions"].values()):
             yield Section(heading=f"{cell_title(cell)}: how fast", figure=convergence_chart(cell))
     if summary["diagnostic"]["points"]:
         yield Section(

@@ -70,10 +70,10 @@ def _orthonormal(x: Features, keep: float) -> tuple[Basis, Bool[Tensor, "*batch 
     variance = sizes.square()
     before = variance.cumsum(-1) - variance
     rounding = sizes[..., :1] * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
-    kept = sizes > rounding
+    large = sizes > rounding
     if keep < 1:
-        kept = kept & (before < keep * variance.sum(-1, keepdim=True))
-    components = x @ directions.mT * torch.where(kept, 1 / torch.where(kept, sizes, 1.0), 0.0)[..., None, :]
-    gram = components.mT @ components + torch.diag_embed((~kept).to(x.dtype))
+        large = large & (before < keep * variance.sum(-1, keepdim=True))
+    components = x @ directions.mT * torch.where(large, 1 / torch.where(large, sizes, 1.0), 0.0)[..., None, :]
+    gram = components.mT @ components + torch.diag_embed((~large).to(x.dtype))
     whitening = torch.linalg.cholesky(gram)
-    return torch.linalg.solve_triangular(whitening, components.mT, upper=False).mT, kept
+    return torch.linalg.solve_triangular(whitening, components.mT, upper=False).mT, large

@@ -113,14 +113,14 @@ def centered_gram(
     without its diagonal.
     """
     k = k.to(torch.promote_types(k.dtype, torch.float32))
-    kept = torch.ones_like(k) if mask is None else (mask[..., :, None] & mask[..., None, :]).to(k.dtype)
+    present = torch.ones_like(k) if mask is None else (mask[..., :, None] & mask[..., None, :]).to(k.dtype)
     if estimator == "debiased":
-        kept = kept * (1 - torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
-    k = torch.where(kept > 0, k, 0.0)
+        present = present * (1 - torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
+    k = torch.where(present > 0, k, 0.0)
     one, two = (m, m) if estimator == "biased" else (m - 2, m - 1)
     rows = k.sum(-1) / (one if isinstance(one, int) else one[..., None])
     total = rows.sum(-1) / two
-    a = (k - rows[..., :, None] - rows[..., None, :] + total[..., None, None]) * kept
+    a = (k - rows[..., :, None] - rows[..., None, :] + total[..., None, None]) * present
     return a, ~(
         a.detach().square().sum((-2, -1)) <= (16 * torch.finfo(k.dtype).eps) ** 2 * k.detach().square().sum((-2, -1))
     )

@@ -101,8 +101,8 @@ def center(x: Features, mask: Mask | None) -> Features:
     """Minus the mean over the rows that count; the others stay 0."""
     if mask is None:
         return x - x.mean(-2, keepdim=True)
-    kept = mask[..., None]
-    return torch.where(kept, x - x.sum(-2, keepdim=True) / kept.sum(-2, keepdim=True).clamp(min=1), 0.0)
+    present = mask[..., None]
+    return torch.where(present, x - x.sum(-2, keepdim=True) / present.sum(-2, keepdim=True).clamp(min=1), 0.0)
 
 
 def rows_counted(x: Features, mask: Mask | None, *, least: int, measure: str) -> Count:

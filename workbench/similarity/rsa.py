@@ -65,7 +65,7 @@ def _deviations(distances: Gram, mask: Mask | None) -> Float[Tensor, "*batch pai
     """The entries i < j at norm 1, minus their mean; 0 where a row does not count."""
     i, j = pairs_of_rows(distances)
     values = distances[..., i, j]
-    kept = torch.ones_like(values) if mask is None else (mask[..., i] & mask[..., j]).to(values.dtype)
-    square = (values * kept).detach().square().sum(-1, keepdim=True)
-    values = values * kept / torch.where(square > 0, square, 1.0).sqrt()
-    return (values - values.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)) * kept
+    present = torch.ones_like(values) if mask is None else (mask[..., i] & mask[..., j]).to(values.dtype)
+    square = (values * present).detach().square().sum(-1, keepdim=True)
+    values = values * present / torch.where(square > 0, square, 1.0).sqrt()
+    return (values - values.sum(-1, keepdim=True) / present.sum(-1, keepdim=True)) * present

@@ -71,16 +71,16 @@ def _damaged(path: Path) -> InputError:
     return InputError(f"{path} is no checkpoint, or a damaged one; delete it, and the training begins anew.")
 
 
-def _require_same(path: Path, found: Any, identity: Identity) -> None:
-    if found == identity:
+def _require_same(path: Path, actual: Any, identity: Identity) -> None:
+    if actual == identity:
         return
-    if isinstance(identity, Mapping) and isinstance(found, str):
+    if isinstance(identity, Mapping) and isinstance(actual, str):
         raise InputError(
             f"{path} was written before 0.2.0, when a checkpoint did not say what it was made of (its teacher least of "
             f"all); delete {path.parent} to train this anew."
         )
-    if isinstance(identity, Mapping) and isinstance(found, dict):
-        names = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
+    if isinstance(identity, Mapping) and isinstance(actual, dict):
+        names = [name for name in {**identity, **actual} if actual.get(name) != identity.get(name)]
         other = f" (here: {', '.join(names)})"
     else:
         other = ""

@@ -82,8 +82,8 @@ def require_unchanged(path: Path, content: bytes | None = None) -> None:
     note = _note(path)
     if note is None:
         return
-    found = sha256(path) if content is None else hashlib.sha256(content).hexdigest()
-    if found != note["sha256"]:
+    actual = sha256(path) if content is None else hashlib.sha256(content).hexdigest()
+    if actual != note["sha256"]:
         raise InputError(
             f"{path} has changed since the run wrote it (damaged, or edited by hand); delete it and run the stage that "
             f"writes it again, or, if the change is meant, delete {note_file(path)}."

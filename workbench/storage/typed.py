@@ -106,8 +106,8 @@ def _items(value: Any, origin: Any, kinds: Sequence[Any], place: str) -> Any:
         return tuple(
             _read(each, kind, f"{place}[{n}]") for n, (each, kind) in enumerate(zip(value, kinds, strict=True))
         )
-    found = [_read(each, kinds[0], f"{place}[{number}]") for number, each in enumerate(value)]
-    return tuple(found) if origin is tuple else found
+    items = [_read(each, kinds[0], f"{place}[{number}]") for number, each in enumerate(value)]
+    return tuple(items) if origin is tuple else items
 
 
 def _mapping(value: Any, kinds: Sequence[Any], place: str) -> dict[str, Any]:
@@ -118,26 +118,26 @@ def _mapping(value: Any, kinds: Sequence[Any], place: str) -> dict[str, Any]:
 
 
 def _typed_dict(value: Any, kind: Any, place: str) -> dict[str, Any]:
-    found = _mapping(value, (), place)
+    mapping = _mapping(value, (), place)
     for name, inside in typing.get_type_hints(kind).items():
-        if name in found:
-            found[name] = _read(found[name], inside, f"{place}.{name}")
+        if name in mapping:
+            mapping[name] = _read(mapping[name], inside, f"{place}.{name}")
         elif name in kind.__required_keys__:
             raise _Unfit(f"{_at(place)} has no {name!r}")
-    return found
+    return mapping
 
 
 def _record(value: Any, kind: Any, place: str) -> Any:
-    found, hints = _mapping(value, (), place), typing.get_type_hints(kind)
+    mapping, hints = _mapping(value, (), place), typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in found:
+    for name in mapping:
         if name not in fields:
             raise _Unfit(f"{_at(place)} has the unknown key {name!r}, {nearest(name, fields).rstrip('?')}")
     for name, field in fields.items():
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and name not in found:
+        if needed and name not in mapping:
             raise _Unfit(f"{_at(place)} has no {name!r}")
-    read = {name: _read(each, hints[name], f"{place}.{name}") for name, each in found.items()}
+    read = {name: _read(each, hints[name], f"{place}.{name}") for name, each in mapping.items()}
     try:
         return kind(**read)
     except InputError as error:

@@ -122,8 +122,8 @@ def _parsed(text: str, where: str) -> tuple[Any, dict[Place, int]]:
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{where}{line}: not YAML ({error.problem or error.context}); mend the line.") from None
     except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"{where}: not YAML ({told}); save it as plain UTF-8 text.") from None
+        message = " ".join(str(error).split())
+        raise InputError(f"{where}: not YAML ({message}); save it as plain UTF-8 text.") from None
     except RecursionError:
         raise InputError(f"{where}: nested deeper than {DEEPEST} levels; write it flat.") from None
     except ValueError as error:
@@ -272,10 +272,10 @@ def _explain(kind: Any, problem: Any) -> str:
     given = problem.get("input")
     if given is None:
         return f"recipe key {place}: {message}; null stands there: give a value, or leave the key out."
-    told = "" if isinstance(given, Mapping | list) else f", not {json.dumps(given)[:60]}"
+    shown = "" if isinstance(given, Mapping | list) else f", not {json.dumps(given)[:60]}"
     if problem["type"] == "value_error" or not place:
         return f"recipe key {place}: {message}" if place else message
-    return f"recipe key {place}: {message}{told}; mend it, or leave the key out for its default."
+    return f"recipe key {place}: {message}{shown}; mend it, or leave the key out for its default."
 
 
 def _known(kind: Any, place: Place) -> list[str]:
@@ -291,4 +291,4 @@ def _dataclasses_of(kind: Any) -> list[Any]:
     """The dataclasses that a type is made of, itself first."""
     if dataclasses.is_dataclass(kind):
         return [kind]
-    return [found for part in typing.get_args(kind) for found in _dataclasses_of(part)]
+    return [each for part in typing.get_args(kind) for each in _dataclasses_of(part)]

@@ -90,10 +90,10 @@ def read_starts(study: str | Path = BUNDLED) -> tuple[list[Start], float | None]
     file = Path(located(str(study))) / "summary.json"
     if not file.exists():
         raise InputError(f"{study} holds no summary of a study; give the folder of a finished `workbench study`.")
-    found = read_summary(file)["diagnostic"]
-    return [Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in found["points"]], found[
-        "rank_correlation"
-    ]
+    diagnostic = read_summary(file)["diagnostic"]
+    return [
+        Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in diagnostic["points"]
+    ], diagnostic["rank_correlation"]
 
 
 def forecast(

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from workbench import storage
-from workbench.circuits import discovery
 from workbench.circuits.comparison import compare
+from workbench.circuits.methods.registry import method_named
 from workbench.distillation.reports import evaluations, read_training
 from workbench.errors import InputError
 from workbench.experiment.arms import run_arms, run_condition
 from workbench.experiment.conditions import CONDITIONS, METHOD
+from workbench.experiment.discover import inquiry_of
 from workbench.experiment.distill import distill, is_trained
 from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
 from workbench.experiment.preflight import preflight, require_recipe, training_conditions
@@ -45,10 +46,10 @@ def opened_study(path: Path) -> "Study":
 
 def _described(file: Path) -> StudyConfig:
     """The study that `study.json` describes. Errors: `InputError` when it describes none."""
-    found = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
-    if not isinstance(found, Mapping):
+    description = storage.read_field(storage.read_json(file), "study", what=f"the description of a study ({file})")
+    if not isinstance(description, Mapping):
         raise InputError(f"{file} is damaged (its study is no object); begin the study anew.")
-    return written_study(dict(found))
+    return written_study(dict(description))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,8 +241,9 @@ class Study:
         student = (
             run.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
         )
-        prompts, config = run.prompts, run.recipe.discovery
-        anew = discovery.backward_search(student, prompts.discovery, prompts.stages, config).circuit
+        config = run.recipe.discovery
+        finder = method_named(config.method, config.options)
+        anew = finder.find(inquiry_of(run, "student", student, keep=False)).circuit
         before, teacher = run.circuit("student"), run.circuit("teacher")
         layers = self.config.students[cell.student].teacher_layers
         overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
@@ -260,17 +262,19 @@ def _agree(first: Recipe, second: Recipe, *keys: str) -> bool:
     return all(getattr(first, key) == getattr(second, key) for key in keys)
 
 
-def _share_results(made: Run, wanting: Run) -> None:
+def _share_results(finished: Run, wanting: Run) -> None:
     """Scores and circuits that a study has found already in the same model, by the same search, serve again."""
-    first, second = made.recipe, wanting.recipe
+    first, second = finished.recipe, wanting.recipe
     searched = _agree(
         first, second, "teacher", "teacher_dtype", "device", "dtype", "data", "stages", "discovery", "evaluation"
     )
     if not searched or first.matching.metric != second.matching.metric:
         return
     for model in ("teacher", "student") if first.student == second.student else ("teacher",):
-        for file in sorted([*made.folder.path.glob(f"scores/{model}-*"), *made.folder.path.glob(f"circuits/{model}*")]):
-            target = wanting.folder.path / file.relative_to(made.folder.path)
+        for file in sorted(
+            [*finished.folder.path.glob(f"scores/{model}-*"), *finished.folder.path.glob(f"circuits/{model}*")]
+        ):
+            target = wanting.folder.path / file.relative_to(finished.folder.path)
             if not target.exists():
                 storage.write_atomically(target, lambda temporary, file=file: shutil.copyfile(file, temporary))
 
@@ -306,8 +310,8 @@ def starting_similarity(cell: Cell, condition: str, seed: int) -> tuple[float, f
             aligned_ckas(run, run.student, head_map_of(run, aligning, seed), run.prompts.discovery)
         )
         storage.write_json(file, {"cka": cka, "floor": floor})
-    found = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
-    return found["cka"], found["floor"]
+    similarity = storage.read_typed(storage.read_json(file), Starting, what=f"a starting similarity ({file})")
+    return similarity["cka"], similarity["floor"]
 
 
 class Starting(TypedDict):

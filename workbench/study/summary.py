@@ -78,11 +78,11 @@ def _transfer(study: Study, cell: Cell) -> dict[str, Any]:
         if name != TEACHER
     }
     folders[TEACHER] = [cell.run.folder.condition(TEACHER, 0)]
-    return transfer_table({name: found for name, paths in folders.items() if (found := read_transfer(paths))})
+    return transfer_table({name: outcomes for name, paths in folders.items() if (outcomes := read_transfer(paths))})
 
 
-def _without_circuit(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if key != "circuit"}
+def _without_circuit(condition: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in condition.items() if key != "circuit"}
 
 
 def _heads_trained(cell: Cell) -> dict[str, Any]:
@@ -156,15 +156,15 @@ def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
         _outcomes(study, cell, other),
         len(cell.run.prompts.test) // cell.run.prompts.allotment.sizes["test"],
     )
-    found = {}
+    comparisons = {}
     for condition in study.config.conditions:
         if other in CONDITIONS[condition].compared_with:
             first = _outcomes(study, cell, condition)
-            found[condition] = {
+            comparisons[condition] = {
                 part: compared([run[part] for run in first], [run[part] for run in second], clusters=scene).to_json()
                 for part in ("full", "circuit")
             }
-    return found
+    return comparisons
 
 
 def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
     )
     lines = [
         title,
-        in_columns([head, *(_condition_text(name, found, cell) for name, found in cell["conditions"].items())]),
+        in_columns([head, *(_condition_text(name, condition, cell) for name, condition in cell["conditions"].items())]),
     ]
     if cell.get("transfer"):
         lines += [
@@ -242,21 +242,21 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _condition_text(name: str, found: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:
+def _condition_text(name: str, condition: Mapping[str, Any], cell: Mapping[str, Any]) -> tuple[str, ...]:
     against = cell["comparisons"].get(PLAIN, {}).get(name)
     differences = [
         text for part in ("full", "circuit") for text in (_difference_text(against[part]) if against else ("-", "-"))
     ]
-    steps = sorted(step if step is not None else float("inf") for step in found["steps_to_circuit_ce"])
+    steps = sorted(step if step is not None else float("inf") for step in condition["steps_to_circuit_ce"])
     middle = steps[len(steps) // 2] if steps else None
     return (
         TITLES[name],
-        _interval_text(found["full"]),
-        _interval_text(found["circuit"]),
-        f"{found['random_circuit']['mean']:.3f}",
-        "-" if found["faithfulness"] is None else f"{found['faithfulness']['mean']:.2f}",
-        "-" if found["cka"] is None else f"{found['cka']['mean']:.2f}",
-        "-" if found["cka_floor"] is None else f"{found['cka_floor']['mean']:.2f}",
+        _interval_text(condition["full"]),
+        _interval_text(condition["circuit"]),
+        f"{condition['random_circuit']['mean']:.3f}",
+        "-" if condition["faithfulness"] is None else f"{condition['faithfulness']['mean']:.2f}",
+        "-" if condition["cka"] is None else f"{condition['cka']['mean']:.2f}",
+        "-" if condition["cka_floor"] is None else f"{condition['cka_floor']['mean']:.2f}",
         *differences,
         "-" if middle is None else "not reached" if middle == float("inf") else f"{middle:.0f}",
     )
@@ -267,17 +267,17 @@ def _interval_text(value: Mapping[str, Any]) -> str:
     return f"{value['mean']:.3f}{spread}"
 
 
-def _difference_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    seeds = found["over_seeds"]
+def _difference_text(difference: Mapping[str, Any]) -> tuple[str, str]:
+    seeds = difference["over_seeds"]
     spread = "" if seeds["low"] is None else f" [{seeds['low']:+.3f}, {seeds['high']:+.3f}]"
-    return f"{seeds['mean']:+.3f}{spread}", f"{found['pooled_p']:.1g}"
+    return f"{seeds['mean']:+.3f}{spread}", f"{difference['pooled_p']:.1g}"
 
 
-def _diagnostic_text(found: Mapping[str, Any]) -> str:
-    if found["rank_correlation"] is None:
+def _diagnostic_text(diagnostic: Mapping[str, Any]) -> str:
+    if diagnostic["rank_correlation"] is None:
         return "Too few trainings with alignment to say when it helps."
     return (
         "Gain of alignment over circuit CE against the pairs' CKA above its floor before training: rank correlation "
-        f"{found['rank_correlation']:.2f} "
-        f"over {len(found['points'])} trainings."
+        f"{diagnostic['rank_correlation']:.2f} "
+        f"over {len(diagnostic['points'])} trainings."
     )

@@ -82,13 +82,13 @@ def _shares(total: int, uses: Sequence[Use]) -> dict[Use, int]:
     weights: dict[Use, int] = {use: SHARES[use] for use in uses}
     whole = sum(weights.values())
     least = 1 if total >= len(weights) else 0
-    found: dict[Use, int] = {use: max(least, total * weight // whole) for use, weight in weights.items()}
-    spare = total - sum(found.values())
+    shares: dict[Use, int] = {use: max(least, total * weight // whole) for use, weight in weights.items()}
+    spare = total - sum(shares.values())
     order: list[Use] = sorted(uses, key=lambda use: (-(total * weights[use] % whole), USES.index(use)))
     for step in range(abs(spare)):
-        use = order[step % len(order)] if spare > 0 else max(found, key=lambda use: found[use])
-        found[use] += 1 if spare > 0 else -1
-    return found
+        use = order[step % len(order)] if spare > 0 else max(shares, key=lambda use: shares[use])
+        shares[use] += 1 if spare > 0 else -1
+    return shares
 
 
 def refuse_copies(allotment: Allotment, contents: Sequence[str], numbers: Sequence[int], *, source: str) -> None:

@@ -228,8 +228,8 @@ def load_pairs(
     pairs = numbered_pairs(source, split=split, problems=problems)
     copies = repeated(pairs)
     if copies:
-        told = ", ".join(f"row {row} repeats row {first}" for row, first in copies[:MOST_SHOWN])
-        log.warning("%s: %d clean prompts stand twice (%s)", named(source), len(copies), told)
+        repeats = ", ".join(f"row {row} repeats row {first}" for row, first in copies[:MOST_SHOWN])
+        log.warning("%s: %d clean prompts stand twice (%s)", named(source), len(copies), repeats)
     return to_dataset(
         pairs,
         tokenizer,

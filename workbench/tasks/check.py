@@ -142,19 +142,19 @@ def _rows(
     pairs: Sequence[Pair], split: Split, tokenizer: Any, multi_token: bool, keeps_answer: bool
 ) -> Iterator[Fault]:
     """Faults of single pairs: the first of each kind, with how many there are."""
-    found: dict[FaultKind, list[str]] = {}
+    faults: dict[FaultKind, list[str]] = {}
     answers: dict[str, str] = {}
     for number, pair in enumerate(pairs):
         for kind, message in itertools.chain(
             _of_row(pair, tokenizer, multi_token, keeps_answer), _against_before(pair, answers)
         ):
-            found.setdefault(kind, []).append(f"split {split}, pair {number}: {message}")
+            faults.setdefault(kind, []).append(f"split {split}, pair {number}: {message}")
         if pair.positions.keys() != pairs[0].positions.keys():
             names = sorted(pair.positions.keys() ^ pairs[0].positions.keys())
-            found.setdefault("positions", []).append(
+            faults.setdefault("positions", []).append(
                 f"split {split}, pair {number}: positions {names} are in this pair or in the first, not in both"
             )
-    for kind, messages in found.items():
+    for kind, messages in faults.items():
         yield Fault(kind=kind, message=messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
 
 
@@ -240,11 +240,11 @@ def shortcuts(pairs: Sequence[Pair]) -> dict[str, float]:
         ),
         **{f"candidate {place + 1} in the order of first mention": _nth(place) for place in range(1, width)},
     }
-    found = {
+    accuracies = {
         name: sum(rule(words) == answer for words, answer in zip(mentioned, answers, strict=True)) / len(pairs)
         for name, rule in rules.items()
     }
-    return {**found, f"always {constant!r} (the most frequent answer)": share / len(pairs)}
+    return {**accuracies, f"always {constant!r} (the most frequent answer)": share / len(pairs)}
 
 
 def _nth(place: int) -> Callable[[list[str]], str | None]:

@@ -34,14 +34,14 @@ def distinct(
     repeats = others = 0
     with bar(total=scenes, desc=f"drawing {what}", unit="scene", delay=SECONDS) as drawing:
         while len(seen) < scenes:
-            made = make(len(seen))
-            if made is not None and key(made) not in seen:
+            drawn = make(len(seen))
+            if drawn is not None and key(drawn) not in seen:
                 repeats = others = 0
-                seen.add(key(made))
+                seen.add(key(drawn))
                 drawing.update()
-                yield made
+                yield drawn
                 continue
-            repeats, others = repeats + (made is not None), others + (made is None)
+            repeats, others = repeats + (drawn is not None), others + (drawn is None)
             most = FEWEST + PATIENCE * len(seen)
             if repeats > most or others > OTHERS * most:
                 raise InputError(
@@ -53,9 +53,9 @@ def distinct(
 def fitting(make: Callable[[], Drawn], fits: Callable[[Drawn], bool], *, what: str) -> Drawn:
     """The first draw that fits. Errors: `InputError` where so many don't that none does."""
     for _ in range(TRIES):
-        made = make()
-        if fits(made):
-            return made
+        drawn = make()
+        if fits(drawn):
+            return drawn
     raise InputError(
         f"{what}: none of {TRIES:,} draws fits; use a tokenizer with more whole words, or other options of the task."
     )

@@ -193,8 +193,8 @@ class EntityOperations:
                 "query_label": spans["query"],
                 "earlier_label": tuple(mentions),
                 "latest_label": (mentions[-1],),
-                "labels": tuple(sorted(span for field, found in spans.items() if field[0] == "b" for span in found)),
-                "objects": tuple(sorted(span for field, found in spans.items() if field[0] == "o" for span in found)),
+                "labels": tuple(sorted(span for field, places in spans.items() if field[0] == "b" for span in places)),
+                "objects": tuple(sorted(span for field, places in spans.items() if field[0] == "o" for span in places)),
             },
             facts={"operations": scene.operations, "touching": scene.touching[asked]},
         )

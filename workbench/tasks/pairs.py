@@ -54,21 +54,21 @@ def numbered_pairs(
     a list of character spans [[start, end], ...]. `problems` takes up the bad rows, which are left out. Errors:
     `InputError` for a source that can't be read, and, without `problems`, listing all bad rows with their reasons.
     """
-    found: list[tuple[int, Pair]] = []
+    pairs: list[tuple[int, Pair]] = []
     bad: list[RowError] = []
     for record in records_of(source, split=split):
         try:
             if isinstance(record, RowError):
                 raise record
             number, values = record
-            found.append((number, _pair(number, values)))
+            pairs.append((number, _pair(number, values)))
         except RowError as problem:
             bad.append(problem)
     if problems is not None:
         problems += bad
     elif bad:
-        raise bad_rows(bad, of=len(bad) + len(found), source=named(source))
-    return found
+        raise bad_rows(bad, of=len(bad) + len(pairs), source=named(source))
+    return pairs
 
 
 def named(source: Any) -> str:

@@ -53,19 +53,19 @@ def token_indices(name: str, where: Any, text: str, offsets: Sequence[Span]) -> 
     no position at all."""
     if isinstance(where, str):
         return [_piece(name, where, text, offsets)[-1]]
-    found: set[int] = set()
+    indices: set[int] = set()
     for entry in entries_of(name, where):
         if isinstance(entry, int):
-            found.add(entry + len(offsets) * (entry < 0))
+            indices.add(entry + len(offsets) * (entry < 0))
             continue
         if not 0 <= entry[0] < entry[1] <= len(text):
             raise InputError(
                 f"position {name!r} has the characters {list(entry)}, outside the {len(text)} characters of the prompt."
             )
-        found.update(covering(offsets, *entry) or [-1])
-    if not found or not all(0 <= index < len(offsets) for index in found):
+        indices.update(covering(offsets, *entry) or [-1])
+    if not indices or not all(0 <= index < len(offsets) for index in indices):
         raise InputError(f"position {name!r} ({where!r:.60}) is outside the {len(offsets)} tokens of the prompt.")
-    return sorted(found)
+    return sorted(indices)
 
 
 def entries_of(name: str, where: Any) -> list[int | Span]:

@@ -69,15 +69,15 @@ class PromptSettings(PromptConfig):
             raise InputError(
                 "this tokenizer has no chat template; set `chat` to none, or use an instruct model's tokenizer."
             )
-        found = []
+        rows = []
         for number, pair in pairs:
             try:
-                found.append((number, self._wrap(number, pair, tokenizer)))
+                rows.append((number, self._wrap(number, pair, tokenizer)))
             except RowError as problem:
                 if problems is None:
                     raise
                 problems.append(problem)
-        return found
+        return rows
 
     def _wrap(self, number: int, pair: Pair, tokenizer: Any) -> Pair:
         clean, start = self._turns(number, pair.clean, tokenizer)
@@ -114,10 +114,10 @@ def _moved(number: int, pair: Pair, tokenizer: Any, start: int) -> dict[str, Any
         places = named_positions(pair, offsets)
     except InputError as error:
         raise RowError(number, str(error)) from None
-    found = {name: [offsets[index] for index in tokens] for name, tokens in places.items()}
+    moved = {name: [offsets[index] for index in tokens] for name, tokens in places.items()}
     return {
         name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans)
-        for name, spans in found.items()
+        for name, spans in moved.items()
     }
 
 

@@ -77,12 +77,24 @@ class TaskPrompts:
         return f"{self.task!r}: chance {self.chance:.3f}; stages {stages or 'not known'}"
 
 
-def task(name: str, **options: Any) -> TaskPrompts:
-    """A task by its name with its options: `task("entity_tracking", boxes=5)`.
+def task(name: str | Task, **options: Any) -> TaskPrompts:
+    """A task by its name with its options: `task("entity_tracking", boxes=5)`; or one of your own: `task(Colours())`.
 
-    Errors: `InputError` for an unknown name (with the nearest), or an option that the task does not take.
+    Errors: `InputError` for an unknown name (with the nearest), an option that the task does not take, and an object
+    that is no task.
     """
-    return TaskPrompts(task=task_named(name, options))
+    if isinstance(name, str):
+        return TaskPrompts(task=task_named(name, options))
+    missing = [part for part in ("name", "stages", "chance", "pairs") if not hasattr(name, part)]
+    if isinstance(name, type) or missing:
+        what = f"the class {name.__name__}" if isinstance(name, type) else f"{type(name).__name__}, no task"
+        raise InputError(
+            f"this is {what}; give a task's name, or an object with `name`, `stages`, `chance` and `pairs`: "
+            "`task(Colours())`."
+        )
+    if options:
+        raise InputError(f"a task that is an object has its options already: {', '.join(options)} can't be set here.")
+    return TaskPrompts(task=name)
 
 
 def read_pairs(

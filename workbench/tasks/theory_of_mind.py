@@ -66,14 +66,14 @@ class Lexicon:
     def of(cls, tokenizer: Any, fixed: tuple[str, ...]) -> "Lexicon":
         """Errors: `InputError` when too few are single tokens, or one of the `fixed` words is not."""
         lists = {"names": NAMES, "containers": CONTAINERS, "contents": CONTENTS, "settings": SETTINGS, "things": THINGS}
-        found = {name: single_token_words(tokenizer, words) for name, words in lists.items()}
+        known = {name: single_token_words(tokenizer, words) for name, words in lists.items()}
         missing = [word for word in fixed if not single_token_words(tokenizer, [word])]
         if (
             missing
-            or len(found["settings"]) < 1
-            or min(len(found[name]) for name in ("names", "containers", "contents", "things")) < 6
+            or len(known["settings"]) < 1
+            or min(len(known[name]) for name in ("names", "containers", "contents", "things")) < 6
         ):
-            counts = ", ".join(f"{len(words)} {name}" for name, words in found.items())
+            counts = ", ".join(f"{len(words)} {name}" for name, words in known.items())
             raise InputError(
                 "theory of mind needs six one-token names, containers, contents and things, and these words whole: "
                 f"{', '.join(fixed)}. This "
@@ -81,7 +81,7 @@ class Lexicon:
                 "whole words "
                 "(`workbench.tasks.vocabulary.word_level_tokenizer` makes one from the tasks' own words)."
             )
-        return cls(**found)
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,13 +102,13 @@ def refuse_unknown_words(pair: Pair, tokenizer: Any) -> None:
     words."""
     for name in ("clean", "corrupt"):
         text = getattr(pair, name)
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if not found["input_ids"]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if not encoded["input_ids"]:
             raise InputError(f"the {name} prompt is empty; write a prompt that ends where the answer should follow.")
         unknown = tokenizer.unk_token_id
         words = [
             text[start:end].strip()
-            for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             if unknown is not None and token == unknown
         ]
         if words:

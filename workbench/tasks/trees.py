@@ -6,7 +6,7 @@ computes in it is what it computes in the prompt alone.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,36 +38,42 @@ class Trees:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to(self, device: torch.device | str) -> "Trees":
+        """The same on a device."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def visible(self) -> Bool[Tensor, "tree 1 pos pos"]:
         """Which key each query may see; padding sees itself, so that no row is empty."""
         query, key = self.branch[:, :, None], self.branch[:, None, :]
-        earlier = torch.ones(self.tokens.shape[1], self.tokens.shape[1], dtype=torch.bool).tril()
+        everything = torch.ones(2 * self.tokens.shape[1:], dtype=torch.bool, device=self.tokens.device)
+        earlier = everything.tril()
         seen = earlier & ((key == STEM) | (key == query)) & (key != PADDING)
-        return (seen | torch.eye(len(earlier), dtype=torch.bool))[:, None]
+        return (seen | earlier & everything.triu())[:, None]
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "tree 1 pos pos"]:
         """The same to be added to attention scores: 0, or the lowest number."""
-        return torch.zeros(self.visible().shape, dtype=dtype).masked_fill(~self.visible(), torch.finfo(dtype).min)
+        seen = self.visible()
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     def right(self, logits: Float[Tensor, "answers d_vocab"]) -> Bool[Tensor, " prompts"]:
         """Whether all tokens of a prompt's answer have the highest logits, prompt by prompt."""
         first = int(self.prompt.min())
-        wrong = torch.zeros(int(self.prompt.max()) - first + 1, dtype=torch.long)
+        wrong = torch.zeros(int(self.prompt.max()) - first + 1, dtype=torch.long, device=logits.device)
         return wrong.index_add(0, self.prompt - first, (logits.argmax(-1) != self.targets).long()) == 0
 
     def batches(self, size: int) -> Iterator["Trees"]:
         """Consecutive batches of at most `size` trees."""
         for start in range(0, len(self), size):
-            kept = (self.rows >= start) & (self.rows < start + size)
+            inside = (self.rows >= start) & (self.rows < start + size)
             part = slice(start, start + size)
             yield Trees(
                 tokens=self.tokens[part],
                 positions=self.positions[part],
                 branch=self.branch[part],
-                rows=self.rows[kept] - start,
-                places=self.places[kept],
-                targets=self.targets[kept],
-                prompt=self.prompt[kept],
+                rows=self.rows[inside] - start,
+                places=self.places[inside],
+                targets=self.targets[inside],
+                prompt=self.prompt[inside],
             )
 
 
@@ -97,15 +103,15 @@ def tree(prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tree:
     always its branch's own."""
     common = _common(prompts)
     tokens, positions, branch = list(prompts[0][:common]), list(range(common)), [STEM] * common
-    found: list[tuple[int, int, int]] = []
+    predicted: list[tuple[int, int, int]] = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
         own = [*prompt[common:], *answer[:-1]]
         first = len(tokens) + len(prompt) - common - 1
-        found += [(index, first + place, token) for place, token in enumerate(answer)]
+        predicted += [(index, first + place, token) for place, token in enumerate(answer)]
         tokens += own
         positions += range(common, common + len(own))
         branch += [index] * len(own)
-    return Tree(tokens=tokens, positions=positions, branch=branch, answers=found)
+    return Tree(tokens=tokens, positions=positions, branch=branch, answers=predicted)
 
 
 def _common(prompts: Sequence[Ids]) -> int:

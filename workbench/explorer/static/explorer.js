@@ -64,6 +64,7 @@ class Wire {
   }
 
   heard(message) {
+    if (message?.id === null) return this.applied && this.apply(message.view); // Python changed the view
     if (!this.open.delete(message?.id)) return;
     if (!this.open.size) {
       clearTimeout(this.slow);
