@@ -124,6 +124,8 @@ def test_a_teacher_by_its_activations_from_a_cache_and_as_a_transformers_model(
     with same.recording() as record:
         model(input_ids=batch.clean, attention_mask=batch.mask.long())
     assert float(same.of_recording(record)[0].detach()) == pytest.approx(WEIGHT * float(loops[0]), rel=1e-4)
+    looked_up, _ = same(*rows_of(batch))
+    assert float(looked_up.detach()) == pytest.approx(WEIGHT * float(loops[0]), rel=1e-4)
     other = cache.rows(BATCH.flip(0), hook_names([pair.teacher for pair in PAIRS]))
     assert abs(float(module(*rows_of(batch), other)[0].detach()) / WEIGHT - float(loops[0])) > 1e-2, (
         "other rows, another loss"
@@ -186,19 +188,33 @@ def test_reentrant_checkpointing_is_refused(folders: tuple[Path, Path], teacher:
         module.of_recording(record)
 
 
+def test_other_rows_are_left_out_and_so_is_a_prompt_by_itself(folders: tuple[Path, Path], cache: TeacherCache) -> None:
+    """One row has no similarity; where other rows are mixed in, a batch may well hold one prompt alone."""
+    model = plain(folders[0])
+    module = CircuitAlignmentLoss(model, cache, PAIRS, prompts=PROMPTS)
+    tokens, mask = padded(BATCH, 0)
+    tokens[1:, 1] = 2
+    with module.recording() as record:
+        model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
+    total, similarities = module.of_recording(record, all_rows=False)
+    assert (float(total.detach()), similarities) == (0, {})
+    total.backward()
+    assert not any(float(value.abs().max()) for value in gradients(PlainHeads(model)).values())
+
+
 def test_rows_are_recognised_by_their_tokens() -> None:
     finder = PromptFinder(PROMPTS)
     tokens, mask = padded(BATCH, 2)
-    found = finder.found(tokens, mask, all_rows=True)
+    found = finder.rows_in(tokens, mask)
     assert found.index.tolist() == BATCH.tolist()
     for name, where in PROMPTS.rows(BATCH).positions.items():
         assert torch.equal(found.batch.position(name)[:, 2:-2], where), name
     assert not found.batch.position("all")[:, :2].any()
     assert not found.batch.position("all")[:, -2:].any()
     tokens[2, 5] += 1
-    assert finder.found(tokens, mask, all_rows=False).rows.tolist() == [0, 1, 3, 4, 5]
+    assert finder.rows_in(tokens, mask, all_rows=False).rows.tolist() == [0, 1, 3, 4, 5]
     with pytest.raises(InputError, match=r"1 of the batch's 6 rows begin with none .*BOS"):
-        finder.found(tokens, mask, all_rows=True)
+        finder.rows_in(tokens, mask)
 
 
 def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], teacher: Teacher, cache: TeacherCache) -> None:

@@ -44,7 +44,7 @@ from workbench.matching.head_rows import Activation, HasPositions, hook_names, o
 from workbench.matching.match import Matching, pairs_of
 from workbench.models.hooked_model import HookedModel
 from workbench.models.plain_heads import PlainHeads, Recording
-from workbench.similarity.cka import Estimator
+from workbench.similarity.cka import Estimator, fewest_rows
 from workbench.similarity.measures import Measure, checked_options
 from workbench.tasks.base import PromptPairs
 from workbench.values.settings import configured
@@ -52,6 +52,8 @@ from workbench.values.settings import configured
 Similarities = dict[str, Tensor]
 """Each pair's similarity by its name, without a graph."""
 Model = HookedModel | PlainHeads
+FEWEST = 3
+"""Rows of which every measure has a value, CKA's estimators apart."""
 
 
 class AlignmentSettings(TypedDict, total=False):
@@ -98,6 +100,8 @@ class CircuitAlignmentLoss(nn.Module):
             require_fitting(self.config.measure, self.config.activation, prompts)
         self._finder = None if prompts is None else PromptFinder(prompts)
         self._student = _model(student)
+        self._trained: PlainHeads | None = None
+        """The model of the last recording, where it is not the student that the loss was made with."""
         self._teacher = teacher if teacher is None or isinstance(teacher, TeacherOutputs) else _model(teacher)
         self._require_heads()
 
@@ -133,16 +137,25 @@ class CircuitAlignmentLoss(nn.Module):
         """The loss of some prompts, from a forward of the student in the autograd graph.
 
         `positions`: masks by name; `last` and `all` need not be given. `teacher`: its activations on these tokens by
-        hook name (`hooks.z(layer)`: [batch pos head d_head]); None runs the teacher. Errors: `InputError` when no
-        teacher is there to run.
+        hook name (`hooks.z(layer)`: [batch pos head d_head]); None runs the teacher, or looks the prompts up in its
+        cached outputs. Errors: `InputError` when there is neither.
         """
         batch = TokenBatch(tokens=tokens, mask=mask, positions=positions)
-        theirs = self._live(tokens, mask) if teacher is None else teacher
-        weights = self._weights(self._teacher, "teacher") if self.config.activation == "result" else None
-        return self._loss(
-            self._student_rows(self._student, _activations(self._student, tokens, mask, self._names("student")), batch),
-            rows_at(weights, theirs, self._sites("teacher"), batch),
+        ours = _activations(self._student, tokens, mask, self._names("student"))
+        return self._loss(self._student_rows(self._student, ours, batch), self._theirs(batch, teacher))
+
+    def _theirs(self, batch: TokenBatch, given: Mapping[str, Tensor] | None) -> list[Float[Tensor, "_ _"]]:
+        """The teacher's rows on the student's batch: of given activations, of the prompts' own (from a cache, or in
+        another tokenizer's tokens), or from running the teacher on the student's tokens."""
+        looked_up = isinstance(self._teacher, TeacherOutputs) or (
+            self.prompts is not None and self.prompts.teacher is not None
         )
+        if given is None and looked_up:
+            assert self._finder is not None
+            prompts = self._finder.rows_in(batch.tokens, batch.mask)
+            return self._teacher_rows(prompts.index, batch.tokens.device)
+        activations = self._live(batch.tokens, batch.mask) if given is None else given
+        return rows_at(self._weights(self._teacher, "teacher"), activations, self._sites("teacher"), batch)
 
     @contextmanager
     def recording(self, model: nn.Module | None = None) -> Iterator[Recording]:
@@ -155,25 +168,23 @@ class CircuitAlignmentLoss(nn.Module):
     def of_recording(self, record: Recording, *, all_rows: bool = True) -> tuple[Scalar, Similarities]:
         """The loss on those rows of a recorded batch that begin with one of the `prompts`.
 
-        `all_rows`: whether all rows must. With none the loss is 0. Errors: `InputError` for a row that does not, and
-        for heads' outputs that no gradient reaches.
+        `all_rows`: whether all rows must. Where they need not, and fewer begin with one than have a similarity, the
+        loss is 0. Errors: `InputError` for a row that does not, and for heads' outputs that no gradient reaches.
         """
         if self._finder is None or record.tokens is None or record.mask is None:
             raise InputError("the rows of a recorded batch are recognised by their prompts; give them as `prompts`.")
-        found = self._finder.found(record.tokens, record.mask, all_rows=all_rows)
+        prompts = self._finder.rows_in(record.tokens, record.mask, all_rows=all_rows)
         _require_graph(record)
-        activations = {name: value[found.rows] for name, value in record.activations.items()}
-        device = record.tokens.device
+        activations = {name: value[prompts.rows] for name, value in record.activations.items()}
         return self._loss(
-            self._student_rows(self._recorded, activations, found.batch), self._teacher_rows(found.index, device)
+            self._student_rows(self._recorded, activations, prompts.batch),
+            self._teacher_rows(prompts.index, record.tokens.device),
+            least=1 if all_rows else max(FEWEST, fewest_rows(self.config.estimator)),
         )
 
     @property
     def _recorded(self) -> Model:
         return self._trained if self._trained is not None else self._student
-
-    _trained: PlainHeads | None = None
-    """The model of the last recording, where it is not the student that the loss was made with."""
 
     def _plain(self, model: nn.Module | None) -> PlainHeads:
         known = self._recorded
@@ -210,21 +221,21 @@ class CircuitAlignmentLoss(nn.Module):
     ) -> list[Float[Tensor, "_ _"]]:
         """In the weights' dtype, as in the loop: bfloat16 of autocast has too few digits for Gram matrices."""
         dtype = next((each.dtype for each in model.parameters().values() if each.is_floating_point()), torch.float32)
-        found = {name: value.to(dtype) for name, value in activations.items()}
-        return rows_at(self._weights(model, "student"), found, self._sites("student"), prompts)
+        outputs = {name: value.to(dtype) for name, value in activations.items()}
+        return rows_at(self._weights(model, "student"), outputs, self._sites("student"), prompts)
 
     @torch.no_grad()
-    def _teacher_rows(self, index: Int[Tensor, " found"], device: torch.device) -> list[Float[Tensor, "_ _"]]:
+    def _teacher_rows(self, index: Int[Tensor, " rows"], device: torch.device) -> list[Float[Tensor, "_ _"]]:
         """The teacher's rows on its own reading of some prompts of the set."""
         assert self.prompts is not None
         prompts = self.prompts.rows(index.to(self.prompts.clean.device)).for_teacher
         if isinstance(self._teacher, TeacherOutputs):
-            found: Mapping[str, Tensor] = self._teacher.rows(index, self._names("teacher"))
+            outputs: Mapping[str, Tensor] = self._teacher.rows(index, self._names("teacher"))
         else:
-            found = self._live(prompts.clean.to(device), prompts.mask.to(device))
+            outputs = self._live(prompts.clean.to(device), prompts.mask.to(device))
         rows = rows_at(
             self._weights(self._teacher, "teacher"),
-            {name: value.to(prompts.clean.device) for name, value in found.items()},
+            {name: value.to(prompts.clean.device) for name, value in outputs.items()},
             self._sites("teacher"),
             prompts,
         )
@@ -236,14 +247,14 @@ class CircuitAlignmentLoss(nn.Module):
             raise InputError("there is no teacher to run; give its activations, or the teacher itself.")
         device = next(iter(self._teacher.parameters().values())).device
         with torch.autocast(device.type, enabled=False):
-            found = _activations(self._teacher, tokens.to(device), mask.to(device), self._names("teacher"))
-        return {name: value.to(tokens.device) for name, value in found.items()}
+            outputs = _activations(self._teacher, tokens.to(device), mask.to(device), self._names("teacher"))
+        return {name: value.to(tokens.device) for name, value in outputs.items()}
 
-    def _loss(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[Scalar, Similarities]:
-        """From the rows of both sides on all processes."""
+    def _loss(self, ours: Sequence[Tensor], theirs: Sequence[Tensor], *, least: int = 1) -> tuple[Scalar, Similarities]:
+        """From the rows of both sides on all processes; 0 where a head has fewer than the least."""
         device = ours[0].device
         rows, processes = rows_of_all([*ours, *(each.to(device) for each in theirs)])
-        if not len(rows[0]):
+        if min(map(len, rows)) < least:
             return torch.stack([each.sum() for each in ours]).sum() * 0, {}
         config, half = self.config, len(ours)
         with torch.autocast(device.type, enabled=False):

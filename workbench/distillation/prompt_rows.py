@@ -37,12 +37,12 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FoundPrompts:
+class PromptRows:
     """The rows of a batch that are prompts of a set."""
 
-    rows: Int[Tensor, " found"]
+    rows: Int[Tensor, " rows"]
     """By their place in the batch."""
-    index: Int[Tensor, " found"]
+    index: Int[Tensor, " rows"]
     """Their prompts by place in the set."""
     batch: TokenBatch
     """These rows with the prompts' positions."""
@@ -59,7 +59,7 @@ class PromptFinder:
             self._place.setdefault(len(real), {}).setdefault(real.numpy().tobytes(), number)
         self._lengths = sorted(self._place, reverse=True)
 
-    def found(self, tokens: Tokens, mask: Mask, *, all_rows: bool) -> FoundPrompts:
+    def rows_in(self, tokens: Tokens, mask: Mask, *, all_rows: bool = True) -> PromptRows:
         """The prompts among the rows. Errors: `InputError` for a row that begins with none of them, if `all_rows`."""
         held, real = tokens.cpu().long(), mask.cpu()
         numbers = [self._number(row[keep]) for row, keep in zip(held, real, strict=True)]
@@ -75,7 +75,7 @@ class PromptFinder:
             )
         index = torch.tensor([number for number in numbers if number is not None], dtype=torch.long)
         chosen = torch.tensor(rows, dtype=torch.long)
-        return FoundPrompts(
+        return PromptRows(
             rows=chosen.to(tokens.device), index=index, batch=self._batch(tokens, mask, chosen, index, real)
         )
 

@@ -122,11 +122,24 @@ class CircuitAlignment:
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """The trainer's training; the model's flags are afterwards as they were."""
+        self._require_no_single_row()
         trainer: Any = super()
         try:
             return trainer.train(*arguments, **named)
         finally:
             self._masks.close()
+
+    def _require_no_single_row(self) -> None:
+        """The end of an epoch is not the time to learn that its last batch is too small to be compared."""
+        trainer: Any = self
+        rows, args = trainer.train_dataset, trainer.args
+        if self._alignment is None or not self._all_rows or args.dataloader_drop_last or args.world_size > 1:
+            return
+        if hasattr(rows, "__len__") and len(rows) % args.train_batch_size == 1:
+            raise InputError(
+                f"the last batch of an epoch ({len(rows)} rows in batches of {args.train_batch_size}) would be one "
+                "row, which has no similarity; set dataloader_drop_last=True, or another per_device_train_batch_size."
+            )
 
 
 def training_rows(prompts: PromptPairs, labels: Int[Tensor, " batch"] | None = None) -> Dataset:

@@ -12,7 +12,7 @@ from workbench.experiment.recipe import to_plain
 from workbench.experiment.results import ConditionResult
 from workbench.experiment.run import Run
 from workbench.matching.aligned_pairs import AlignedPair
-from workbench.models.card import FILE, StudentDescription, with_results
+from workbench.models.card import FILE, StudentDescription, shown, with_results
 from workbench.storage.assets import short_name
 from workbench.values.tables import accuracy_text, number
 
@@ -27,6 +27,7 @@ def described(
     """What the card of a condition's student says before it is evaluated."""
     assert run.recipe.student is not None
     config = run.recipe.training_of(CONDITIONS[condition])
+    models = {"teacher": shown(run.recipe.teacher), "student": shown(run.recipe.student)}
     facts = training_facts(
         config, count=slices.count, fraction=slices.fraction, steps=steps, prompts=len(run.prompts.train)
     )
@@ -36,7 +37,7 @@ def described(
         facts={"condition": f"{TITLES[condition]}, seed {seed}", "task": run.recipe.data.task, **facts},
         circuits={name: [str(head) for head in run.circuit(name).heads] for name in ("student", "teacher")},
         matches=[str(pair) for pair in pairs],
-        recipe=yaml.safe_dump(to_plain(run.recipe), sort_keys=False),
+        recipe=yaml.safe_dump({**to_plain(run.recipe), **models}, sort_keys=False),
     )
 
 

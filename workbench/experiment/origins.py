@@ -48,8 +48,8 @@ LATER: Mapping[str, Mapping[str, Any]] = {
 
 
 def stated(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The settings of a recipe (`recipe`), or under a key of it, as they are digested: the later ones only where they are set, so that a
-    circuit or row from before is still of its recipe."""
+    """The settings of a recipe (`recipe`), or under a key of it, as they are digested: the later ones only where they
+    are set, so that a circuit or row from before is still of its recipe."""
     later = LATER[key]
     return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 

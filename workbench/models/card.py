@@ -49,7 +49,7 @@ class StudentDescription:
 
 def model_card(student: StudentDescription) -> ModelCard:
     """The card, as `huggingface_hub` reads and writes it."""
-    named = {name: _shown(name) for name in (student.base, student.teacher) if name is not None}
+    named = {name: shown(name) for name in (student.base, student.teacher) if name is not None}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -110,7 +110,7 @@ def licence_of(source: str) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def _shown(source: str) -> str:
+def shown(source: str) -> str:
     """A hub id or a bundled model's name as it is; of a path its last part, as where it lay says nothing elsewhere."""
     return short_name(source) if _is_hub_id(source) or short_name(source) in MODELS else Path(source).name
 
