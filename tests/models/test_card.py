@@ -52,6 +52,7 @@ def test_what_a_card_says(trained: tuple[Student, Path], tmp_path: Path) -> None
     ):
         assert said in card.text, said
     assert str(teacher.parent) not in card.text, "where it lay says nothing elsewhere"
+    assert HeadMap.load(tmp_path / "student").pairs == ((Head(1, 0), Head(2, 1)),)
     again = Student.load(tmp_path / "student", check=False)
     assert again.fingerprint() == student.fingerprint()
     again.save(tmp_path / "student")

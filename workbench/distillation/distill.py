@@ -224,5 +224,6 @@ def _described(
         facts=training_facts(config, count=slices.count, fraction=slices.fraction, steps=steps, prompts=prompts),
         circuits={name: [str(head) for head in circuit.heads] for name, circuit in circuits.items()},
         matches=[f"{ours}~{theirs}" for ours, theirs in head_map.pairs] if config.weight > 0 else (),
+        files=matching.files if isinstance(matching, Matching) else {HeadMap.FILE: matching.to_json()},
         recipe=yaml.safe_dump({"training": json.loads(json.dumps(asdict(config)))}, sort_keys=False),
     )

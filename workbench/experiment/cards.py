@@ -8,10 +8,12 @@ from workbench import storage
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.reports import training_facts
 from workbench.experiment.conditions import CONDITIONS, TEACHER, TITLES
+from workbench.experiment.match import head_map_of
 from workbench.experiment.recipe import to_plain
 from workbench.experiment.results import ConditionResult
 from workbench.experiment.run import Run
 from workbench.matching.aligned_pairs import AlignedPair
+from workbench.matching.match import shared_files
 from workbench.models.card import FILE, StudentDescription, shown, with_results
 from workbench.storage.assets import short_name
 from workbench.values.tables import accuracy_text, number
@@ -26,18 +28,24 @@ def described(
 ) -> StudentDescription:
     """What the card of a condition's student says before it is evaluated."""
     assert run.recipe.student is not None
-    config = run.recipe.training_of(CONDITIONS[condition])
+    spec = CONDITIONS[condition]
+    config = run.recipe.training_of(spec)
     models = {"teacher": shown(run.recipe.teacher), "student": shown(run.recipe.student)}
     facts = training_facts(
         config, count=slices.count, fraction=slices.fraction, steps=steps, prompts=len(run.prompts.train)
     )
+    ours, theirs = (run.circuit(name) for name in ("student", "teacher"))
+    head_map = head_map_of(run, spec, seed) if spec.aligns else None
     return StudentDescription(
         base=short_name(run.recipe.student),
         teacher=short_name(run.recipe.teacher),
         facts={"condition": f"{TITLES[condition]}, seed {seed}", "task": run.recipe.data.task, **facts},
-        circuits={name: [str(head) for head in run.circuit(name).heads] for name in ("student", "teacher")},
+        circuits={
+            name: [str(head) for head in circuit.heads] for name, circuit in (("student", ours), ("teacher", theirs))
+        },
         matches=[str(pair) for pair in pairs],
         recipe=yaml.safe_dump({**to_plain(run.recipe), **models}, sort_keys=False),
+        files=shared_files(head_map, ours, theirs),
     )
 
 
@@ -46,8 +54,8 @@ def write_cards(run: Run, rows: Sequence[ConditionResult]) -> None:
     for row in rows:
         card = run.folder.condition(row.condition, row.seed) / STUDENT / FILE
         if row.condition != TEACHER and card.is_file():
-            shown = [other for other in rows if other.seed == row.seed or other.condition == TEACHER]
-            storage.write_text(card, with_results(card.read_text(encoding="utf-8"), [HEAD, *map(_cells, shown)]))
+            beside = [other for other in rows if other.seed == row.seed or other.condition == TEACHER]
+            storage.write_text(card, with_results(card.read_text(encoding="utf-8"), [HEAD, *map(_cells, beside)]))
 
 
 def _cells(row: ConditionResult) -> tuple[str, ...]:

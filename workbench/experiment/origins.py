@@ -11,9 +11,10 @@ from typing import Any
 
 from workbench import storage
 from workbench.errors import InputError
+from workbench.storage.hub import ORIGIN
 
 Origin = Mapping[str, str]
-KEY = "origin"
+KEY = ORIGIN
 
 
 def require_origin(file: Path, actual: Origin | None, expected: Origin) -> None:

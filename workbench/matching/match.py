@@ -63,6 +63,11 @@ class Matching:
     """Ablation impacts of both circuits' heads, [layer head example]."""
 
     @property
+    def files(self) -> dict[str, Any]:
+        """Head map and circuits as JSON values by file name, for whoever shares the student."""
+        return shared_files(self.head_map, self.ours, self.theirs)
+
+    @property
     def mean_cka(self) -> float:
         """Mean CKA of the pairs."""
         return sum(each.cka for each in self.ckas) / len(self.ckas)
@@ -105,6 +110,16 @@ class Matching:
     def _repr_html_(self) -> str:
         head, rows, title = self._table()
         return html_table(head, rows, title=title)
+
+
+def shared_files(head_map: HeadMap | None, ours: Circuit, theirs: Circuit) -> dict[str, Any]:
+    """JSON values by the file name under which a student's folder holds them; without a head map where nothing was
+    aligned."""
+    return {
+        **({} if head_map is None else {HeadMap.FILE: head_map.to_json()}),
+        "student_circuit.json": ours.to_json(),
+        "teacher_circuit.json": theirs.to_json(),
+    }
 
 
 def match(

@@ -40,6 +40,9 @@ class StudentDescription:
     """Aligned pairs, student~teacher."""
     recipe: str = ""
     """YAML."""
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values by file name, saved beside the weights: circuits and head map, which `Circuit.load` and
+    `HeadMap.load` read."""
 
     def with_results(self, frame: pd.DataFrame) -> "StudentDescription":
         """The same with a table of results, such as `compare(...).to_frame()`; a pair of numbers is an interval."""
@@ -69,6 +72,8 @@ def model_card(student: StudentDescription) -> ModelCard:
     if student.circuits:
         heads = [(name, str(len(heads)), ", ".join(heads)) for name, heads in student.circuits.items()]
         parts += ["## Circuits", _table(("model", "heads", "which"), heads)]
+        if student.files:
+            parts.append(f"As files beside the weights: {', '.join(f'`{name}`' for name in student.files)}.")
     if student.matches:
         parts += ["## Aligned pairs (student~teacher)", ", ".join(student.matches)]
     if student.recipe:

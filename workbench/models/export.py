@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from workbench import storage
 from workbench.errors import InputError
-from workbench.models.folders import quiet, refusing
+from workbench.models.folders import quiet
 from workbench.models.projections import output_name
-from workbench.storage.directories import MARKER
 
 WRAPPER = "._original_component"
 
@@ -90,17 +88,6 @@ def save_plain(plain: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
     if generation is not None:
         storage.write_text(directory / "generation_config.json", generation.to_json_string(use_diff=True))
-
-
-def push_folder(folder: Path, repository: str, *, private: bool | None, token: str | None) -> str:
-    """Upload a saved model's files; returns the repository's address. Errors: `InputError` when the hub can't be
-    reached or refuses."""
-    remedy = "check the name (owner/name), your login (hf auth login) and the network, or save it and upload the folder"
-    hub = HfApi(token=token)
-    with refusing(f"{repository!r} could not be written to on the hub", remedy):
-        hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[MARKER])
-    return f"{hub.endpoint}/{repository}"
 
 
 def _tied(plain: Any) -> set[str]:

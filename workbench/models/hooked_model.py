@@ -363,7 +363,7 @@ class Student(HookedModel):
 
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer, model card) that `transformers` loads to the
-        same logits.
+        same logits; beside them the circuits and the head map that a student was distilled with.
 
         A model that this program saved there before is replaced. Errors: `InputError` for a hooked transformer that was
         not made from a `transformers` model, and for a directory that holds anything that this program has not written.
@@ -377,6 +377,8 @@ class Student(HookedModel):
         def fill(temporary: Path) -> None:
             save_plain(plain, self.tokenizer, temporary)
             storage.write_text(temporary / "README.md", card)
+            for name, value in ({} if self.description is None else self.description.files).items():
+                storage.write_json(temporary / name, value)
 
         storage.replace_directory(directory, fill)
 
@@ -392,7 +394,7 @@ class Student(HookedModel):
         `token`: None = the one that `hf auth login` has stored. Errors: `InputError` for what `save` refuses, and for
         a hub that can't be reached or does not let you write.
         """
-        from workbench.models.export import push_folder
+        from workbench.storage.hub import push_folder
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "student")
