@@ -236,14 +236,18 @@ def test_mixed_precision_and_checkpointing_are_the_trainers(
     assert entry["loss"] != pytest.approx(report.loss, rel=1e-6), "bfloat16 it was"
 
 
-def test_an_adapters_training_is_aligned(folders: tuple[Path, Path], cache: TeacherCache, tmp_path: Path) -> None:
-    """A peft model around the student: at its start the student itself, and only the adapter moves."""
+@pytest.mark.parametrize("heads", [None, "matched"], ids=["all of it", "matched heads"])
+def test_an_adapters_training_is_aligned(
+    heads: Any, folders: tuple[Path, Path], cache: TeacherCache, tmp_path: Path
+) -> None:
+    """A peft model around the student: at its start the student itself, and only the adapter moves; of the matched
+    heads alone, nothing of the merged model outside their slices by a bit."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(plain(folders[0]), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"]))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     loss = CircuitAlignmentLoss(model, cache, PAIRS, prompts=BATCH, weight=LOOP.weight)
-    trainer = trainer_of("transformers", folders, cache, tmp_path, model=model, alignment=loss)
+    trainer = trainer_of("transformers", folders, cache, tmp_path, model=model, alignment=loss, heads=heads)
     trainer.train()
     log = logged(trainer)
     _, alignment, _ = Objective(Student.load(folders[0], check=False), BATCH, cache, PAIRS, LOOP).losses(
@@ -254,6 +258,15 @@ def test_an_adapters_training_is_aligned(folders: tuple[Path, Path], cache: Teac
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+    start, end = plain(folders[0]), model.merge_and_unload()
+    changed = {
+        name: before != after for (name, before), after in zip(start.named_parameters(), end.parameters(), strict=True)
+    }
+    for part in slices_of_heads(PlainHeads(start), HEADS):
+        inside = changed[part.parameter][part.index]
+        assert bool(inside.any()) == any(kind in part.parameter for kind in ("q_proj", "v_proj", "o_proj"))
+        inside[...] = False
+    assert any(bool(each.any()) for each in changed.values()) == (heads is None)
 
 
 def test_a_resumed_training_of_slices_is_the_uninterrupted(
@@ -306,6 +319,15 @@ def test_trls_distillation_trainer_on_its_own_generations(
 def test_what_does_not_fit_is_refused(folders: tuple[Path, Path], cache: TeacherCache, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a list of heads nor 'matched'"):
         trainer_of("transformers", folders, cache, tmp_path, alignment=None, heads="matched")
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(plain(folders[0]), LoraConfig(r=2, target_modules=["o_proj", "up_proj"]))
+    with torch.no_grad():
+        adapted.get_base_model().model.layers[1].self_attn.o_proj.lora_B["default"].weight += 1
+    with pytest.raises(InputError, match="begin with a fresh one"):
+        PlainHeads(adapted).confine_adapter(HEADS)
+    with pytest.raises(InputError, match="target_modules"):
+        PlainHeads(adapted).head_slices(HEADS[0], ("q", "k"))
     stranger = trainer_of("transformers", folders, cache, tmp_path)
     stranger.train_dataset = training_rows(PROMPTS[8:16])
     with pytest.raises(InputError, match="begin with none of the 8 prompts"):

@@ -44,10 +44,11 @@ class CircuitAlignment:
         **named: Any,
     ) -> None:
         """`alignment`: None trains without, the control at equal budget. `heads`: only their slices train, under the
-        masks of the library's own loop (`matched`: the heads of the alignment's pairs); None trains what the trainer
-        trains. `train_kv`: with grouped-query attention, the shared keys and values too. `other_rows`: what becomes of
-        rows that begin with none of the prompts; `skip` leaves them to the trainer's loss. The rest is the trainer's.
-        Errors: `InputError` for `matched` heads without an alignment, and for heads' slices in float16."""
+        masks of the library's own loop (`matched`: the heads of the alignment's pairs), of a peft model its LoRA
+        factors' parts for them; None trains what the trainer trains. `train_kv`: with grouped-query attention, the
+        shared keys and values too. `other_rows`: what becomes of rows that begin with none of the prompts; `skip`
+        leaves them to the trainer's loss. The rest is the trainer's. Errors: `InputError` for `matched` heads without
+        an alignment, and for heads' slices in float16."""
         self._alignment, self._train_kv, self._all_rows = alignment, train_kv, other_rows == "refuse"
         if isinstance(heads, str):
             if heads != "matched" or alignment is None:
@@ -109,6 +110,7 @@ class CircuitAlignment:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InputError("heads' slices train in one process or under DDP; leave FSDP or DeepSpeed, or `heads`.")
         plain = PlainHeads(trainer.model)
+        plain.confine_adapter(self._heads)
         slices = TrainedSlices(plain, slices_of_heads(plain, self._heads, train_kv=self._train_kv))
         self._masks.close()
         self._masks.enter_context(slices.masked_gradients())

@@ -108,17 +108,52 @@ class PlainHeads:
     def head_slices(self, head: Head, matrices: Sequence[Matrix] = ("q", "k", "v", "o")) -> list[WeightSlice]:
         """The parts of the parameters that belong to a head, as `HookedModel.head_slices`.
 
-        Errors: `InputError` for an attention that stores its queries, keys and values in no known way.
+        Of a peft model they are the parts of its LoRA factors that move the head's own slices: of W_Q, W_K, W_V the
+        rows of B, of W_O the columns of A, and the other factor whole, which the heads of a layer share. What is not
+        adapted does not train. Errors: `InputError` for an attention that stores its queries, keys and values in no
+        known way, and for a peft model that adapts none of a head's matrices.
         """
         self.checked(head)
         named = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [part for matrix in matrices for part in self._slices(head, matrix, named)]
+        of_matrix = self._slices if self.model is self.plain else self._adapter_slices
+        parts = [part for matrix in matrices for part in of_matrix(head, matrix, named)]
+        if not parts:
+            raise InputError(
+                f"the adapter of {self.name} changes no matrix of {head}; name its projections in LoraConfig's "
+                "target_modules."
+            )
+        return parts
+
+    @torch.no_grad()
+    def confine_adapter(self, heads: Sequence[Head]) -> None:
+        """Clear what a peft model's fresh LoRA factors of W_O would write into other heads' columns: with B at its
+        start, 0, the model stays what it is. Without an adapter, nothing. Errors: `InputError` for a trained adapter of
+        W_O that is not these heads' alone."""
+        for layer in sorted({head.layer for head in heads}):
+            factors = _factors(self.output(layer))
+            if factors is None:
+                continue
+            own = torch.zeros(factors[0].shape[1], dtype=torch.bool, device=factors[0].device)
+            for head in heads:
+                if head.layer == layer:
+                    own[head.index * self.d_head : (head.index + 1) * self.d_head] = True
+            if bool(factors[1].any()) and bool(factors[0][:, ~own].any()):
+                raise InputError(
+                    f"the adapter of layer {layer}'s output projection is trained, and on other heads too; begin with "
+                    "a fresh one, or leave `heads` out."
+                )
+            factors[0][:, ~own] = 0
+
+    def _adapter_slices(self, head: Head, matrix: Matrix, named: dict[int, str]) -> Iterator[WeightSlice]:
+        module, start = self._place(head, matrix)
+        where = slice(start, start + self.d_head)
+        if (factors := _factors(module)) is not None:
+            down, up = (named[id(factor)] for factor in factors)
+            yield WeightSlice(parameter=down, index=(slice(None), where) if matrix == "o" else ())
+            yield WeightSlice(parameter=up, index=() if matrix == "o" else (where,))
 
     def _slices(self, head: Head, matrix: Matrix, named: dict[int, str]) -> Iterator[WeightSlice]:
-        if matrix == "o":
-            module, start = self.output(head.layer), head.index * self.d_head
-        else:
-            module, start = self._place(head, matrix)
+        module, start = self._place(head, matrix)
         weight, inputs_first = _matrix(module, self.name)
         where = slice(start, start + self.d_head)
         first = inputs_first == (matrix == "o")
@@ -129,7 +164,10 @@ class PlainHeads:
             yield WeightSlice(parameter=named[id(module.bias)], index=(where,))
 
     def _place(self, head: Head, matrix: Matrix) -> tuple[Any, int]:
-        """The module of a head's queries, keys or values, and where its part of the module's output begins."""
+        """The module of a head's queries, keys or values, and where its part of the module's output begins; of the
+        output projection, of its input."""
+        if matrix == "o":
+            return self.output(head.layer), head.index * self.d_head
         attention, _ = self._attentions[head.layer]
         number = "qkv".index(matrix)
         own = head.index if matrix == "q" else head.index // (self.n_heads // self.n_kv_heads)
@@ -181,6 +219,17 @@ def _width(module: Any, *, inputs: bool) -> int:
     return int(getattr(module, "nx" if inputs else "nf") if width is None else width)
 
 
+def _factors(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """(A, B) of the LoRA layer that peft trains in a projection's place; None where it trains none.
+
+    Errors: `InputError` for several at once.
+    """
+    active = [each for each in getattr(module, "active_adapters", ()) if each in getattr(module, "lora_A", ())]
+    if len(active) > 1:
+        raise InputError(f"the adapters {', '.join(active)} are active at once; activate one: model.set_adapter(name).")
+    return (module.lora_A[active[0]].weight, module.lora_B[active[0]].weight) if active else None
+
+
 def _matrix(module: Any, name: str) -> tuple[nn.Parameter, bool]:
     """A projection's weight, and whether its first axis is the input's (Conv1D) rather than the output's (Linear)."""
     conv = type(module).__name__ == "Conv1D"
@@ -189,7 +238,8 @@ def _matrix(module: Any, name: str) -> tuple[nn.Parameter, bool]:
             f"{name} computes a projection with {type(module).__name__}, whose weight is not a matrix of its own; "
             "align `z`, and train it as it is."
         )
-    return module.weight, conv
+    weight: Any = module.weight
+    return weight, conv
 
 
 def _record_heads(record: Recording, name: str, heads: int, _: nn.Module, arguments: tuple[Any, ...]) -> None:
