@@ -132,7 +132,7 @@ def test_a_teacher_by_its_activations_from_a_cache_and_as_a_transformers_model(
     )
 
 
-def test_result_is_what_the_heads_write(folders: tuple[Path, Path], teacher: Teacher) -> None:
+def test_result_is_what_the_heads_write(folders: tuple[Path, Path], teacher: Teacher, cache: TeacherCache) -> None:
     both = [
         float(
             CircuitAlignmentLoss(student, teacher, PAIRS, activation="result", reduction="mean")(
@@ -142,6 +142,9 @@ def test_result_is_what_the_heads_write(folders: tuple[Path, Path], teacher: Tea
         for student in (Student.load(folders[0], check=False), plain(folders[0]))
     ]
     assert both[0] == pytest.approx(both[1], rel=1e-4)
+    settings: Any = {"activation": "result", "reduction": "mean", "prompts": PROMPTS}
+    cached = CircuitAlignmentLoss(plain(folders[0]), cache, PAIRS, **settings)(*rows_of(PROMPTS.rows(BATCH)))[0]
+    assert float(cached.detach()) == pytest.approx(both[0], rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

@@ -40,7 +40,7 @@ from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_map import HeadMap
-from workbench.matching.head_rows import Activation, HasPositions, hook_names, output_weights, require_fitting, rows_at
+from workbench.matching.head_rows import Activation, hook_names, output_weights, require_fitting, rows_at
 from workbench.matching.match import Matching, pairs_of
 from workbench.models.hooked_model import HookedModel
 from workbench.models.plain_heads import PlainHeads, Recording
@@ -155,7 +155,9 @@ class CircuitAlignmentLoss(nn.Module):
             prompts = self._finder.rows_in(batch.tokens, batch.mask)
             return self._teacher_rows(prompts.index, batch.tokens.device)
         activations = self._live(batch.tokens, batch.mask) if given is None else given
-        return rows_at(self._weights(self._teacher, "teacher"), activations, self._sites("teacher"), batch)
+        weights = self._weights(self._teacher, "teacher", batch.tokens.device)
+        outputs = {name: value.to(batch.tokens.device) for name, value in activations.items()}
+        return rows_at(weights, outputs, self._sites("teacher"), batch)
 
     @contextmanager
     def recording(self, model: nn.Module | None = None) -> Iterator[Recording]:
@@ -175,7 +177,7 @@ class CircuitAlignmentLoss(nn.Module):
             raise InputError("the rows of a recorded batch are recognised by their prompts; give them as `prompts`.")
         prompts = self._finder.rows_in(record.tokens, record.mask, all_rows=all_rows)
         _require_graph(record)
-        activations = {name: value[prompts.rows] for name, value in record.activations.items()}
+        activations = {name: value[prompts.rows.to(value.device)] for name, value in record.activations.items()}
         return self._loss(
             self._student_rows(self._recorded, activations, prompts.batch),
             self._teacher_rows(prompts.index, record.tokens.device),
@@ -203,26 +205,32 @@ class CircuitAlignmentLoss(nn.Module):
     def _sites(self, side: Literal["student", "teacher"]) -> list[Any]:
         return [(getattr(pair, side), getattr(pair, f"{side}_positions")) for pair in self.pairs]
 
-    def _weights(self, model: Any, side: Literal["student", "teacher"]) -> Mapping[int, Tensor] | None:
-        """W_O of the layers of one side's heads, for activation `result`."""
+    def _weights(
+        self, model: Any, side: Literal["student", "teacher"], device: torch.device
+    ) -> Mapping[int, Tensor] | None:
+        """W_O of the layers of one side's heads on a device, for activation `result`."""
         if self.config.activation != "result":
             return None
         heads = [getattr(pair, side) for pair in self.pairs]
-        if isinstance(model, TeacherOutputs):
-            return model.output_weights
         if model is None:
             raise InputError("activation `result` needs the teacher's W_O; give the teacher, or align `z`.")
-        if isinstance(model, HookedModel):
-            return output_weights(model, heads, "result")
-        return {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
+        if isinstance(model, TeacherOutputs):
+            weights: Mapping[int, Tensor] = model.output_weights
+        elif isinstance(model, HookedModel):
+            weights = output_weights(model, heads, "result") or {}
+        else:
+            weights = {layer: model.output_weights(layer) for layer in {head.layer for head in heads}}
+        return {layer: weight.to(device) for layer, weight in weights.items()}
 
     def _student_rows(
-        self, model: Model, activations: Mapping[str, Tensor], prompts: HasPositions
+        self, model: Model, activations: Mapping[str, Tensor], prompts: TokenBatch
     ) -> list[Float[Tensor, "_ _"]]:
-        """In the weights' dtype, as in the loop: bfloat16 of autocast has too few digits for Gram matrices."""
+        """In the weights' dtype, as in the loop: bfloat16 of autocast has too few digits for Gram matrices. On one
+        device, wherever the layers are."""
         dtype = next((each.dtype for each in model.parameters().values() if each.is_floating_point()), torch.float32)
-        outputs = {name: value.to(dtype) for name, value in activations.items()}
-        return rows_at(self._weights(model, "student"), outputs, self._sites("student"), prompts)
+        device = prompts.tokens.device
+        outputs = {name: value.to(device, dtype) for name, value in activations.items()}
+        return rows_at(self._weights(model, "student", device), outputs, self._sites("student"), prompts)
 
     @torch.no_grad()
     def _teacher_rows(self, index: Int[Tensor, " rows"], device: torch.device) -> list[Float[Tensor, "_ _"]]:
@@ -233,9 +241,10 @@ class CircuitAlignmentLoss(nn.Module):
             outputs: Mapping[str, Tensor] = self._teacher.rows(index, self._names("teacher"))
         else:
             outputs = self._live(prompts.clean.to(device), prompts.mask.to(device))
+        here = prompts.clean.device
         rows = rows_at(
-            self._weights(self._teacher, "teacher"),
-            {name: value.to(prompts.clean.device) for name, value in outputs.items()},
+            self._weights(self._teacher, "teacher", here),
+            {name: value.to(here) for name, value in outputs.items()},
             self._sites("teacher"),
             prompts,
         )
