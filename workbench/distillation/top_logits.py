@@ -8,7 +8,7 @@ outcomes together lowers a KL divergence, never raises it; where k covers the vo
 vocabulary of 128,256 at k = 64 takes 516 bytes a prompt in place of 513,024 (float32).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -30,15 +30,13 @@ class TopLogits:
     temperature: float
     """At which `rest` was summed."""
 
+    def rows(self, index: Int[Tensor, " rows"]) -> "TopLogits":
+        """Those of some prompts."""
+        return replace(self, tokens=self.tokens[index], logits=self.logits[index], rest=self.rest[index])
+
     def to(self, device: torch.device | str) -> "TopLogits":
         """The same on another device."""
-        return TopLogits(
-            tokens=self.tokens.to(device),
-            logits=self.logits.to(device),
-            rest=self.rest.to(device),
-            d_vocab=self.d_vocab,
-            temperature=self.temperature,
-        )
+        return replace(self, tokens=self.tokens.to(device), logits=self.logits.to(device), rest=self.rest.to(device))
 
 
 def top_logits(logits: Float[Tensor, "batch d_vocab"], k: int, *, temperature: float = 1.0) -> TopLogits:
