@@ -74,8 +74,8 @@ def again(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_a_conditions_student_says_what_it_is_of(made: Made) -> None:
-    """Its card: the recipe (without where the models lay) and the table of its seed; the circuits and the head map that it
-    was aligned by are files beside it."""
+    """Its card: the recipe (without where the models lay) and the table of its seed; the circuits and the head map that
+    it was aligned by are files beside it."""
     run = RunFolder(made["run"])
     for condition, aligned in (("full_ce", False), ("circuit_ce_cka", True)):
         student = run.condition(condition, 1) / "student"
