@@ -2,6 +2,7 @@
 
 import functools
 import os
+import random
 import subprocess
 import sys
 import weakref
@@ -234,6 +235,16 @@ def no_leaks() -> Iterator[None]:
         POOL.take_back()
     POOL.lent.clear()
     assert not leaked, f"the test leaked: {leaked}"
+
+
+@pytest.fixture
+def others_randomness() -> Iterator[None]:
+    """Other people's trainers seed globally: what they leave is put back."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
 
 
 def _state() -> dict[str, Any]:

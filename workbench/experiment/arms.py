@@ -8,6 +8,7 @@ from workbench import storage
 from workbench.circuits.evaluation import CircuitReport
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import read_training
+from workbench.experiment.cards import write_cards
 from workbench.experiment.conditions import TEACHER, TITLES
 from workbench.experiment.distill import distill
 from workbench.experiment.evaluate import evaluate
@@ -57,7 +58,10 @@ def run_arms(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False)
     if processes.is_main and not _has_row(run, TEACHER, 0):
         _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
     with processes.main_first():
-        return collect(folder)
+        rows = collect(folder)
+        if processes.is_main:
+            write_cards(run, rows)
+        return rows
 
 
 def _has_row(run: Run, condition: str, seed: int) -> bool:
