@@ -15,7 +15,7 @@ TESTS ?= not lengthy
 .PHONY: demo test test-all test-fast test-tl3 browser ray notebooks figures tables docs check lint types bench models dist resolve clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
-	$(BIN)/workbench demo --out runs/demo $(if $(wildcard runs/demo/run.json),--resume)
+	$(BIN)/workbench demo --out runs/demo --workers auto $(if $(wildcard runs/demo/run.json),--resume)
 
 test:  ## lint, types, the tests but for the lengthy ones, and the contract tests on TransformerLens 3.9
 	$(MAKE) --no-print-directory -j 2 $(READY) $(READY3)
