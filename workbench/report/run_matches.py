@@ -36,7 +36,7 @@ def match_sections(folder: RunFolder) -> Iterator[Section]:
             yield Section(
                 heading="CKA of all pairs of circuit heads",
                 text=text,
-                figure=cka_change(before, after, head_map=head_map),
+                figure=lambda theme: cka_change(before, after, head_map=head_map, theme=theme),
             )
         yield from _impacts(folder, head_map)
 
@@ -89,19 +89,21 @@ def _matches(folder: RunFolder, head_map: HeadMap, trained: Training | None) -> 
     )
     ours, theirs = folder.circuit("student"), folder.circuit("teacher")
     if trained is None:
-        figure = matching(head_map, student_circuit=ours, teacher_circuit=theirs, ckas=read_ckas(folder.path))
-        return Section(heading="Matching", text=f"{text} CKA before training, on the discovery prompts.", figure=figure)
-    figure = matching_change(
-        head_map,
-        student_circuit=ours,
-        teacher_circuit=theirs,
-        before=read_ckas(trained.before) or [],
-        after=read_ckas(trained.after) or [],
-    )
+        ckas = read_ckas(folder.path)
+        return Section(
+            heading="Matching",
+            text=f"{text} CKA before training, on the discovery prompts.",
+            figure=lambda theme: matching(
+                head_map, student_circuit=ours, teacher_circuit=theirs, ckas=ckas, theme=theme
+            ),
+        )
+    before, after = read_ckas(trained.before) or [], read_ckas(trained.after) or []
     return Section(
         heading="Matching",
         text=f"{text} CKA on the test prompts, in the untrained student and after {trained.title}.",
-        figure=figure,
+        figure=lambda theme: matching_change(
+            head_map, student_circuit=ours, teacher_circuit=theirs, before=before, after=after, theme=theme
+        ),
     )
 
 
@@ -113,5 +115,11 @@ def _impacts(folder: RunFolder, head_map: HeadMap) -> Iterator[Section]:
             "What the paper's rule matches by: heads on a falling or scattered cloud are not alike in what their "
             "ablation costs."
         )
-        figure = impact_scatter(head_map, student=student, teacher=teacher, student_circuit=folder.circuit("student"))
-        yield Section(heading="Impact of matched heads", text=text, figure=figure)
+        ours = folder.circuit("student")
+        yield Section(
+            heading="Impact of matched heads",
+            text=text,
+            figure=lambda theme: impact_scatter(
+                head_map, student=student, teacher=teacher, student_circuit=ours, theme=theme
+            ),
+        )
