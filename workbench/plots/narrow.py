@@ -3,6 +3,7 @@ several lines. Numbers and colours stay."""
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from plotly import graph_objects as go
@@ -13,6 +14,8 @@ BETWEEN = 78
 """Pixels between stacked panels, for the upper one's axis title and the lower one's name."""
 LABEL, NAME = 16, 40
 """Letters of a line of a tick's label, and of a legend's entry."""
+MANY = 12
+"""Labels from which a line of ticks is set in small letters."""
 ENTRY, LETTER, LINE = 44, 6.4, 19
 """Pixels: a legend entry's symbol, a letter, and a line of it."""
 
@@ -27,6 +30,7 @@ def narrow(figure: go.Figure, width: int = WIDTH) -> go.Figure:
     margin |= {"l": min(margin["l"], 76), "r": 14}
     inside["up"] = _stacked(slim, inside["up"])
     _wrap_ticks(slim)
+    _room_for_labels(slim, width - 34)
     below = _bar_below(slim)
     below += _legend_below(slim, width, below)
     bottom = min(margin["b"], 64) + below
@@ -75,7 +79,19 @@ def _stacked(figure: go.Figure, up: float) -> float:
 def _wrap_ticks(figure: go.Figure) -> None:
     for axis in figure.select_yaxes():
         if axis.ticktext:
-            axis.ticktext = [_wrapped(text, LABEL) for text in axis.ticktext]
+            many = len(axis.ticktext) > MANY
+            axis.ticktext = [_wrapped(text, 24 if many else LABEL) for text in axis.ticktext]
+            axis.tickfont.size = 9 if many else axis.tickfont.size
+
+
+def _room_for_labels(figure: go.Figure, across: float) -> None:
+    """Labels beside points get smaller letters, and the room that they need on both sides of what spans 0 to 1."""
+    for trace in figure.data:
+        if trace.type == "scatter" and trace.textposition in ("middle left", "middle right"):
+            trace.textfont.size = 10
+            need = min(0.42 * across, 5.6 * max(map(len, trace.text)) + 14)
+            axis, edge = _axis(figure, trace.xaxis or "x"), need / (across - 2 * need)
+            axis.range = (min(axis.range[0], -edge), max(axis.range[1], 1 + edge))
 
 
 def _wrapped(text: str, letters: int) -> str:
@@ -98,6 +114,13 @@ def _has_bar(trace: Any) -> bool:
     return trace.coloraxis is None and trace.showscale is not False
 
 
+def legend_lines(names: Sequence[str], width: float) -> int:
+    """How many lines a horizontal legend takes: plotly sets it in columns as wide as the widest entry."""
+    texts = [name.split("<br>") for name in names]
+    columns = max(1, int(width / (ENTRY + LETTER * max(len(line) for lines in texts for line in lines))))
+    return max(map(len, texts)) * math.ceil(len(names) / columns)
+
+
 def _legend_below(figure: go.Figure, width: int, below: int) -> int:
     """A legend lies under the plot, above a colour bar; returns the pixels that it takes."""
     named = [trace for trace in figure.data if trace.showlegend is not False and trace.name and trace.type != "heatmap"]
@@ -105,9 +128,7 @@ def _legend_below(figure: go.Figure, width: int, below: int) -> int:
         return 0
     for trace in named:
         trace.name = _wrapped(trace.name, NAME)
-    texts = [trace.name.split("<br>") for trace in named]
-    columns = max(1, int((width - 20) / (ENTRY + LETTER * max(len(line) for lines in texts for line in lines))))
-    lines = max(map(len, texts)) * math.ceil(len(named) / columns) + (1 if figure.layout.legend.title.text else 0)
+    lines = legend_lines([trace.name for trace in named], width - 20) + bool(figure.layout.legend.title.text)
     place = {"x": 0, "xanchor": "left", "xref": "container", "y": 0, "yanchor": "bottom", "yref": "container"}
     figure.layout.legend.update(orientation="h", **place)
     figure.layout.legend.title.side = "top"

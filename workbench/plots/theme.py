@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from plotly import graph_objects as go
 
+HELPS, HURTS = "orange", "blue"
+"""The colours of what helps the task and of what works against it, in words: the same in every figure, in the report
+and in the explorer (`Theme.diverging`, `Theme.helps`, `Theme.hurts`). Zero is the background."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Theme:

@@ -12,6 +12,7 @@ from workbench.plots.seeds import loss_bands, seeds_chart
 from workbench.plots.table import results_chart, results_html
 from workbench.report.findings import comparisons_of, findings
 from workbench.report.page import Section, report_html
+from workbench.report.roles import Roles
 from workbench.report.run_circuits import circuit_sections, circuits_of, reports_of
 from workbench.report.run_matches import match_sections
 from workbench.tasks.registry import task_named
@@ -22,7 +23,13 @@ def run_report(folder: RunFolder) -> str:
     to show yet."""
     described = folder.described()
     recipe = described["recipe"]
-    sections = [*_results(folder, recipe), *circuit_sections(folder), *match_sections(folder), *_training(folder)]
+    roles = Roles(stages=recipe.get("stages") or ())
+    sections = [
+        *_results(folder, recipe),
+        *circuit_sections(folder, roles),
+        *match_sections(folder, roles),
+        *_training(folder),
+    ]
     if not sections:
         raise InputError(
             f"{folder.path} holds nothing to report yet; run `workbench discover` or `workbench demo` into it."

@@ -19,6 +19,7 @@ from workbench.plots.importance import head_importance
 from workbench.plots.looks import looks_figure
 from workbench.plots.theme import Theme
 from workbench.report.page import Section
+from workbench.report.roles import Roles
 from workbench.values.scores import Scores
 
 MODELS = ("teacher", "student")
@@ -31,18 +32,20 @@ class Examined(TypedDict):
     curve: Any
 
 
-def circuit_sections(folder: RunFolder) -> Iterator[Section]:
+def circuit_sections(folder: RunFolder, roles: Roles) -> Iterator[Section]:
     """Heads by path patching and by ablation, each circuit as a graph, and its faithfulness."""
     circuits = circuits_of(folder)
     scores = {name: folder.scores(name) for name in circuits}
-    yield from _paths(circuits, scores)
-    yield from _graphs(circuits, scores)
-    yield from _looks(scores)
+    explained = roles.section(circuits)
+    yield from [explained] if explained else []
+    yield from _paths(circuits, scores, roles)
+    yield from _graphs(circuits, scores, roles)
+    yield from _looks(scores, roles)
     yield from _evaluation(folder)
-    yield from _impacts(circuits, scores)
+    yield from _impacts(circuits, scores, roles)
 
 
-def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]], roles: Roles) -> Iterator[Section]:
     paths = {
         name: stacked({key: part for key, part in of_model.items() if key.startswith("path-")})
         for name, of_model in scores.items()
@@ -57,15 +60,19 @@ def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Score
         yield Section(
             heading="Heads by path patching",
             text=text,
-            figure=partial(_map, drawn, framed, title="Path patching"),
+            figure=partial(_map, drawn, framed, roles, title="Path patching"),
         )
 
 
-def _map(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], theme: Theme, *, title: str) -> go.Figure:
-    return head_importance(scores, circuits=circuits, theme=theme, title=title)
+def _map(
+    scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], roles: Roles, theme: Theme, *, title: str
+) -> go.Figure:
+    return head_importance(scores, circuits=circuits, roles=roles.names, theme=theme, title=title)
 
 
-def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _graphs(
+    circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]], roles: Roles
+) -> Iterator[Section]:
     for name, circuit in circuits.items():
         if circuit.members and "edges" in scores[name]:
             edges = scores[name]["edges"]
@@ -74,29 +81,31 @@ def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scor
                 f"logits, on {edges.values.shape[-1]} prompts."
             )
             title = f"The circuit of the {name}"
-            yield Section(heading=title, text=text, figure=partial(_graph, circuit, edges, title=title))
+            yield Section(heading=title, text=text, figure=partial(_graph, roles.renamed(circuit), edges, title=title))
 
 
 def _graph(circuit: Circuit, edges: Scores, theme: Theme, *, title: str) -> go.Figure:
     return circuit_graph(circuit, edges, theme=theme, title=title)
 
 
-def _looks(scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _looks(scores: Mapping[str, dict[str, Scores]], roles: Roles) -> Iterator[Section]:
     for name, of_model in scores.items():
         if "looks" in of_model:
             text = (
                 "A role is a claim about what a head looks at from the token where it acts. This is what it looks "
                 "at on the discovery prompts."
             )
-            title = f"Where the {name}'s heads look"
-            yield Section(heading=title, text=text, figure=partial(_attention, of_model["looks"], title=title))
+            title, looks = f"Where the {name}'s heads look", roles.relabelled(of_model["looks"])
+            yield Section(heading=title, text=text, figure=partial(_attention, looks, title=title))
 
 
 def _attention(looks: Scores, theme: Theme, *, title: str) -> go.Figure:
     return looks_figure(looks, theme=theme, title=title)
 
 
-def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _impacts(
+    circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]], roles: Roles
+) -> Iterator[Section]:
     for metric in ("log_probability", "logit_difference"):
         impacts: dict[str, Scores] = {
             name: of_model[f"ablation-{metric}"]
@@ -112,7 +121,7 @@ def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Sco
             yield Section(
                 heading=f"Heads by mean ablation ({metric.replace('_', ' ')})",
                 text=text,
-                figure=partial(_map, impacts, framed, title="Mean ablation"),
+                figure=partial(_map, impacts, framed, roles, title="Mean ablation"),
             )
 
 
