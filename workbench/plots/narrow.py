@@ -27,7 +27,7 @@ def narrow(figure: go.Figure, width: int = WIDTH) -> go.Figure:
     wide = layout.width or 700
     margin = {side: _margin(slim, side) for side in "lrtb"}
     inside = {"across": wide - margin["l"] - margin["r"], "up": (layout.height or 450) - margin["t"] - margin["b"]}
-    margin |= {"l": min(margin["l"], 76), "r": 14}
+    margin |= {"l": min(margin["l"], 76), "r": 14, "t": min(margin["t"], 56)}  # a legend above has gone below
     inside["up"] = _stacked(slim, inside["up"])
     _wrap_ticks(slim)
     _room_for_labels(slim, width - 34)

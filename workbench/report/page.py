@@ -64,6 +64,7 @@ th { font-weight: 600; }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--muted); }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 .words td { white-space: normal; }
+.words { min-width: 44rem; }
 tbody th { white-space: nowrap; font-weight: 400; }
 tr.method { background: var(--wash); }
 tr.method th { font-weight: 600; }
@@ -80,6 +81,7 @@ tr.method th { font-weight: 600; }
   figure, tr { break-inside: avoid; }
   figure > div { zoom: var(--printed); }
   table { font-size: 6pt; }
+  .words { min-width: 0; }
   th, td { padding: 0.15rem 0.22rem; }
   tr.method { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .modebar { display: none !important; }
