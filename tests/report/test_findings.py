@@ -118,7 +118,7 @@ def folder(tmp_path: Path) -> RunFolder:
         storage.write_tensors(
             run.condition(name, seed) / OUTCOMES,
             {"full": right(count).to(torch.uint8)},
-            {"condition": name, "seed": str(seed)},
+            metadata={"condition": name, "seed": str(seed)},
         )
     return run
 
