@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from workbench.explorer.state import Method, Outside
-from workbench.plots.theme import DARK, LIGHT, Theme
+from workbench.plots.theme import DARK, HELPS, HURTS, LIGHT, Theme
 from workbench.values.metrics import METRICS
 from workbench.values.scores import Order
 
@@ -21,12 +21,12 @@ class MethodWords:
 
 
 _WITHOUT = (
-    "Positive (orange): the metric falls without the head, so the head helps. Negative (blue): it works against "
+    f"Positive ({HELPS}): the metric falls without the head, so the head helps. Negative ({HURTS}): it works against "
     "the answer."
 )
 _CORRUPT = (
-    "Positive (orange): the metric falls when the head says what it says on the corrupt prompt, so the head helps. "
-    "Negative (blue): it works against the answer."
+    f"Positive ({HELPS}): the metric falls when the head says what it says on the corrupt prompt, so the head helps. "
+    f"Negative ({HURTS}): it works against the answer."
 )
 METHODS: Mapping[Method, MethodWords] = {
     "path": MethodWords(
