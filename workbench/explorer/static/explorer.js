@@ -647,7 +647,7 @@ class Page {
     const title = h("h3", {}, `Direct logit attribution of the ${SIDES[selected.side]}`);
     if (!attribution || attribution.error) return fill(this.at.shares, title, h("p.muted", {}, attribution?.error ?? "…"));
     const most = Math.max(...attribution.parts.map(([, value]) => Math.abs(value))) || 1;
-    const rows = attribution.parts.map(([name, value]) => h(name === selected.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(selected.side, name) : h("span.part", {}, name)), h("td.signed.wide", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
+    const rows = attribution.parts.map(([name, value]) => h(name === selected.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(selected.side, name) : h("span.part", { title: /^M\d+$/.test(name) ? `The MLP of layer ${name.slice(1)}` : name }, name)), h("td.signed.wide", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
     fill(this.at.shares, title, h("p.explain", {}, `The ${rows.length} largest of ${attribution.count} parts (heads, MLPs, embedding, biases); all sum to the logit difference, ${shown(attribution.total, { sign: true })}. Positive pushes towards the answer; the final norm's scale is frozen at this prompt's.`), h("table", {}, h("tbody", {}, rows)));
   }
 
