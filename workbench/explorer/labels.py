@@ -20,6 +20,8 @@ class MethodWords:
     order: Order
 
 
+NOISE = 1e-4
+"""Effects below this are rounding, which differs between two ways to compute the same: the page draws no bar."""
 _WITHOUT = (
     f"Positive ({HELPS}): the metric falls without the head, so the head helps. Negative ({HURTS}): it works against "
     "the answer."
@@ -80,6 +82,7 @@ assert set(METHODS) == set(get_args(Method))
 def choices(*, with_mean: bool) -> dict[str, Any]:
     """The choices of the page with their words; without reference prompts there are no means to choose."""
     return {
+        "noise": NOISE,
         "methods": [{"value": name, **asdict(words)} for name, words in METHODS.items() if with_mean or name != "mean"],
         "metrics": [{"value": name, "title": title} for name, title in METRIC_TITLES.items()],
         "outsides": [
