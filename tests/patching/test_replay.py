@@ -30,7 +30,7 @@ from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import log_probability, logit_difference
 from workbench.values.refs import Embedding, Head, Mlp, Receiver
 
-ARCHITECTURES = ("llama-mha", "llama", "llama-mqa", "gpt2", "neox")
+ARCHITECTURES = ("llama-mha", "llama", "llama-mqa", "gpt2", "neox", "gemma2", "mixtral")
 ROUNDING = 2e-5
 """Largest difference of float32 logits of size 1 to 10; every effect that is compared is at least 100 times larger."""
 SENDERS: dict[str, frozenset[Any]] = {
@@ -247,7 +247,7 @@ def test_a_model_that_the_replay_gets_wrong_goes_through_hooks(model, padded, mo
     parts = replay.decoder_parts(model)
     assert parts is not None
     wrong = replace(parts, blocks=(replace(parts.blocks[0], scale=2 * parts.blocks[0].scale), *parts.blocks[1:]))
-    monkeypatch.setattr(replay, "decoder_parts", lambda _: wrong)
+    monkeypatch.setattr(replay, "decoder_parts", lambda _, **named: wrong)
     assert PathPatcher(model, padded).engine == "hooks"
     assert "slow" in caplog.text
     with pytest.raises(InputError, match="can't be replayed"):

@@ -2,20 +2,30 @@
 
 A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final
 logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
+
+Answers are one token an example, or a set of tokens ([batch member], padded with -1: all years above, paraphrases): a
+set counts by its mass, the sum of its members' probabilities, and is right where the likeliest token is one of them.
+
+A package adds a metric of its own as an entry point, which recipes then name too:
+
+    [project.entry-points."workbench.metrics"]
+    rank = "my_package.metrics:RANK"          # a Metric
 """
 
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import InputError, nearest
+from workbench.errors import InputError
+from workbench.values.metric_names import GROUP, OURS, require_metric
 
 MetricFunction = Callable[
-    [Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], Int[Tensor, " batch"]], Float[Tensor, " batch"]
+    [Float[Tensor, "batch d_vocab"], Int[Tensor, "batch *member"], Int[Tensor, "batch *wrong"]], Float[Tensor, " batch"]
 ]
 """(logits, answers, distractors) -> one value per example; higher is better."""
 
@@ -35,7 +45,10 @@ class Metric:
             raise InputError("a metric has a name, a unit in words, and a function of (logits, answers, distractors).")
 
     def __call__(
-        self, logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batch"], distractors: Int[Tensor, " batch"]
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        answers: Int[Tensor, "batch *member"],
+        distractors: Int[Tensor, "batch *wrong"],
     ) -> Float[Tensor, " batch"]:
         return self.function(logits, answers, distractors)
 
@@ -54,32 +67,42 @@ def _qualified(function: object) -> str:
 
 
 Logits = Float[Tensor, "batch d_vocab"]
-Ids = Int[Tensor, " batch"]
+Ids = Int[Tensor, "batch *member"]
+Others = Int[Tensor, "batch *wrong"]
 PerExample = Float[Tensor, " batch"]
 
 
 def _at(values: Logits, ids: Ids) -> PerExample:
-    return values.gather(-1, ids[:, None]).squeeze(-1)
+    """The value of a token, or the log of the sum of exponentials over a set: log-probabilities and logits add up to
+    those of their mass."""
+    if ids.ndim == 1:
+        return values.gather(-1, ids[:, None]).squeeze(-1)
+    each = values.gather(-1, ids.clamp(min=0))
+    return torch.where(ids >= 0, each, -torch.inf).logsumexp(-1)
 
 
-def log_probability(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """Log-probability of the answer, in nats."""
+def log_probability(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Log-probability of the answer, in nats; of a set, of its mass."""
     return _at(logits.log_softmax(-1), answers)
 
 
-def probability(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """Probability of the answer."""
-    return _at(logits.softmax(-1), answers)
+def probability(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Probability of the answer; of a set, its mass."""
+    if answers.ndim == 1:
+        return _at(logits.softmax(-1), answers)
+    return torch.where(answers >= 0, logits.softmax(-1).gather(-1, answers.clamp(min=0)), 0.0).sum(-1)
 
 
-def logit_difference(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """Logit of the answer minus logit of the distractor."""
+def logit_difference(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Logit of the answer minus logit of the distractor; of sets, the log of the ratio of their masses."""
     return _at(logits, answers) - _at(logits, distractors)
 
 
-def accuracy(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """1 where the answer is the most probable token of the whole vocabulary, else 0."""
-    return (logits.argmax(-1) == answers).to(logits.dtype)
+def accuracy(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """1 where the answer, or one of the answers, is the most probable token of the whole vocabulary, else 0."""
+    best = logits.argmax(-1)
+    right = best == answers if answers.ndim == 1 else (best[:, None] == answers).any(-1)
+    return right.to(logits.dtype)
 
 
 def kl_divergence(logits: Logits, reference: Logits) -> PerExample:
@@ -104,24 +127,36 @@ METRICS: dict[str, Metric] = {
     function.__name__: Metric(function.__name__, function.__name__.replace("_", " "), function)
     for function in (log_probability, probability, logit_difference, accuracy)
 }
-"""The metrics that a recipe can name."""
+"""Our own metrics; a recipe can name them, and those of installed packages."""
+assert tuple(METRICS) == OURS
 
 
 def metric_named(metric: str | Metric | MetricFunction) -> Metric:
-    """The metric of a name, or the metric itself.
+    """The metric of a name (ours, or an installed package's), or the metric itself.
 
-    Errors: `InputError` for an unknown name (with the nearest), and for a function that has no name and unit yet.
+    Errors: `InputError` for an unknown name (with the nearest), an entry point that is no metric, and for a function
+    that has no name and unit yet.
     """
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):
-        if metric not in METRICS:
-            raise InputError(f"no metric {metric!r}; {nearest(metric, METRICS)}")
-        return METRICS[metric]
+        return METRICS[metric] if metric in METRICS else _installed(metric)
     raise InputError(
         f"{metric!r} is no metric by itself: say what it measures, `Metric(name=..., unit=..., function=f)`, or name "
         f"one of {', '.join(METRICS)}."
     )
+
+
+def _installed(name: str) -> Metric:
+    require_metric(name)
+    point = next(point for point in entry_points(group=GROUP) if point.name == name)
+    metric = point.load()
+    if not isinstance(metric, Metric) or metric.name != name:
+        raise InputError(
+            f"the entry point {name} of {GROUP} is no metric of that name: let {point.value} be "
+            f"`Metric(name={name!r}, unit=..., function=f)`."
+        )
+    return metric
 
 
 def metrics_named(metrics: str | Metric | Iterable[str | Metric]) -> list[Metric]:
