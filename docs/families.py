@@ -64,7 +64,7 @@ def _comes_back(folder: Path, saved: Path) -> bool:
 def main(families: Iterable[str]) -> None:
     """Try families anew (all of them, where none is named) and write what was found."""
     chosen = list(families) or list(FAMILIES)
-    rows: Mapping[str, Any] = storage.read_json(FILE)["families"] if FILE.exists() and list(families) else {}
+    rows: Mapping[str, Any] = storage.read_json(FILE)["families"] if FILE.exists() else {}
     rows = dict(rows)
     for family in chosen:
         if family not in FAMILIES:
