@@ -45,7 +45,7 @@ def row(family: str) -> dict[str, Any]:
 
 def _plain(text: str, folder: Path) -> str:
     """Without the folder's name and what was measured."""
-    return re.sub(r" \([^()]*\d[^()]*\)", "", text.replace(str(folder), folder.name))
+    return re.sub(r" \((largest )?difference[^()]*\)", "", text.replace(str(folder), folder.name))
 
 
 def _comes_back(folder: Path, saved: Path) -> bool:

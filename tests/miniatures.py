@@ -38,8 +38,8 @@ NAMED_LAYERS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_
 WINDOW: dict[str, Any] = {"sliding_window": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
     **SUPPORTED,
-    "Gemma2": WIDE_HEADS,  # norms after attention and MLP, soft caps
-    "Gemma3Text": WIDE_HEADS,
+    "Gemma2": {**WIDE_HEADS, "sliding_window": 256},  # norms after attention and MLP, soft caps
+    "Gemma3Text": {**WIDE_HEADS, "sliding_window": 256},
     "Olmo2": {},  # norms after attention and MLP alone, queries of all heads normed together
     "Olmo3": WINDOW,
     "Exaone4": WINDOW,
@@ -90,7 +90,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Ministral3": WIDE_HEADS,
     "Jais2": {},
 }
-"""Every family whose miniature is tried, with its settings. A window is shorter than the prompts."""
+"""Every family whose miniature is tried, with its settings. A window of 4 is shorter than the prompts."""
 STRUCTURES = ("n_embd", "d_model", "hidden_size")
 """Settings of a family that names its sizes its own way."""
 

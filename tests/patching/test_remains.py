@@ -16,7 +16,7 @@ from workbench.patching.replacement import Replacement, Zero, counterfactual_out
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Mlp
 
-ARCHITECTURES = ("llama-mha", "llama", "llama-mqa", "gpt2", "neox", "gemma2", "mixtral")
+ARCHITECTURES = ("llama-mha", "llama", "llama-mqa", "gpt2", "neox", "gemma2")
 ROUNDING = 2e-5
 """Largest difference of float32 logits of size 1 to 10; every effect that is compared is at least 100 times larger."""
 MEMORY = 1 << 28

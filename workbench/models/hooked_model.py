@@ -438,7 +438,8 @@ def self_check(
     Errors: `InputError` naming the check and the largest difference. Tolerances: rounding of the model's dtype.
     """
     tokens, mask = tokens.to(model.device), mask.to(model.device)
-    together = hooks.attention_sum if hooks.attention_sum(0) in model.model.hook_dict else hooks.attention_output
+    scaled = getattr(model.model.blocks[0], "residual_contribution_scale", 1.0) != 1.0
+    together = hooks.attention_sum if model.has_post_norms or scaled else hooks.attention_output
     names = [name(layer) for layer in range(model.n_layers) for name in (hooks.z, together, hooks.pattern)]
     with torch.no_grad(), hooks.capture(model.model, names) as captured:
         logits = model.model(tokens, attention_mask=mask.long())

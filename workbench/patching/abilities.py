@@ -63,7 +63,9 @@ def _tried(model: HookedModel, method: str, run: Callable[[], str]) -> Ability:
         return Ability(method=method, possible=False, how=str(error).removeprefix(f"{model.name}: ").rstrip("."))
     except Exception as error:
         said = " ".join(str(error).split())[:200]
-        return Ability(method=method, possible=False, how=f"it fails, which is a fault ({type(error).__name__}: {said})")
+        return Ability(
+            method=method, possible=False, how=f"it fails, which is a fault ({type(error).__name__}: {said})"
+        )
 
 
 def _activation(model: HookedModel, pairs: PromptPairs, way: str) -> str:

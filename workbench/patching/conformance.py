@@ -189,13 +189,14 @@ def _ablated(slow: HookedPatcher) -> Check:
 
 
 def _embedded(patcher: PathPatcher) -> Check:
-    """The residual stream that enters the first layer is all that a forward reads."""
+    """The residual stream that enters the first layer is all that a forward reads. In single precision, which is what
+    scores are kept in."""
     model, pairs = patcher.model, patcher.pairs
     scores = activation_patch(
         model, pairs, "resid_pre", metric=METRICS["log_probability"], execution=Execution(progress=False)
     )
     clean, corrupt = (
-        METRICS["log_probability"](logits, pairs.answers, pairs.distractors).cpu()
+        METRICS["log_probability"](logits, pairs.answers, pairs.distractors).cpu().float()
         for logits in (patcher.clean_logits, patcher.corrupt_logits)
     )
     what = "patching what enters the first layer gives the corrupt run"
