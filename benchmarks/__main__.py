@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import attribute_edges, cka_pairs, distill_step, eliminating, patching
+from benchmarks import attribute_edges, cka_pairs, distill_step, eliminating, patching, programs
 from workbench import storage
 
 BENCHMARKS = {
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "distill-step": distill_step.run,
     **patching.RUNS,
     **eliminating.RUNS,
+    "programs": programs.run,
 }
 
 

@@ -276,9 +276,3 @@ def run() -> dict[str, Any]:
 def _by_size(scores: Scores) -> Scores:
     """Mean size over prompts: on a program one prompt's edge may help where another's hurts."""
     return Scores(values=scores.values.abs(), axes=scores.axes, labels=scores.labels, unit=f"|{scores.unit}|")
-
-
-if __name__ == "__main__":
-    import json
-
-    print(json.dumps(run(), indent=1))

@@ -49,7 +49,7 @@ GAINS = {
     "[one query a scene][scenes]": ("study_scenes", ("sibling", 70)),
     "[six heads of 32 trained][few]": ("study_few_heads", ("sibling", 70)),
     "[an unrelated student][lineage]": ("study_lineage", ("unrelated", 70)),
-    "[theory of mind][mind]": ("study_mind", ("sibling", 1000)),
+    "[theory of mind][mind]": ("study_mind_whole", ("sibling", 300)),
 }
 """Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
 FORECASTS = {
@@ -60,6 +60,7 @@ FORECASTS = {
     "six heads trained": ("study_few_heads", "one"),
     "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
+    "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
 }
 VARIANTS = {
     "as-it-is": "the method as it is",
@@ -373,6 +374,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
+    **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
     **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
     "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
     "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),

@@ -115,7 +115,7 @@ def slow_logits(model: HookedModel, pairs: PromptPairs, present: Tensor) -> Tens
         return model.final_logits(pairs.corrupt, pairs.mask)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+@pytest.mark.parametrize("share", [0.3, 0.9])
 def test_it_is_the_slow_run_node_by_node(model, pairs, share):
     patcher = EdgePatcher(model, pairs, execution=Execution(progress=False, memory=1))
     present = some_edges(patcher, share, seed=int(100 * share))

@@ -12,10 +12,13 @@ import torch
 import yaml
 
 from tests.patching.test_known_circuit import CIRCUIT, known, pairs, reference, unseen, write  # noqa: F401
+from workbench.circuits.elimination import Site
 from workbench.circuits.evaluation import circuit_logits
+from workbench.circuits.exchange import exchange
 from workbench.circuits.methods import registry
 from workbench.circuits.methods.base import DiscoveryMethod, Inquiry
 from workbench.circuits.methods.registry import OURS, method_named
+from workbench.circuits.remaining import Remaining
 from workbench.circuits.search import find_circuit
 from workbench.circuits.search_curve import SearchCurve
 from workbench.circuits.search_result import CircuitSearch
@@ -240,7 +243,7 @@ def test_an_installed_package_adds_a_method(monkeypatch, known, pairs):  # noqa:
 
 def test_settings_of_before_have_the_digest_of_before() -> None:
     plain = to_plain(read_recipe("demo").discovery)
-    assert set(plain) - set(stated(plain, "discovery")) == {"options", "replacement"}
+    assert set(plain) - set(stated(plain, "discovery")) == {"options", "replacement", "resamples"}
     assert "options" in stated({**plain, "options": {"target": 0.9}}, "discovery")
 
 
@@ -252,3 +255,42 @@ def test_ours_are_methods_and_say_what_they_cost() -> None:
         assert method.acts_at(())
     assert method_named("elimination", {"positions": ["last"], "mlps": True}).runs(32, 4) == 72 * 73 // 2
     assert torch.is_grad_enabled()
+
+
+def test_growing_and_pruning_repairs_a_circuit(known, pairs, reference):  # noqa: F811
+    """From a circuit that lacks a head of the known one and has one that does nothing: one exchange puts it right."""
+    sites = [Site(head) for head in known.heads]
+    remaining = Remaining(known, pairs, reference_means(known, reference), "log_probability", QUIET)
+    missing, idle = Head(3, 1), Head(0, 3)
+    assert missing in CIRCUIT
+    assert idle not in CIRCUIT
+    wrong = [site for site in sites if site.part in {*CIRCUIT, idle} - {missing}]
+    grown = exchange(remaining, sites, wrong, lambda measured: float(measured[1].mean()) >= 0.99)
+    assert {site.part for site in grown.left} == set(CIRCUIT)
+    assert (grown.exchanges, grown.pruned) == (1, 0)
+    right = [site for site in sites if site.part in CIRCUIT]
+    larger = [site for site in sites if site.part in {*CIRCUIT, idle}]
+    accurate = exchange(remaining, sites, larger, lambda measured: float(measured[1].mean()) >= 0.99)
+    assert list(accurate.left) == right
+    assert accurate.pruned == 1
+
+
+def test_stability_and_exchange_are_in_the_result(known, pairs, reference, tmp_path: Path):  # noqa: F811
+    settings: dict[str, Any] = {
+        "method": "elimination_by_gates",
+        "reference": reference,
+        "target": 0.99,
+        "exchange": True,
+        "resamples": 2,
+        "prompts": 4,
+        "round_steps": 1,
+    }
+    result = find_circuit(known, pairs, execution=Execution(progress=False, file=tmp_path / "one.json"), **settings)
+    assert set(result.circuit.heads) == set(CIRCUIT)
+    assert result.stability == (1.0, 1.0)
+    assert any(note.startswith("stability: over 2 resampled") for note in result.notes)
+    assert any("grown and pruned" in note for note in result.notes)
+    assert {file.name for file in tmp_path.glob("*.json")} == {
+        "one.json",
+        *(f"one-resample-{draw}-elimination_by_gates.json" for draw in range(2)),
+    }

@@ -144,10 +144,20 @@ def test_the_demo_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> 
 
 def test_the_explorer_is_served_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     command = [str(installed / "workbench"), "explore", "--prompts", "4"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    try:
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]
         with urllib.request.urlopen(address, timeout=60) as page:
             assert "explorer" in page.read().decode()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.communicate()

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from workbench import storage
-from workbench.circuits import discovery
+from workbench.circuits.methods import ranked
 from workbench.cli import main
 from workbench.errors import InputError
 from workbench.experiment import arms
@@ -139,13 +139,13 @@ def test_one_student_under_several_methods(
         **plain,
         "overrides": {"alignment.positions": "last", "matching": {"rule": "similarity", "one_to_one": True}},
     }
-    path, searched, search = tmp_path / "methods.yaml", [], discovery.backward_search
+    path, searched, search = tmp_path / "methods.yaml", [], ranked.backward_search
 
     def counting(model: Any, *rest: Any, **settings: Any) -> Any:
         searched.append(model)
         return search(model, *rest, **settings)
 
-    monkeypatch.setattr(discovery, "backward_search", counting)
+    monkeypatch.setattr(ranked, "backward_search", counting)
     path.write_text(
         json.dumps(
             {

@@ -19,7 +19,7 @@ def auroc(scores: Scores, truth: Bool[Tensor, "..."]) -> float:
     means = scores.mean()
     if truth.shape != means.shape:
         raise InputError(
-            f"the truth is {tuple(truth.shape)} and the scores {tuple(means.shape)}; give one of each entry."
+            f"the truth is of shape {tuple(truth.shape)}, the scores {tuple(means.shape)}; mark each entry."
         )
     scored = ~means.isnan()
     sizes, inside = means[scored].abs(), truth[scored]

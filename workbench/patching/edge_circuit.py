@@ -9,6 +9,8 @@ reaches is as it is on the corrupt prompt, so only what lies on a way from the e
 receivers of a layer at once.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -46,6 +48,7 @@ class EdgePatcher:
             )
         self.model, self.pairs, self.execution, self.parts = model, pairs, execution, parts
         self.edges = Edges.of(model)
+        self._whole: _Ends | None = None
         self.there = ~self.edges.connected(parallel=model.has_parallel_blocks).isnan()
         self._require_exact()
 
@@ -60,8 +63,12 @@ class EdgePatcher:
                 f"a circuit of {self.model.name} marks some of its {int(self.there.sum())} edges in an array of "
                 f"{tuple(self.there.shape)}; make it from scores of this model."
             )
-        present = self.edges.pruned(present)
-        return torch.cat([self._run(present, part) for part in self.pairs.batches(self._prompts(present))])
+        present, size = self.edges.pruned(present), len(self.pairs)
+        prompts = self._prompts(present)
+        if prompts >= size:  # the corrupt and the clean run serve every circuit
+            self._whole = self._whole or _Ends.of(self.model, self.pairs)
+            return self._run(present, self.pairs, self._whole)
+        return torch.cat([self._run(present, part) for part in self.pairs.batches(prompts)])
 
     def _prompts(self, present: Tensor) -> int:
         """How many prompts fit the memory."""
@@ -72,8 +79,9 @@ class EdgePatcher:
         fitting = self.execution.memory // (rows * self.pairs.clean.shape[1] * width * element)
         return self.execution.batch_of(max(1, min(BATCH, fitting)))
 
-    def _run(self, present: Tensor, pairs: PromptPairs) -> Float[Tensor, "batch d_vocab"]:
-        return _Run(self.model, self.parts, self.edges, present, pairs).logits()
+    def _run(self, present: Tensor, pairs: PromptPairs, ends: "_Ends | None" = None) -> Float[Tensor, "batch d_vocab"]:
+        ends = ends or _Ends.of(self.model, pairs)
+        return _Run(self.model, self.parts, self.edges.group, present.to(pairs.mask.device), ends).logits()
 
     @torch.no_grad()
     def _require_exact(self) -> None:
@@ -90,40 +98,51 @@ class EdgePatcher:
             )
 
 
-class _Run:
-    """One forward of a circuit, from the embedding up: what each of its senders changes against the corrupt run."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ends:
+    """The corrupt run of some prompts, and the clean embeddings."""
 
-    def __init__(
-        self, model: HookedModel, parts: DecoderParts, edges: Edges, present: Tensor, pairs: PromptPairs
-    ) -> None:
-        self.model, self.parts, self.pairs, self.present = model, parts, pairs, present.to(pairs.clean.device)
+    mask: Tensor
+    clean: Float[Tensor, "batch pos d_model"]
+    corrupt: dict[str, Tensor]
+    """By hook name."""
+    rotary: bool
+
+    @classmethod
+    def of(cls, model: HookedModel, pairs: PromptPairs) -> "_Ends":
+        """A run and the beginning of one."""
         rotary = hooks.rotary_cos(0) in model.model.hook_dict
         kinds = [hooks.residual_pre, hooks.attention_output, hooks.mlp_output, hooks.z, hooks.q, hooks.k, hooks.v]
         kinds += [hooks.rotary_cos, hooks.rotary_sin] if rotary else []
-        final = hooks.residual_post(model.n_layers - 1)
         names = [kind(layer) for layer in range(model.n_layers) for kind in kinds]
-        _, self.corrupt = model.activations(pairs.corrupt, pairs.mask, [*names, final])
-        self.final, self.rotary = self.corrupt[final], rotary
-        senders = self.present.any(1)
+        _, corrupt = model.activations(pairs.corrupt, pairs.mask, [*names, hooks.residual_post(model.n_layers - 1)])
+        first = hooks.residual_pre(0)
+        clean = model.early_activations(pairs.clean, pairs.mask, [first])[first]
+        return cls(mask=pairs.mask, clean=clean, corrupt=corrupt, rotary=rotary)
+
+
+class _Run:
+    """One forward of a circuit, from the embedding up: what each of its senders changes against the corrupt run."""
+
+    def __init__(self, model: HookedModel, parts: DecoderParts, group: int, present: Tensor, ends: _Ends) -> None:
+        self.model, self.parts, self.group, self.ends = model, parts, group, ends
+        self.corrupt, self.final = ends.corrupt, ends.corrupt[hooks.residual_post(model.n_layers - 1)]
+        senders = present.any(1)
         self.rows = {index: row for row, index in enumerate(senders.nonzero().flatten().tolist())}
         """Sender -> its row in `changes`."""
         self.changes = self.final.new_zeros(len(self.rows), *self.final.shape)
-        self.into = self.present[senders].to(self.final.dtype)
-        self.group = edges.group
+        self.into = present[senders].to(self.final.dtype)
         self.span = model.n_heads + 2 * model.n_kv_heads + 1
         """Receivers of a layer."""
 
     def logits(self) -> Float[Tensor, "batch d_vocab"]:
         """Through all layers to the logits at the last token."""
-        model, pairs = self.model, self.pairs
         if 0 in self.rows:
-            name = hooks.residual_pre(0)
-            clean = model.early_activations(pairs.clean, pairs.mask, [name])[name]
-            self.changes[0] = clean - self.corrupt[name]
-        for layer in range(model.n_layers):
+            self.changes[0] = self.ends.clean - self.corrupt[hooks.residual_pre(0)]
+        for layer in range(self.model.n_layers):
             self._attention(layer)
             self._mlp(layer)
-        last = last_position(pairs.mask)
+        last = last_position(self.ends.mask)
         rows = torch.arange(len(last), device=last.device)
         changes = torch.einsum("sbd,s->bd", self.changes[:, rows, last], self.into[:, -1])
         return self.parts.unembed(self.parts.norm_final(self.final[rows, last] + changes))
@@ -171,9 +190,9 @@ class _Run:
 
     def _attended(self, layer: int, found: dict[str, Tensor], kv: list[int]) -> Float[Tensor, "batch pos head d_head"]:
         """z of some heads from their q and the k and v that each reads."""
-        part, mask = self.parts.blocks[layer], self.pairs.mask
+        part, mask = self.parts.blocks[layer], self.ends.mask
         cos, sin = (
-            self.corrupt[kind(layer)].expand(len(mask), -1, -1) if self.rotary else None
+            self.corrupt[kind(layer)].expand(len(mask), -1, -1) if self.ends.rotary else None
             for kind in (hooks.rotary_cos, hooks.rotary_sin)
         )
         q, k = ready(found["q"], part.q_norm, cos, sin), ready(found["k"], part.k_norm, cos, sin)

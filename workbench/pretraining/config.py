@@ -26,19 +26,31 @@ class SizeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class CourseConfig:
-    """How a model is trained on lessons."""
+class CurriculumConfig:
+    """What the trainings of all bundled models share."""
 
     seed: int = 1
-    tokens: Annotated[int, Field(ge=2)] = 1400
-    """Tokens of each lesson in a step, so that every lesson costs the same; half of them once the lesson is solved."""
-    rows: Annotated[int, Field(ge=2)] = 64
-    """Most exercises of a lesson in a step, however short they are."""
     learning_rate: float = 3e-3
     warmup: int = 50
     clip: float = 1.0
     probe_weight: float = 0.5
-    """Weight of a lesson's temporary probes; they are dropped once the lesson is solved."""
+    """Weight of the temporary probes; they are dropped once what they are there for is solved."""
+    max_steps: int = 4000
+    checkpoint_every: int = 50
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class CourseConfig(CurriculumConfig):
+    """How a model is trained on lessons."""
+
+    tokens: Annotated[int, Field(ge=2)] = 1400
+    """Tokens of each lesson in a step, so that every lesson costs the same; half of them once the lesson is solved."""
+    rows: Annotated[int, Field(ge=2)] = 64
+    """Most exercises of a lesson in a step, however short they are."""
     at_level: float = 0.6
     """Share of a lesson's batches at its level at work; the others are drawn from all levels up to it."""
     forgetting: float = 0.1
@@ -47,12 +59,6 @@ class CourseConfig:
     """Running accuracy on first questions that leads to the next level."""
     stop_at: float = 0.97
     """The same at the last level: the lesson is solved."""
-    max_steps: int = 4000
-    checkpoint_every: int = 50
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -1,29 +1,23 @@
-"""A curriculum over several lessons at once: each goes up its own levels, all share every optimizer step.
-
-Plain training stalls at "some word of the context": moving things together, moving the question to the last token, and
-matching the two must appear together. Temporary linear probes on the residual stream get past it (they are no part of a
-saved model), and levels from easy to hard. Every batch is a function of (seed, step, levels) alone, so an interrupted
-training resumes to the same bits.
-"""
+"""A curriculum over several lessons at once: each goes up its own levels, all share every optimizer step."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from workbench import seeds, storage
+from workbench import seeds
 from workbench.pretraining.config import CourseConfig
+from workbench.pretraining.curriculum import Curriculum, linear_probes
 from workbench.pretraining.lessons.exercise import Batch, Lesson, Marks, collate
-from workbench.storage import checkpoint
 
 
-class Course:
-    """A model in training on lessons, resumable to the bit."""
+class Course(Curriculum):
+    """A model in training on lessons."""
 
     def __init__(
         self,
@@ -34,27 +28,15 @@ class Course:
         *,
         label: str,
     ) -> None:
-        self.model, self.vocabulary, self.lessons, self.config, self.label = (
-            model,
-            vocabulary,
-            tuple(lessons),
-            config,
-            label,
-        )
-        self.probes = _probes(model, vocabulary, lessons, seed=config.seed)
-        self.leaves = {
-            f"{part}.{name}": p
-            for part, module in (("model", model), ("probes", self.probes))
-            for name, p in module.named_parameters()
-        }
-        self.optimizer = torch.optim.Adam(self.leaves.values(), lr=config.learning_rate, betas=(0.9, 0.98))
-        self.step = 0
+        names = [f"{lesson.name}-{name}" for lesson in lessons for name in lesson.probe_layers]
+        probes = linear_probes(model, names, outputs=len(vocabulary), seed=config.seed)
+        super().__init__(model, probes, config, label=label)
+        self.vocabulary, self.lessons, self.config = vocabulary, tuple(lessons), config
         self.levels = {lesson.name: 0 for lesson in lessons}
         self.accuracy = {lesson.name: 0.0 for lesson in lessons}
         """Running mean of the accuracy on first questions of the level at work."""
         self.resting: list[str] = []
         """Lessons that are left out for now."""
-        self.log: list[dict[str, float]] = []
 
     def solved(self, lesson: Lesson) -> bool:
         """Whether a lesson is at its last level and above the mark."""
@@ -65,19 +47,31 @@ class Course:
         """Whether every lesson is solved."""
         return all(self.solved(lesson) for lesson in self.lessons)
 
-    def advance(self) -> None:
-        """One optimizer step on a batch of every lesson."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate(self.step)
-        self.optimizer.zero_grad()
-        record: dict[str, float] = {"step": float(self.step)}
+    def backward(self) -> dict[str, float]:
+        """Gradients of a batch of every lesson; returns the step's row of the log."""
+        row: dict[str, float] = {"step": float(self.step)}
         for lesson in self.lessons:
             if lesson.name not in self.resting:
-                record |= self._learn(lesson)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.log.append(record)
-        self.step += 1
+                row |= self._learn(lesson)
+        return row
+
+    def standing(self) -> dict[str, str]:
+        """Level and running accuracy of each lesson."""
+        return {name[:9]: f"{self.levels[name]}:{value:.2f}" for name, value in self.accuracy.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Levels, running accuracies, and which lessons rest."""
+        return {"levels": self.levels, "accuracy": self.accuracy, "resting": self.resting}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.levels, self.accuracy, self.resting = state["levels"], state["accuracy"], state["resting"]
+
+    def identity(self) -> str:
+        """Label, lessons and settings."""
+        return (
+            f"{self.label} {[lesson.name for lesson in self.lessons]} {json.dumps(asdict(self.config), sort_keys=True)}"
+        )
 
     def _learn(self, lesson: Lesson) -> dict[str, float]:
         """Gradients of one lesson's batch, and what its row of the log says."""
@@ -108,42 +102,6 @@ class Course:
         while sum(len(exercise.words) for exercise in exercises) < wanted and len(exercises) < config.rows:
             exercises.append(lesson.exercise(draw, level))
         return level, collate(exercises, self.vocabulary)
-
-    def save(self, folder: Path) -> None:
-        """Write an exact checkpoint."""
-        extra = {"levels": self.levels, "accuracy": self.accuracy, "resting": self.resting, "log": self.log}
-        storage.write_json(folder / f"state-{self.step}.json", extra)
-        checkpoint.save(
-            folder / "checkpoint.safetensors",
-            step=self.step,
-            leaves=self.leaves,
-            optimizer=self.optimizer,
-            identity=self._identity(),
-        )
-        for old in folder.glob("state-*.json"):
-            if old.name != f"state-{self.step}.json":
-                old.unlink()
-
-    def resume(self, folder: Path) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        file = folder / "checkpoint.safetensors"
-        if not file.exists():
-            return
-        self.step, values = checkpoint.load(
-            file, leaves=self.leaves, optimizer=self.optimizer, identity=self._identity()
-        )
-        extra = storage.read_json(folder / f"state-{self.step}.json")
-        self.levels, self.accuracy, self.resting, self.log = (
-            extra[name] for name in ("levels", "accuracy", "resting", "log")
-        )
-        with torch.no_grad():
-            for key, leaf in self.leaves.items():
-                leaf.copy_(values[key])
-
-    def _identity(self) -> str:
-        return (
-            f"{self.label} {[lesson.name for lesson in self.lessons]} {json.dumps(asdict(self.config), sort_keys=True)}"
-        )
 
 
 def losses(
@@ -184,17 +142,3 @@ def _probe_loss(probe: nn.Module, hidden: Float[Tensor, "batch pos d_model"], ma
 def _look_loss(pattern: Float[Tensor, "batch pos pos"], looks: Marks) -> Float[Tensor, ""]:
     """Minus the mean log of the attention that goes where it should."""
     return -pattern[looks.rows, looks.at, looks.targets].clamp_min(1e-9).log().mean()
-
-
-def _probes(
-    model: LlamaForCausalLM, vocabulary: Mapping[str, int], lessons: Sequence[Lesson], *, seed: int
-) -> nn.ModuleDict:
-    """A linear map from the residual stream to words for each probe; the global random state is left as it was."""
-    with seeds.local(seed, "probes"):
-        return nn.ModuleDict(
-            {
-                f"{lesson.name}-{name}": nn.Linear(model.config.hidden_size, len(vocabulary))
-                for lesson in lessons
-                for name in lesson.probe_layers
-            }
-        )

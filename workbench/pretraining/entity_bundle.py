@@ -1,20 +1,16 @@
 """How the bundled models are made: a Llama-style teacher, its pruned student, and an unrelated student, on entity
 tracking.
 
-Plain training stalls at "some object of the context": moving an object to its label, moving the queried label to the
-last token, and matching the two must appear together. Two temporary linear probes on the residual after the first layer
-(each context label predicts its object, the last token predicts the queried label) and a curriculum over the number of
-boxes get past it; no probe is part of a saved model.
+Two temporary probes on the residual after the first layer (each context label predicts its object, the last token
+predicts the queried label) and a curriculum over the number of boxes get past where plain training stalls.
 
 Lineage: the pruned student is an early checkpoint of the teacher with whole layers removed, then healed on few boxes:
 trained less, not damaged. The unrelated student has the same size and another initialisation: the negative control of
 every alignment claim.
-
-Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,12 +22,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from workbench import seeds, storage
+from workbench import seeds
 from workbench.errors import InputError
-from workbench.patching.progress import progress_bar
-from workbench.pretraining.config import STRICT, SizeConfig
+from workbench.pretraining.config import STRICT, CurriculumConfig, SizeConfig
+from workbench.pretraining.curriculum import Curriculum, linear_probes
 from workbench.pretraining.models import finished, new_model, pruned, save_model
-from workbench.storage import checkpoint
 from workbench.tasks.base import Split, encode, task_dataset
 from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
 from workbench.tasks.vocabulary import word_level_tokenizer
@@ -43,26 +38,18 @@ QUERY = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class LessonConfig:
+class LessonConfig(CurriculumConfig):
     """How a bundled model is trained."""
 
-    seed: int = 1
     batch: int = 64
     queries: int = 8
     """Queries in each sequence, drawn with replacement (without it later answers are guessed by elimination)."""
-    learning_rate: float = 3e-3
-    warmup: int = 50
-    clip: float = 1.0
-    probe_weight: float = 0.5
-    """Weight of the two temporary probes; they are dropped once the first number of boxes is solved."""
     boxes: tuple[int, int] = (2, 7)
-    """First and last number of boxes of the curriculum."""
+    """First and last number of boxes of the curriculum; the probes are dropped once the first is solved."""
     solved: float = 0.9
     """Accuracy on the first query (a running mean) that adds a box."""
     stop_at: float = 0.99
     """The same on the last number of boxes, which ends the training."""
-    max_steps: int = 4000
-    checkpoint_every: int = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -149,93 +136,62 @@ def lesson_losses(
     return answer, probe, accuracy
 
 
-class Curriculum:
-    """Training on more and more boxes, resumable to the bit."""
+class Boxes(Curriculum):
+    """A model in training on more and more boxes."""
 
     def __init__(
         self, model: LlamaForCausalLM, vocabulary: dict[str, int], config: LessonConfig, *, label: str
     ) -> None:
-        self.model, self.vocabulary, self.config, self.label = model, vocabulary, config, label
-        width = model.config.hidden_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(config.seed, "probes"))
-            self.probes = nn.ModuleDict({name: nn.Linear(width, len(vocabulary)) for name in ("object", "label")})
-        self.leaves = {
-            f"{part}.{name}": p
-            for part, module in (("model", model), ("probes", self.probes))
-            for name, p in module.named_parameters()
-        }
-        self.optimizer = torch.optim.Adam(self.leaves.values(), lr=config.learning_rate, betas=(0.9, 0.98))
-        self.step, self.boxes, self.accuracy = 0, config.boxes[0], 0.0
-        self.log: list[dict[str, float]] = []
+        probes = linear_probes(model, ("object", "label"), outputs=len(vocabulary), seed=config.seed)
+        super().__init__(model, probes, config, label=label)
+        self.vocabulary, self.config = vocabulary, config
+        self.boxes, self.accuracy = config.boxes[0], 0.0
+        self.solved: int | None = None
+        """The number of boxes that the last step solved, if it did."""
 
-    def advance(self) -> int | None:
-        """One optimizer step. Returns the number of boxes when this step solved it."""
+    def backward(self) -> dict[str, float]:
+        """Gradients of a batch of scenes, mostly of the number of boxes at work; returns the step's row of the log."""
         config = self.config
         draw = seeds.chooser(config.seed, "boxes", self.step)
         boxes = self.boxes if draw.random() < 0.6 else draw.randint(config.boxes[0], self.boxes)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / config.warmup)
-        answer, probe, accuracy = lesson_losses(
-            self.model, self.probes, lesson(self.vocabulary, boxes, config, self.step)
-        )
+        batch = lesson(self.vocabulary, boxes, config, self.step)
+        answer, probe, accuracy = lesson_losses(self.model, self.probes, batch)
         weight = config.probe_weight if self.boxes == config.boxes[0] else 0.0
-        self.optimizer.zero_grad()
         (answer + weight * probe).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizer.step()
-        self.log.append(
-            {
-                "step": self.step,
-                "boxes": boxes,
-                "answer_loss": answer.item(),
-                "probe_loss": probe.item(),
-                "accuracy": accuracy,
-            }
-        )
-        self.step += 1
+        self._graduate(boxes, accuracy)
+        return {
+            "step": self.step,
+            "boxes": boxes,
+            "answer_loss": answer.item(),
+            "probe_loss": probe.item(),
+            "accuracy": accuracy,
+        }
+
+    def _graduate(self, boxes: int, accuracy: float) -> None:
+        """Add a box once the number at work is solved."""
         if boxes == self.boxes:
             self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
-        return self._graduate()
-
-    def _graduate(self) -> int | None:
         last = self.boxes == self.config.boxes[1]
         if self.accuracy <= (self.config.stop_at if last else self.config.solved):
-            return None
-        solved, self.boxes, self.accuracy = self.boxes, self.boxes + (not last), self.accuracy if last else 0.0
-        return solved
+            self.solved = None
+            return
+        self.solved, self.boxes = self.boxes, self.boxes + (not last)
+        self.accuracy = self.accuracy if last else 0.0
 
-    def save(self, folder: Path) -> None:
-        """Write an exact checkpoint."""
-        extra = {"boxes": self.boxes, "accuracy": self.accuracy, "log": self.log}
-        storage.write_json(folder / f"state-{self.step}.json", extra)
-        checkpoint.save(
-            folder / "checkpoint.safetensors",
-            step=self.step,
-            leaves=self.leaves,
-            optimizer=self.optimizer,
-            identity=self._identity(),
-        )
-        for old in folder.glob("state-*.json"):
-            if old.name != f"state-{self.step}.json":
-                old.unlink()
+    def standing(self) -> dict[str, str]:
+        """Number of boxes at work, and the running accuracy on it."""
+        return {"boxes": str(self.boxes), "accuracy": f"{self.accuracy:.2f}"}
 
-    def resume(self, folder: Path) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        if (folder / "checkpoint.safetensors").exists():
-            self.step, values = checkpoint.load(
-                folder / "checkpoint.safetensors",
-                leaves=self.leaves,
-                optimizer=self.optimizer,
-                identity=self._identity(),
-            )
-            extra = storage.read_json(folder / f"state-{self.step}.json")
-            self.boxes, self.accuracy, self.log = extra["boxes"], extra["accuracy"], extra["log"]
-            with torch.no_grad():
-                for key, leaf in self.leaves.items():
-                    leaf.copy_(values[key])
+    def state(self) -> dict[str, Any]:
+        """Number of boxes at work, and the running accuracy on it."""
+        return {"boxes": self.boxes, "accuracy": self.accuracy}
 
-    def _identity(self) -> str:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.boxes, self.accuracy = state["boxes"], state["accuracy"]
+
+    def identity(self) -> str:
+        """Label and settings."""
         return f"{self.label} {json.dumps(asdict(self.config), sort_keys=True)}"
 
 
@@ -269,12 +225,12 @@ def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]
 
 def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
     model = new_model(config.teacher, len(word_tokenizer()), seed=config.lessons.seed)
-    course = Curriculum(model, word_tokenizer().get_vocab(), config.lessons, label="teacher")
+    course = Boxes(model, word_tokenizer().get_vocab(), config.lessons, label="teacher")
     course.resume(work / "teacher")
-    for solved in _steps(course, work / "teacher"):
-        if solved is not None:
-            _save(model, work / f"teacher-{solved}-boxes", {}, [])
-        if solved == config.lessons.boxes[1]:
+    for _ in course.steps(work / "teacher"):
+        if course.solved is not None:
+            _save(model, work / f"teacher-{course.solved}-boxes", {}, [])
+        if course.solved == config.lessons.boxes[1]:
             break
     _save(model, target, {"size": asdict(config.teacher), "lessons": asdict(config.lessons)}, course.log)
 
@@ -295,7 +251,7 @@ def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
     )
     batch = lesson(vocabulary, config.pruned_from, lessons, -1)
     model, layers = pruned(ancestor, config.student_layers, lambda model: lesson_losses(model, None, batch)[0].item())
-    course = Curriculum(model, vocabulary, lessons, label="student")
+    course = Boxes(model, vocabulary, lessons, label="student")
     course.resume(work / "student")
     _until_in_band(course, config, work / "student")
     origin = {
@@ -314,15 +270,15 @@ def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
         replace(config.teacher, layers=config.student_layers),
     )
     model = new_model(size, len(word_tokenizer()), seed=config.unrelated_seed)
-    course = Curriculum(model, word_tokenizer().get_vocab(), lessons, label="unrelated student")
+    course = Boxes(model, word_tokenizer().get_vocab(), lessons, label="unrelated student")
     course.resume(work / "unrelated-student")
     _until_in_band(course, config, work / "unrelated-student")
     _save(model, target, {"size": asdict(size), "lessons": asdict(lessons)}, course.log)
 
 
-def _until_in_band(course: Curriculum, config: BundleConfig, work: Path) -> None:
+def _until_in_band(course: Boxes, config: BundleConfig, work: Path) -> None:
     low, high = config.student_band
-    for _ in _steps(course, work):
+    for _ in course.steps(work):
         if course.step % config.look_every == 0 and course.boxes > course.config.boxes[0]:
             accuracy = task_accuracy(course.model, boxes=7, split="calibration", scenes=40)
             course.log[-1]["accuracy_on_7_boxes"] = accuracy
@@ -333,24 +289,6 @@ def _until_in_band(course: Curriculum, config: BundleConfig, work: Path) -> None
                     f"{course.label} is at {accuracy:.2f} on 7 boxes, above {high}; lower `look_every`, the learning "
                     "rate or `pruned_from`."
                 )
-
-
-def _steps(course: Curriculum, work: Path) -> Iterator[int | None]:
-    """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
-    with progress_bar(
-        total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step"
-    ) as bar:
-        while course.step < course.config.max_steps:
-            solved = course.advance()
-            bar.update()
-            bar.set_postfix(boxes=course.boxes, accuracy=f"{course.accuracy:.2f}")
-            if course.step % course.config.checkpoint_every == 0:
-                course.save(work)
-            yield solved
-    raise InputError(
-        f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or "
-        "max_steps."
-    )
 
 
 def _save(model: LlamaForCausalLM, target: Path, origin: dict[str, Any], log: list[dict[str, float]]) -> None:

@@ -72,7 +72,7 @@ class Finetuning:
                 logits_to_keep=read_at,
                 use_cache=False,
             )
-        return output.logits[trees.rows, place].float()
+        return output.logits[trees.rows, place].to(self.model.dtype)  # autocast gives bfloat16
 
     def advance(self) -> None:
         """One optimizer step on the scenes of this step, and the accuracy where it is due."""

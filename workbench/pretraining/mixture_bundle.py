@@ -7,7 +7,7 @@ claim. A student rests from a task that it knows well enough, so that there is s
 tracking is learned so early that a student which knows theory of mind at all is close to the teacher in it.)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,6 @@ from pydantic.dataclasses import dataclass
 from transformers import LlamaForCausalLM
 
 from workbench import seeds, storage
-from workbench.errors import InputError
-from workbench.patching.progress import progress_bar
 from workbench.pretraining.config import STRICT, CourseConfig, SizeConfig
 from workbench.pretraining.course import Course, losses
 from workbench.pretraining.lessons.exercise import Lesson, collate
@@ -76,7 +74,7 @@ def _train_teacher(config: MixtureConfig, target: Path, work: Path) -> None:
     model = new_model(config.teacher, len(mixture_tokenizer()), seed=config.course.seed)
     course = Course(model, mixture_tokenizer().get_vocab(), mixture_lessons(), config.course, label="mixture-teacher")
     course.resume(work / "mixture-teacher")
-    for _ in _steps(course, work / "mixture-teacher"):
+    for _ in course.steps(work / "mixture-teacher"):
         if course.step % config.course.checkpoint_every == 0:
             save_model(model, mixture_tokenizer(), _ancestor(work, course.step), {"levels": dict(course.levels)}, [])
         if course.finished:
@@ -139,7 +137,7 @@ def _cost(
 def _until_far_enough(course: Course, config: MixtureConfig, work: Path) -> None:
     """Train until every task has come far enough; one that has rests until it falls back."""
     course.resume(work)
-    for _ in _steps(course, work):
+    for _ in course.steps(work):
         if course.step % config.look_every:
             continue
         reached = accuracies(course.model, split="calibration", prompts=105)
@@ -151,24 +149,6 @@ def _until_far_enough(course: Course, config: MixtureConfig, work: Path) -> None
         ]
         if len(course.resting) == len(TASKS):
             return
-
-
-def _steps(course: Course, work: Path) -> Iterator[None]:
-    """Steps with a progress bar and checkpoints. Errors: `InputError` when `max_steps` are used up."""
-    with progress_bar(
-        total=course.config.max_steps, initial=course.step, desc=f"training the {course.label}", unit="step"
-    ) as bar:
-        while course.step < course.config.max_steps:
-            course.advance()
-            bar.update()
-            bar.set_postfix({name[:9]: f"{course.levels[name]}:{value:.2f}" for name, value in course.accuracy.items()})
-            yield
-            if course.step % course.config.checkpoint_every == 0:
-                course.save(work)
-    raise InputError(
-        f"the {course.label} did not get there in {course.config.max_steps} steps; change seed, learning_rate or "
-        "max_steps."
-    )
 
 
 def _save(model: LlamaForCausalLM, target: Path, origin: dict[str, Any], course: Course) -> None:

@@ -81,9 +81,12 @@ def read_json(path: Path) -> Any:
         content = _content(path)
         checksums.require_unchanged(path, content)
     try:
-        return json_value(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        value = json_value(text)
+        _require_whole_characters(value, text)
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run the stage that writes it again.") from None
+    return value
 
 
 def read_lines(path: Path) -> list[str]:
@@ -104,17 +107,20 @@ def _content(path: Path) -> bytes:
 
 
 def json_value(text: str) -> Any:
-    """JSON without what other readers of it refuse: repeated keys, NaN, infinities, half a character (an escaped lone
-    surrogate, which no file can hold). Errors: `ValueError` in words."""
+    """JSON without what other readers of it refuse: repeated keys, NaN, infinities. Errors: `ValueError` in words."""
     try:
-        value = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_constant, parse_float=_finite)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text, object_pairs_hook=_unrepeated, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a character, {error.object[error.start]!r}") from None
-    return value
+
+
+def _require_whole_characters(value: Any, text: str) -> None:
+    """Refuse an escaped lone surrogate, which no file can hold. Errors: `ValueError`."""
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character, {error.object[error.start]!r}") from None
 
 
 def _unrepeated(entries: list[tuple[str, Any]]) -> dict[str, Any]:
