@@ -36,10 +36,20 @@ MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_inte
 OWN_SIZES: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
 NAMED_LAYERS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 WINDOW: dict[str, Any] = {"sliding_window": 4}
+MULTIPLIERS: dict[str, Any] = {
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     **SUPPORTED,
     "Gemma2": {**WIDE_HEADS, "sliding_window": 256},  # norms after attention and MLP, soft caps
-    "Gemma3Text": {**WIDE_HEADS, "sliding_window": 256},
+    "Gemma3Text": {  # rotary angles of two kinds
+        **WIDE_HEADS,
+        "sliding_window": 256,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "Olmo2": {},  # norms after attention and MLP alone, queries of all heads normed together
     "Olmo3": WINDOW,
     "Exaone4": WINDOW,
@@ -48,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2Moe": {**MIXTURE, "shared_expert_intermediate_size": 32},
     "Qwen3Moe": {**WIDE_HEADS, **MIXTURE},
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "GraniteMoe": {"num_local_experts": 4},
+    "GraniteMoe": {"num_local_experts": 4, **MULTIPLIERS},
     "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "GptOss": {**WIDE_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW},  # attention sinks
     "Llama4Text": {"num_local_experts": 4},
@@ -74,11 +84,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
     "GPTBigCode": OWN_SIZES,  # one key-value head
-    "Cohere": {},
+    "Cohere": {"logit_scale": 0.25},  # each block parallel, rotary by pairs of neighbours
     "Cohere2": WINDOW,
     "StableLm": {},
     "Starcoder2": {},
-    "Granite": {"residual_multiplier": 0.5},  # a share of each output is added
+    "Granite": MULTIPLIERS,  # a share of each output is added
     "Glm": WIDE_HEADS,
     "Nemotron": {},
     "SmolLM3": {},

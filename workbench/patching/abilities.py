@@ -16,14 +16,21 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import export, hooks
 from workbench.models.hooked_model import HookedModel, Matrix
+from workbench.patching.ablation import ablated_logits, ablation_profiles, counterfactual_outputs, plain_logits
 from workbench.patching.activation import activation_patch
 from workbench.patching.attribution import attribute_edges
+from workbench.patching.edge_circuit import EdgePatcher
 from workbench.patching.execution import Execution
 from workbench.readouts.logit_attribution import direct_logit_attribution
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import metric_named
 from workbench.values.refs import Head
 
 QUIET = Execution(progress=False)
+METRIC = "log_probability"
+ROUNDING = 1e-3
+"""How far two ways to one number may lie apart, as a share of the largest (of 1 at least); a fault is many times
+larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +48,17 @@ class Ability:
 
 
 def abilities(model: HookedModel, pairs: PromptPairs, *, engine: str) -> tuple[Ability, ...]:
-    """The methods in the order of the road, each tried on the pairs; `engine` is that of the model's path patching."""
-    few = pairs.rows(slice(0, 2))
+    """The methods in the order of the road, each tried on the first and the last pair; `engine` is that of the model's
+    path patching."""
+    few = pairs.rows(torch.tensor([0, len(pairs) - 1]))
     way = "replay, exact and fast" if engine == "replay" else "hooked forwards, exact and slow"
     tried: dict[str, Callable[[], str]] = {
         "path patching": lambda: way,
         "activation patching": lambda: _activation(model, few, way),
-        "ablation": lambda: way,
+        "ablation": lambda: _ablation(model, few, way),
         "logit attribution": lambda: _logit_attribution(model, few),
         "edge attribution": lambda: _edge_attribution(model, few),
+        "circuits of edges": lambda: _edge_circuits(model, few),
         "alignment and training": lambda: _training(model, few),
         "saving a student": lambda: _saving(model),
     }
@@ -69,11 +78,22 @@ def _tried(model: HookedModel, method: str, run: Callable[[], str]) -> Ability:
 
 
 def _activation(model: HookedModel, pairs: PromptPairs, way: str) -> str:
-    try:
-        activation_patch(model, pairs, "resid_mid", execution=QUIET)
-    except InputError:
-        return f"{way}; every site but resid_mid, which parallel blocks have not"
-    return f"{way}; every site"
+    parallel = model.has_parallel_blocks
+    for site in ("z", "attn_out" if parallel else "resid_mid"):
+        activation_patch(model, pairs, site, execution=QUIET)
+    return f"{way}; every site" + (" but resid_mid, which parallel blocks have not" if parallel else "")
+
+
+def _ablation(model: HookedModel, pairs: PromptPairs, way: str) -> str:
+    """A head's impact by the sweep (which may replay) is that by one hooked forward."""
+    head, stand_in = Head(0, model.n_heads - 1), counterfactual_outputs(model, pairs)
+    swept = ablation_profiles(model, pairs, stand_in, metrics=METRIC, heads=[head], execution=QUIET)[METRIC].at(head)
+    whole, without = (
+        metric_named(METRIC)(logits, pairs.answers, pairs.distractors).float().cpu()
+        for logits in (plain_logits(model, pairs), ablated_logits(model, pairs, {head: ["all"]}, stand_in))
+    )
+    _require_equal(swept, whole - without, whole, "ablating a head by the sweep differs from hooked forwards")
+    return way
 
 
 def _logit_attribution(model: HookedModel, pairs: PromptPairs) -> str:
@@ -82,8 +102,32 @@ def _logit_attribution(model: HookedModel, pairs: PromptPairs) -> str:
 
 
 def _edge_attribution(model: HookedModel, pairs: PromptPairs) -> str:
-    attribute_edges(model, pairs, execution=QUIET)
+    """Everything that the embeddings do, they do along their edges: the edges' scores sum to the change in the
+    embeddings times the metric's gradient there."""
+    scores = attribute_edges(model, pairs, metric=METRIC, execution=QUIET).values[0].nansum(0)
+    name = hooks.residual_pre(0)
+    clean, corrupt = (model.activations(tokens, pairs.mask, [name])[1][name] for tokens in (pairs.clean, pairs.corrupt))
+    with torch.enable_grad():
+        leaf = clean.clone().requires_grad_()
+        with hooks.edit(model.model, {name: lambda _: leaf}):
+            values = metric_named(METRIC)(
+                model.final_logits(pairs.clean, pairs.mask), pairs.answers, pairs.distractors
+            )
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    whole = ((clean - corrupt) * gradient * pairs.mask[..., None]).sum((1, 2)).float().cpu()
+    _require_equal(scores, whole, whole, "the scores of its edges do not sum to the whole gradient")
     return "by gradients, through every norm"
+
+
+def _edge_circuits(model: HookedModel, pairs: PromptPairs) -> str:
+    EdgePatcher(model, pairs, execution=QUIET)
+    return "the graph of all edges gives the clean run"
+
+
+def _require_equal(actual: Tensor, expected: Tensor, scale: Tensor, fault: str) -> None:
+    difference = float((actual - expected).abs().max())
+    if not difference <= ROUNDING * max(1.0, float(scale.abs().max())):
+        raise InputError(f"{fault} (difference {difference:.1e}).")
 
 
 def _saving(model: HookedModel) -> str:
