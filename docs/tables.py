@@ -344,6 +344,7 @@ METHODS = {
     "ablation": "ablation",
     "logit attribution": "logit attribution",
     "edge attribution": "edge attribution",
+    "circuits of edges": "circuits of edges",
     "alignment and training": "CKA, training",
     "saving a student": "saved",
 }

@@ -110,9 +110,7 @@ def _edge_attribution(model: HookedModel, pairs: PromptPairs) -> str:
     with torch.enable_grad():
         leaf = clean.clone().requires_grad_()
         with hooks.edit(model.model, {name: lambda _: leaf}):
-            values = metric_named(METRIC)(
-                model.final_logits(pairs.clean, pairs.mask), pairs.answers, pairs.distractors
-            )
+            values = metric_named(METRIC)(model.final_logits(pairs.clean, pairs.mask), pairs.answers, pairs.distractors)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     whole = ((clean - corrupt) * gradient * pairs.mask[..., None]).sum((1, 2)).float().cpu()
     _require_equal(scores, whole, whole, "the scores of its edges do not sum to the whole gradient")
