@@ -1,6 +1,8 @@
 """Shared tiny models, and the fixture that fails a test which leaks hooks, flags, modes or global random state."""
 
+import functools
 import os
+import random
 import subprocess
 import sys
 import weakref
@@ -141,16 +143,68 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+class Pool:
+    """Loaded models that tests are lent one after another: loading costs more than most tests do with a model.
+
+    Two calls in one test give two models. A model that comes back gets its weights of before; one with other
+    parameters, settings or attributes than it had is not lent again.
+    """
+
+    def __init__(self) -> None:
+        self.idle: dict[Any, list[HookedModel]] = {}
+        self.lent: list[tuple[Any, HookedModel]] = []
+        self._as_loaded: dict[int, tuple[Any, list[tuple[torch.Tensor, bool]]]] = {}
+
+    def lend(self, kind: type[HookedModel], folder: Path) -> HookedModel:
+        """A model of the folder that nobody else has."""
+        key = (kind, folder)
+        if self.idle.get(key):
+            model = self.idle[key].pop()
+        else:
+            model = kind.load(folder)
+            weights = [(value.detach().clone(), value.requires_grad) for _, value in model.model.named_parameters()]
+            self._as_loaded[id(model)] = self._make(model), weights
+        self.lent.append((key, model))
+        return model
+
+    def take_back(self) -> None:
+        """End all loans."""
+        while self.lent:
+            key, model = self.lent.pop()
+            make, weights = self._as_loaded[id(model)]
+            if self._make(model) == make:
+                for (_, parameter), (value, takes_gradients) in zip(
+                    model.model.named_parameters(), weights, strict=True
+                ):
+                    with torch.no_grad():
+                        parameter.copy_(value)
+                    parameter.requires_grad_(takes_gradients).grad = None
+                self.idle.setdefault(key, []).append(model)
+
+    def holds(self, model: HookedModel) -> bool:
+        """Whether a model is in the pool, as it was when it was loaded."""
+        return any(model is each for models in self.idle.values() for each in models)
+
+    @staticmethod
+    def _make(model: HookedModel) -> Any:
+        leaves = [(name, id(value), value.shape, value.dtype) for name, value in model.model.named_parameters()]
+        attributes = {name: id(value) for name, value in vars(model).items()}
+        return leaves, attributes, repr(sorted(vars(model.model.cfg).items(), key=str))
+
+
+POOL = Pool()
+
+
 @pytest.fixture
 def load_teacher(model_folder: ModelFolder) -> Callable[..., Teacher]:
-    """A fresh frozen model."""
-    return lambda architecture="llama", **kwargs: Teacher.load(model_folder(architecture, **kwargs))
+    """A frozen model."""
+    return lambda architecture="llama", **kwargs: POOL.lend(Teacher, model_folder(architecture, **kwargs))
 
 
 @pytest.fixture
 def load_student(model_folder: ModelFolder) -> Callable[..., Student]:
-    """A fresh model that trains."""
-    return lambda architecture="llama", **kwargs: Student.load(model_folder(architecture, **kwargs))
+    """A model that trains."""
+    return lambda architecture="llama", **kwargs: POOL.lend(Student, model_folder(architecture, **kwargs))
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +225,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
 def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3, seed: int = 0) -> PromptPairs:
     """Entity-tracking pairs for the word-level tokenizer."""
     tokenizer = word_tokenizer()
@@ -191,6 +246,8 @@ def no_leaks() -> Iterator[None]:
     after = _state()
     leaked = [name for name, value in before.items() if after[name] != value]
     for model in list(LIVING):
+        if POOL.holds(model):
+            continue
         hooked = [name for name, point in model.model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
         if hooked or model.model.training:
             leaked.append(f"{model.name}: hooks {hooked[:3]}, training {model.model.training}")
@@ -198,7 +255,20 @@ def no_leaks() -> Iterator[None]:
             parameter.requires_grad for _, parameter in model.model.named_parameters()
         ):
             leaked.append(f"{model.name}: a teacher's parameter takes gradients")
+    if not leaked:
+        POOL.take_back()
+    POOL.lent.clear()
     assert not leaked, f"the test leaked: {leaked}"
+
+
+@pytest.fixture
+def others_randomness() -> Iterator[None]:
+    """Other people's trainers seed globally: what they leave is put back."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
 
 
 def _state() -> dict[str, Any]:

@@ -11,6 +11,7 @@ Each name below is imported when it is asked for, so importing the package alone
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from workbench.values.metrics import Metric
     from workbench.values.refs import Head
     from workbench.values.scores import Scores
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded, so this comes first: threads that wait in a loop take the core from whoever else has work,
+# and a training beside one busy process is 20 times slower.
 
 __version__ = "0.2.0"
 __all__ = [

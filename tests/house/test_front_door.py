@@ -66,6 +66,17 @@ def test_importing_the_package_alone_is_quick_and_brings_nothing_heavy(tmp_path:
     assert float(in_a_fresh_python(code, tmp_path)) < 0.1
 
 
+@pytest.mark.parametrize("asked", ["", "ACTIVE"])
+def test_threads_that_wait_sleep_unless_told_otherwise(asked: str, tmp_path: Path) -> None:
+    """The policy is read when torch is loaded, so it has to stand there before."""
+    code = (
+        f"import os; os.environ.pop('OMP_WAIT_POLICY', None); asked = {asked!r}\n"
+        "if asked: os.environ['OMP_WAIT_POLICY'] = asked\n"
+        "import workbench; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    assert in_a_fresh_python(code, tmp_path).strip() == (asked or "PASSIVE")
+
+
 def test_figures_come_without_being_imported_and_keep_their_names(tmp_path: Path) -> None:
     code = (
         "import workbench as wb; assert 'plotly' not in sys.modules\n"

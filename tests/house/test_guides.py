@@ -19,6 +19,8 @@ def blocks(page: Path) -> list[re.Match[str]]:
     "page", [page for page in PAGES if any(not block["skipped"] for block in blocks(page))], ids=lambda page: page.stem
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # of a trainer without an accelerator
+@pytest.mark.usefixtures("others_randomness")
 def test_the_python_of_a_guide_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what a guide writes stays out of the repository
     names: dict[str, object] = {}

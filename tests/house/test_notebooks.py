@@ -1,11 +1,11 @@
 """Every notebook of the folder runs from top to bottom in its fast form, and opens as it should (a glob, no list)."""
 
+import copy
 import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -20,6 +20,13 @@ def runner() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def read(path: Path) -> Any:
+    """A notebook; importing nbformat costs seconds, which the tests' collection need not wait for."""
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
 
 
 @pytest.mark.slow
@@ -37,9 +44,8 @@ def test_a_notebook_runs(path, monkeypatch):
 def test_there_are_notebooks_and_they_keep_nothing_volatile():
     assert NOTEBOOKS
     for path in NOTEBOOKS:
-        saved = nbformat.read(path, as_version=4)
-        again = runner().stripped(nbformat.from_dict(saved.copy()))
-        assert nbformat.writes(again) == nbformat.writes(saved), (
+        saved = read(path)
+        assert runner().stripped(copy.deepcopy(saved)) == saved, (
             f"{path.name} was saved by something else; run `make notebooks`"
         )
         text = path.read_text()
@@ -49,7 +55,7 @@ def test_there_are_notebooks_and_they_keep_nothing_volatile():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_opens_with_badge_installation_and_one_import(path):
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read(path).cells
     badge, install, imports = runner().opening(path.stem)
     assert (cells[0].cell_type, cells[0].source) == ("markdown", badge), "run `make notebooks`"
     assert cells[1].cell_type == "markdown"
@@ -84,10 +90,10 @@ def test_the_fast_form_names_a_change_that_no_longer_fits():
     module = runner()
     assert module.FAST.keys() <= {path.stem for path in NOTEBOOKS}
     for path in NOTEBOOKS:
-        before = nbformat.read(path, as_version=4)
-        after = module.fast(nbformat.read(path, as_version=4), module.FAST.get(path.stem, {}))
+        before = read(path)
+        after = module.fast(read(path), module.FAST.get(path.stem, {}))
         changed = sum(a.source != b.source for a, b in zip(before.cells, after.cells, strict=True))
         assert (changed > 0) == (path.stem in module.FAST)
     for wrong in ({"prompts=25": "prompts=1"}, {"wb.": "wb."}):
         with pytest.raises(ValueError, match="change FAST"):
-            module.fast(nbformat.read(NOTEBOOKS[1], as_version=4), wrong)
+            module.fast(read(NOTEBOOKS[1]), wrong)

@@ -16,7 +16,7 @@ from workbench.models import hooks, sources
 from workbench.models.hooked_model import Teacher, self_check
 from workbench.values.refs import Head
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.lengthy]
 
 LAYERS, HEADS, KV_HEADS, D_HEAD = 30, 9, 3, 64
 PROMPTS = [

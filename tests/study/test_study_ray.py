@@ -131,6 +131,7 @@ def test_a_study_on_ray_is_the_sequential_one(recipe: Path, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
 
 
+@pytest.mark.lengthy
 def test_trials_by_hand_in_another_order_are_the_sequential_study(recipe: Path, tmp_path: Path) -> None:
     """What Ray relies on, without Ray: a trial is a function of its name. Each is done by a study opened anew, last
     ones first."""

@@ -299,7 +299,7 @@ def flat(value: Any, place: str = "") -> dict[str, Any]:
     return {key: leaf for name, inner in items for key, leaf in flat(inner, f"{place}/{name}").items()}
 
 
-@pytest.mark.parametrize("outputs", ["memory", "live"])
+@pytest.mark.parametrize("outputs", ["memory", pytest.param("live", marks=pytest.mark.lengthy)])
 def test_the_whole_road(recipe: Path, tmp_path: Path, outputs: str) -> None:
     """Discover, match, distil on the teacher's answers with alignment, evaluate; alignment does what it says."""
     out = tmp_path / "run"
@@ -314,6 +314,7 @@ def test_the_whole_road(recipe: Path, tmp_path: Path, outputs: str) -> None:
     assert (out / "report.html").exists()
 
 
+@pytest.mark.lengthy
 def test_the_whole_road_with_permuted_ids_is_the_plain_one(
     recipe: Path, model_folder: Callable[..., Path], permuted_folder: Path, tmp_path: Path
 ) -> None:

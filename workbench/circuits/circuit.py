@@ -3,12 +3,13 @@ and edges with their scores; set algebra and JSON both ways."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from workbench import seeds
 from workbench.circuits.edge import LOGITS, Edge, Node, WrittenEdge, height
 from workbench.errors import InputError
 from workbench.storage import read_typed
+from workbench.storage.hub import Artefact
 from workbench.values.display import Row, Shown
 from workbench.values.refs import Embedding, Head, Mlp, Position, head_named, heads_named, sender_named
 
@@ -23,8 +24,10 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Circuit(Shown):
+class Circuit(Shown, Artefact):
     """Some heads of one model. A head may stand in several roles; it is one head of the circuit all the same."""
+
+    FILE: ClassVar[str] = "circuit.json"
 
     members: tuple[Member, ...]
     shape: tuple[int, int]

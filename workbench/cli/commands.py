@@ -173,7 +173,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from workbench.experiment.arms import run_recipe
     from workbench.experiment.results import table
 
-    print("\n" + table(run_recipe(_begun(options), resume=options.resume)))
+    print("\n" + table(run_recipe(_begun(options), resume=options.resume, workers=_workers(options))))
+
+
+def _workers(options: argparse.Namespace) -> int | None:
+    from workbench.experiment.workers import free_cores
+
+    return free_cores() if options.workers == "auto" else options.workers
 
 
 def study(options: argparse.Namespace) -> None:

@@ -72,12 +72,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _declare_stages(commands: Any) -> None:
-    _command(
+    demo = _command(
         commands,
         run.demo,
         "the whole road on the bundled models: discover, match, distil under all conditions, compare, report",
         recipe="demo",
     )
+    _with_workers(demo)
     _command(
         commands,
         run.discover,
@@ -119,7 +120,7 @@ def _declare_evaluate(commands: Any) -> None:
         "all conditions and seeds of the recipe on held-out prompts: full, circuit and random-circuit accuracy, "
         "faithfulness, CKA, McNemar"
     )
-    _command(commands, run.evaluate, summary)
+    _with_workers(_command(commands, run.evaluate, summary))
 
 
 def _declare_study(commands: Any) -> None:
@@ -336,6 +337,24 @@ def _command(
     _on_a_device(command_parser)
     _common(command_parser, command, check=check, after=RESUMED)
     return command_parser
+
+
+def _workers(word: str) -> int | str:
+    if word == "auto":
+        return word
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: give a number of processes, 1 or more, or auto")
+    return int(word)
+
+
+def _with_workers(command_parser: argparse.ArgumentParser) -> None:
+    command_parser.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="train conditions and seeds on so many processes, one thread each, or `auto`: one for each free core; the "
+        "same numbers for every N (default: one after another in this process)",
+    )
 
 
 def _on_a_device(

@@ -1,30 +1,33 @@
 """A student trained on its matched heads in one call (eq 6, 7): no run folder, and the student that came stays as it
 is."""
 
+import json
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from typing_extensions import TypedDict, Unpack
 
 from workbench.distillation.assembly import trained_slices
 from workbench.distillation.config import AlignmentConfig, Pairs, TaskLoss, Tracker, TrainingConfig, WeightSchedule
 from workbench.distillation.loop import Distillation
-from workbench.distillation.reports import StepReport, Validation
+from workbench.distillation.masks import TrainedSlices
+from workbench.distillation.reports import StepReport, Validation, training_facts
 from workbench.distillation.teacher_cache import computed
 from workbench.errors import InputError, nearest
-from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
+from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_map import HeadMap
 from workbench.matching.head_rows import Activation, hook_names
-from workbench.matching.match import Matching
+from workbench.matching.match import Matching, pairs_of
+from workbench.models.card import StudentDescription
 from workbench.models.hooked_model import Student, Teacher
 from workbench.patching.reference import require_model, require_pairs
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
-from workbench.tasks.tokenizers import require_same_words
 from workbench.values.settings import configured
 from workbench.values.tables import html_table, number, text_table
 
@@ -154,7 +157,7 @@ def distill(
     if not head_map.pairs:
         raise InputError("no heads are matched, so there is nothing to train; match circuits that hold heads.")
     config, trains, train_kv, validation = _settings(dict(settings), weight, len(pairs))
-    aligned = _aligned(matching, pairs, positions) if config.weight > 0 else ()
+    aligned = pairs_of(matching, pairs, positions) if config.weight > 0 else ()
     activation = (config.alignment or AlignmentConfig()).activation
     trained = student.copy()
     for ours, theirs in head_map.pairs:
@@ -166,6 +169,7 @@ def distill(
     run = Distillation(trained, slices, pairs, outputs, aligned, config, seed=seed, validation=validation)
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:
         reports = run.run(Path(folder), resume=True)
+    trained.description = _described(matching, teacher, student, config, slices, len(reports), len(pairs))
     return DistillationResult(
         student=trained,
         reports=tuple(reports),
@@ -202,17 +206,24 @@ def _settings(
     )
 
 
-def _aligned(matching: Matching | HeadMap, pairs: PromptPairs, positions: str | None) -> tuple[AlignedPair, ...]:
-    """Each match with the positions at which it is read."""
-    if isinstance(matching, Matching):
-        if positions is None:
-            return matching.pairs
-        return aligned_pairs(matching.head_map, matching.ours, matching.theirs, pairs, positions=positions)
-    if positions == "own":
-        raise InputError("a bare HeadMap does not know where its heads act; give what `match` returns, or a position.")
-    place = positions or "last"
-    require_same_words(pairs, [place], [place])
-    return tuple(
-        AlignedPair(student=ours, teacher=theirs, student_positions=(place,), teacher_positions=(place,))
-        for ours, theirs in matching.pairs
+def _described(
+    matching: Matching | HeadMap,
+    teacher: Teacher,
+    student: Student,
+    config: TrainingConfig,
+    slices: TrainedSlices,
+    steps: int,
+    prompts: int,
+) -> StudentDescription:
+    """For the student's model card."""
+    head_map = matching.head_map if isinstance(matching, Matching) else matching
+    circuits = {"student": matching.ours, "teacher": matching.theirs} if isinstance(matching, Matching) else {}
+    return StudentDescription(
+        base=student.name if student.description is None else student.description.base,
+        teacher=teacher.name,
+        facts=training_facts(config, count=slices.count, fraction=slices.fraction, steps=steps, prompts=prompts),
+        circuits={name: [str(head) for head in circuit.heads] for name, circuit in circuits.items()},
+        matches=[f"{ours}~{theirs}" for ours, theirs in head_map.pairs] if config.weight > 0 else (),
+        files=matching.files if isinstance(matching, Matching) else {HeadMap.FILE: matching.to_json()},
+        recipe=yaml.safe_dump({"training": json.loads(json.dumps(asdict(config)))}, sort_keys=False),
     )

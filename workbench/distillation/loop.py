@@ -39,6 +39,7 @@ from workbench.distillation.reports import (
 )
 from workbench.distillation.schedules import alignment_weight, share_of_rate
 from workbench.distillation.teacher_cache import TeacherOutputs
+from workbench.distillation.top_logits import TopLogits
 from workbench.distillation.tracking import require_installed, tracking
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
@@ -276,7 +277,8 @@ def _require_sound(
     for pair in pairs:
         require_same_words(prompts, pair.student_positions, pair.teacher_positions)
     if config.task_loss in DIVERGENCES and prompts.teacher is None:
-        _require_width(teacher.logits_of(torch.zeros(1, dtype=torch.long)).shape[-1], student.d_vocab)
+        logits = teacher.logits_of(torch.zeros(1, dtype=torch.long))
+        _require_width(logits.d_vocab if isinstance(logits, TopLogits) else logits.shape[-1], student.d_vocab)
     if len(teacher) != len(prompts):
         raise InputError(
             f"the teacher cache holds {len(teacher)} prompts, the training set {len(prompts)}; build it for these "

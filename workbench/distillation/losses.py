@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workbench.distillation.config import Pairs
+from workbench.distillation.top_logits import TopLogits, over_outcomes
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, similarity
 
@@ -27,31 +28,51 @@ def cross_entropy(logits: Float[Tensor, "batch d_vocab"], labels: Int[Tensor, " 
     return functional.cross_entropy(logits.float(), labels)
 
 
+def _log_probabilities(
+    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"] | TopLogits, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(student, teacher) over the vocabulary, or over what is kept of the teacher."""
+    if isinstance(teacher, TopLogits):
+        return over_outcomes(logits, teacher, temperature=temperature)
+    student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
+    return student, target
+
+
 def kl_to_teacher(
-    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0
+    logits: Float[Tensor, "batch d_vocab"],
+    teacher: Float[Tensor, "batch d_vocab"] | TopLogits,
+    *,
+    temperature: float = 1.0,
 ) -> Scalar:
     """Mean KL(teacher || student) at a temperature, times its square (Hinton et al. 2015), in nats."""
-    student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
+    student, target = _log_probabilities(logits, teacher, temperature)
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 def reverse_kl_to_teacher(
-    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0
+    logits: Float[Tensor, "batch d_vocab"],
+    teacher: Float[Tensor, "batch d_vocab"] | TopLogits,
+    *,
+    temperature: float = 1.0,
 ) -> Scalar:
     """Mean KL(student || teacher) at a temperature, times its square, in nats (Gu et al. 2024, MiniLLM): seeks the
     teacher's modes."""
-    return kl_to_teacher(teacher, logits, temperature=temperature)
+    student, target = _log_probabilities(logits, teacher, temperature)
+    return functional.kl_div(target, student, reduction="batchmean", log_target=True) * temperature**2
 
 
 def jensen_shannon(
-    logits: Float[Tensor, "batch d_vocab"], teacher: Float[Tensor, "batch d_vocab"], *, temperature: float = 1.0
+    logits: Float[Tensor, "batch d_vocab"],
+    teacher: Float[Tensor, "batch d_vocab"] | TopLogits,
+    *,
+    temperature: float = 1.0,
 ) -> Scalar:
     """Mean Jensen-Shannon divergence at a temperature, times its square, in nats: (KL(p || m) + KL(q || m)) / 2 with m
     = (p + q) / 2.
 
     Symmetric; at most ln 2 (times the squared temperature).
     """
-    student, target = (value.float().div(temperature).log_softmax(-1) for value in (logits, teacher))
+    student, target = _log_probabilities(logits, teacher, temperature)
     middle = torch.logaddexp(student, target) - math.log(2)
     sides = [functional.kl_div(middle, side, reduction="batchmean", log_target=True) for side in (student, target)]
     return (sides[0] + sides[1]) / 2 * temperature**2

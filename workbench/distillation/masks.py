@@ -7,21 +7,32 @@ nothing outside them changes by a bit.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from workbench.distillation.processes import is_sharded, keep_own, whole, whole_gradient
 from workbench.errors import InputError
-from workbench.models.hooked_model import Matrix, Student, WeightSlice
+from workbench.models.hooked_model import Matrix, WeightSlice
 from workbench.values.refs import Head
+
+
+@runtime_checkable
+class HasHeadSlices(Protocol):
+    """A model whose heads' own parts of the parameters are known: a `Student`, or `PlainHeads` of a transformers
+    model."""
+
+    def parameters(self) -> dict[str, nn.Parameter]: ...
+
+    def head_slices(self, head: Head, matrices: Sequence[Matrix] = ...) -> list[WeightSlice]: ...
 
 
 class TrainedSlices:
     """Leaves for the trained parts of a student, by name. Only their parameters take gradients while `gradients()` is
     open."""
 
-    def __init__(self, student: Student, slices: Iterable[WeightSlice]) -> None:
+    def __init__(self, student: HasHeadSlices, slices: Iterable[WeightSlice]) -> None:
         self._parameters = student.parameters()
         self.slices: dict[str, WeightSlice] = {}
         for part in slices:
@@ -72,12 +83,31 @@ class TrainedSlices:
         return any(is_sharded(self._parameters[part.parameter]) for part in self.slices.values())
 
     @torch.no_grad()
-    def onto(self, student: Student) -> None:
+    def onto(self, student: HasHeadSlices) -> None:
         """Go on with the same weights in other tensors: the same student once it is sharded, or a fresh one, which
         takes the leaves' values."""
         self._parameters = student.parameters()
         if not self.sharded:
             self.write_back()
+
+    @contextmanager
+    def masked_gradients(self) -> Iterator[None]:
+        """As `gradients`, and what is outside the slices takes a gradient of zero, so that a norm over the touched
+        parameters is the slices' own: for a loop that clips by the model's parameters."""
+        masks: dict[str, Tensor] = {}
+        for part in self.slices.values():
+            parameter = self._parameters[part.parameter]
+            masks.setdefault(part.parameter, torch.zeros_like(parameter, dtype=torch.bool))[part.index] = True
+        with self.gradients():
+            handles = [
+                self._parameters[name].register_hook(lambda gradient, mask=mask: gradient * mask)
+                for name, mask in masks.items()
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def collect_gradients(self) -> None:
         """Move the model's gradients into the leaves and clear the model's."""
@@ -130,13 +160,13 @@ def _key(part: WeightSlice) -> str:
     return f"{part.parameter}[{index}]"
 
 
-def slices_of_heads(student: Student, heads: Sequence[Head], *, train_kv: bool = True) -> list[WeightSlice]:
+def slices_of_heads(student: HasHeadSlices, heads: Sequence[Head], *, train_kv: bool = True) -> list[WeightSlice]:
     """The slices of these heads. With grouped-query attention `train_kv` says whether the shared key-value group is
     trained too."""
     matrices: tuple[Matrix, ...] = ("q", "k", "v", "o") if train_kv else ("q", "o")
     return [part for head in heads for part in student.head_slices(head, matrices)]
 
 
-def slices_of_everything(student: Student) -> list[WeightSlice]:
+def slices_of_everything(student: HasHeadSlices) -> list[WeightSlice]:
     """Every parameter, whole."""
     return [WeightSlice(parameter=name, index=()) for name in student.parameters()]

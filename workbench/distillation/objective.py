@@ -16,7 +16,7 @@ from workbench.distillation.processes import is_sharded
 from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
-from workbench.matching.head_rows import head_rows, hook_names, output_weights, place
+from workbench.matching.head_rows import hook_names, output_weights, place, rows_at
 from workbench.models.hooked_model import Student
 from workbench.tasks.base import PromptPairs
 
@@ -85,9 +85,7 @@ class Objective:
         outputs = {
             name: value.to(self.student.device) for name, value in self.teacher.rows(index, self._teacher_names).items()
         }
-        return [
-            head_rows(weights, outputs, pair.teacher, place(prompts, pair.teacher_positions)) for pair in self.pairs
-        ]
+        return rows_at(weights, outputs, ((pair.teacher, pair.teacher_positions) for pair in self.pairs), prompts)
 
     def row_counts(self, index: Index) -> list[int]:
         """How many rows each pair has on some prompts (m of these prompts)."""
@@ -112,14 +110,14 @@ class Objective:
         dtype = next(iter(self.student.parameters().values())).dtype
         outputs = {name: value.to(dtype) for name, value in activations.items()}
         weights = output_weights(self.student, [pair.student for pair in self.pairs], self.config.activation)
-        return [
-            head_rows(weights, outputs, pair.student, place(prompts, pair.student_positions)) for pair in self.pairs
-        ]
+        return rows_at(weights, outputs, ((pair.student, pair.student_positions) for pair in self.pairs), prompts)
 
     def _labels(self, index: Index) -> Index:
         """The teacher's answers in the student's tokens."""
         if self._words is not None:
-            return self._words.labels(self.teacher.logits_of(index))
+            logits = self.teacher.logits_of(index)
+            assert isinstance(logits, Tensor), "refused where the outputs are made"
+            return self._words.labels(logits)
         labels = self.teacher.labels_of(index)
         if int(labels.max()) >= self.student.d_vocab:
             raise InputError(

@@ -14,6 +14,7 @@ gradient are those of the unsharded student, to the rounding of sums over proces
 (FSDP1 flattens the parameters of a module into one vector, in which slices are not addressable while it trains.)
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -97,6 +99,40 @@ def launched(device: torch.device | str = "cpu") -> Processes:
     from accelerate import PartialState
 
     return LaunchedProcesses(PartialState(cpu=torch.device(device).type == "cpu"), shards=shards)
+
+
+def rows_of_all(rows: Sequence[Float[Tensor, "_ _"]]) -> tuple[list[Float[Tensor, "_ _"]], int]:
+    """(each matrix with the rows of all processes one below the other, in their order; how many processes there are).
+
+    The own rows stay in the graph. Processes may hold different numbers of rows.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    count = torch.distributed.get_world_size() if distributed else 1
+    if count == 1:
+        return list(rows), 1
+    own, device = torch.distributed.get_rank(), rows[0].device
+    lengths = [torch.zeros(len(rows), dtype=torch.long, device=device) for _ in range(count)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(each) for each in rows], device=device))
+    sizes = [[int(length) * each.shape[1] for length, each in zip(held, rows, strict=True)] for held in lengths]
+    flat = torch.cat([each.detach().flatten().to(_widest(rows)) for each in rows])
+    padded = flat.new_zeros(max(map(sum, sizes)))
+    padded[: len(flat)] = flat
+    others = [torch.empty_like(padded) for _ in range(count)]
+    torch.distributed.all_gather(others, padded)
+    parts = [held[: sum(each)].split(each) for held, each in zip(others, sizes, strict=True)]
+    return [
+        torch.cat(
+            [
+                matrix if place == own else part[number].view(-1, matrix.shape[1]).to(matrix.dtype)
+                for place, part in enumerate(parts)
+            ]
+        )
+        for number, matrix in enumerate(rows)
+    ], count
+
+
+def _widest(rows: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (each.dtype for each in rows))
 
 
 def shard(student: Student, processes: int) -> None:

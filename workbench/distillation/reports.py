@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from workbench import storage
+from workbench.distillation.config import TrainingConfig
 from workbench.errors import InputError
 from workbench.models.hooked_model import Student
 from workbench.tasks.base import PromptPairs
@@ -137,3 +138,17 @@ def require_apart(validation: Validation, training: PromptPairs) -> None:
         raise InputError(
             f"{shared} of the {len(validation)} validation prompts are also training prompts; validate on others."
         )
+
+
+def training_facts(config: TrainingConfig, *, count: int, fraction: float, steps: int, prompts: int) -> dict[str, str]:
+    """What a model card says of a training, by name."""
+    aligned = config.alignment if config.weight > 0 else None
+    return {
+        "trained parameters": f"{count:,} ({fraction:.1%})",
+        "training": f"{steps} steps of {config.batch} of {prompts} prompts, learning rate {config.learning_rate:g}",
+        "task loss": config.task_loss,
+        "alignment": "none"
+        if aligned is None
+        else f"{aligned.weight:g} times the {aligned.pairs} of 1 - {aligned.measure} ({aligned.estimator}) "
+        f"over matched heads, on {aligned.activation}",
+    }

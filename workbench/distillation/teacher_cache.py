@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench import storage
+from workbench.distillation.top_logits import TopLogits
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
@@ -40,7 +41,7 @@ class TeacherOutputs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]: ...
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"] | TopLogits: ...
 
     def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]: ...
 

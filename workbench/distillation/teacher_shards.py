@@ -2,7 +2,7 @@
 without a resident teacher.
 
     FOLDER/<key>/index.json          what was cached, and each shard's rows and SHA-256
-    FOLDER/<key>/00000.safetensors   activations by hook name, logits and labels of some prompts
+    FOLDER/<key>/00000.safetensors   activations by hook name, logits (all, or the largest) and labels of some prompts
     FOLDER/<key>/weights.safetensors W_O of the cached layers
 
 A shard enters the index after it has been written, so an interrupted build goes on at the next one. Every shard is
@@ -11,6 +11,7 @@ refuses it.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from torch import Tensor
 from workbench import storage
 from workbench.distillation.teacher_cache import (
     LOGITS,
+    TeacherCache,
     cache_key,
     computed,
     output_weights,
     outputs_fingerprint,
     require_cached,
 )
+from workbench.distillation.top_logits import TopLogits, top_logits
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
@@ -34,6 +37,8 @@ from workbench.patching.progress import progress_bar
 from workbench.tasks.base import PromptPairs
 
 LABELS = "labels"
+TOKENS, REST = "logits.tokens", "logits.rest"
+"""Of the largest logits: whose they are, and the mass of the others (`TopLogits`)."""
 INDEX = "index.json"
 WEIGHTS = "weights.safetensors"
 
@@ -88,9 +93,19 @@ class TeacherShards:
         """Answers of some prompts."""
         return self._labels[index]
 
-    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]:
-        """Logits of some prompts."""
-        return self._gathered(LOGITS, index)
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"] | TopLogits:
+        """Logits of some prompts, or the largest of them."""
+        top = self._index.get("top")
+        logits = self._gathered(LOGITS, index)
+        if top is None:
+            return logits
+        return TopLogits(
+            tokens=self._gathered(TOKENS, index),
+            logits=logits,
+            rest=self._gathered(REST, index),
+            d_vocab=top["d_vocab"],
+            temperature=top["temperature"],
+        )
 
     def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]:
         """Activations of some prompts by hook name. Errors: `InputError` for a hook that was not cached."""
@@ -107,26 +122,51 @@ class TeacherShards:
         return gathered
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Top:
+    """How many of a teacher's logits are kept, and the temperature at which the others are summed."""
+
+    k: int
+    temperature: float = 1.0
+
+    def __str__(self) -> str:
+        return f"the {self.k} largest logits at temperature {self.temperature:g}"
+
+
 def teacher_shards(
-    teacher: Teacher, pairs: PromptPairs, names: Sequence[str], folder: Path, *, shard: int = 1024, batch: int = 256
+    teacher: Teacher,
+    pairs: PromptPairs,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    shard: int = 1024,
+    batch: int = 256,
+    top: Top | None = None,
 ) -> TeacherShards:
     """Open the cache for this teacher, these prompts and these hooks in `folder`, after building what of it is missing
     or damaged.
 
     `shard`: prompts in a file. `batch`: prompts in a forward; where it divides `shard`, the numbers are those of
-    `teacher_cache`.
+    `teacher_cache`. `top`: only so many logits are kept, in a cache of its own; None: all.
     """
     hooks.checked(teacher.model, names)
     weights = teacher.fingerprint()
-    place = folder / cache_key(weights, pairs, names)
-    index = {**_begun(place, pairs, names, shard), "fingerprint": outputs_fingerprint(weights, pairs)}
+    own = () if top is None else (str(top),)
+    place = folder / cache_key(weights, pairs, [*names, *own])
+    fingerprint = outputs_fingerprint(weights, pairs)
+    index = {
+        **_begun(place, pairs, names, shard),
+        "fingerprint": fingerprint if top is None else storage.digest(fingerprint, *own),
+    }
+    if top is not None:
+        index["top"] = {**asdict(top), "d_vocab": teacher.d_vocab}
     _keep_weights(place, index, teacher, names)
     starts = range(0, len(pairs), index["shard"])
     for number, start in enumerate(progress_bar(starts, desc="caching the teacher's activations", unit="shard")):
         if number < len(index["shards"]) and _is_sound(place, index["shards"][number]):
             continue
         part = pairs.rows(slice(start, start + index["shard"]))
-        written = _written(place / f"{number:05d}.safetensors", computed(teacher, part, names, batch=batch))
+        written = _written(place / f"{number:05d}.safetensors", computed(teacher, part, names, batch=batch), top)
         index["shards"][number:] = [
             {**written, "start": start, "stop": start + len(part)},
             *index["shards"][number + 1 :],
@@ -159,9 +199,16 @@ def _keep_weights(place: Path, index: dict[str, Any], teacher: Teacher, names: S
     storage.write_json(place / INDEX, index)
 
 
-def _written(path: Path, cache: Any) -> dict[str, str]:
-    storage.write_tensors(path, {LOGITS: cache.logits, LABELS: cache.labels, **cache.activations})
+def _written(path: Path, cache: TeacherCache, top: Top | None) -> dict[str, str]:
+    storage.write_tensors(path, {**_logits(cache.logits, top), LABELS: cache.labels, **cache.activations})
     return {"file": path.name, "sha256": storage.sha256(path)}
+
+
+def _logits(logits: Float[Tensor, "batch d_vocab"], top: Top | None) -> dict[str, Tensor]:
+    if top is None:
+        return {LOGITS: logits}
+    kept = top_logits(logits, top.k, temperature=top.temperature)
+    return {LOGITS: kept.logits, TOKENS: kept.tokens, REST: kept.rest}
 
 
 def _is_sound(folder: Path, entry: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from workbench import storage
 from workbench.circuits.evaluation import CircuitReport
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import read_training
+from workbench.experiment.cards import write_cards
 from workbench.experiment.conditions import TEACHER, TITLES
 from workbench.experiment.distill import distill
 from workbench.experiment.evaluate import evaluate
@@ -23,26 +24,33 @@ from workbench.tasks.scoring import sequence_preference
 log = logging.getLogger("workbench")
 
 
-def run_recipe(run: Run, *, resume: bool = False) -> list[ConditionResult]:
+def run_recipe(run: Run, *, resume: bool = False, workers: int | None = None) -> list[ConditionResult]:
     """Discover, match, then train and evaluate every condition with every seed, and the teacher; writes `results.json`.
 
     What is already in the run folder is not done again; a condition that was killed in training goes on from its last
-    checkpoint.
+    checkpoint. `workers`: processes that the trainings are spread over, one thread each; None: one after another here.
     """
     return run_conditions(
         run,
         [(condition, seed) for seed in run.recipe.seeds for condition in run.recipe.conditions],
         resume=resume,
+        workers=workers,
     )
 
 
-def run_conditions(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False) -> list[ConditionResult]:
+def run_conditions(
+    run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False, workers: int | None = None
+) -> list[ConditionResult]:
     """Some (condition, seed) arms and the teacher, after discovery and matching. Returns all rows that the run folder
     then holds."""
     with launched(run.recipe.device).main_first():
         run.prompts.require("reference", "discovery", "train", "validation", "test")
         preflight(run, dict.fromkeys(condition for condition, _ in arms))
         match(run)
+    if workers is not None:
+        from workbench.experiment.workers import run_in_processes  # which trains by what stands here
+
+        run_in_processes(run, [arm for arm in arms if not _has_row(run, *arm)], workers)
     return run_arms(run, arms, resume=resume)
 
 
@@ -57,7 +65,10 @@ def run_arms(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False)
     if processes.is_main and not _has_row(run, TEACHER, 0):
         _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
     with processes.main_first():
-        return collect(folder)
+        rows = collect(folder)
+        if processes.is_main:
+            write_cards(run, rows)
+        return rows
 
 
 def _has_row(run: Run, condition: str, seed: int) -> bool:

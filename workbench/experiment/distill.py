@@ -9,6 +9,8 @@ from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import TRAINING, read_log, read_training
+from workbench.distillation.teacher_shards import Top
+from workbench.experiment.cards import STUDENT, described
 from workbench.experiment.conditions import CONDITIONS
 from workbench.experiment.discover import profiles
 from workbench.experiment.match import aligned, head_map_of
@@ -35,7 +37,14 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
     with processes.main_first():
         outputs = teacher_outputs(
-            run.recipe.teacher_outputs, run.teacher, run.prompts.train, names, sources.cache_root() / "teacher"
+            run.recipe.teacher_outputs,
+            run.teacher,
+            run.prompts.train,
+            names,
+            sources.cache_root() / "teacher",
+            top=None
+            if run.recipe.teacher_top is None
+            else Top(k=run.recipe.teacher_top, temperature=config.temperature),
         )
     training = Distillation(
         student,
@@ -54,7 +63,8 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
         slices.onto(student)
     if processes.is_main:
         if run.recipe.save_students:
-            student.save(folder / "student")
+            student.description = described(run, condition, seed, slices, len(reports), pairs)
+            student.save(folder / STUDENT)
         origin = run.condition_origin(condition, seed)
         storage.write_json(folder / TRAINING, {"steps": len(reports), KEY: origin})  # last: the training is done
     return student, slices

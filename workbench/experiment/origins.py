@@ -11,9 +11,10 @@ from typing import Any
 
 from workbench import storage
 from workbench.errors import InputError
+from workbench.storage.hub import ORIGIN
 
 Origin = Mapping[str, str]
-KEY = "origin"
+KEY = ORIGIN
 
 
 def require_origin(file: Path, actual: Origin | None, expected: Origin) -> None:
@@ -40,15 +41,16 @@ def digest_of(value: Any) -> str:
 
 
 LATER: Mapping[str, Mapping[str, Any]] = {
+    "recipe": {"teacher_top": None},
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
     "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300},
 }
-"""Keys of a recipe that came later, at what they were before there was a choice."""
+"""Keys of a recipe, and of its parts, that came later, at what they were before there was a choice."""
 
 
 def stated(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The settings under a key of a recipe as they are digested: the later ones only where they are set, so that a
-    circuit or row from before is still of its recipe."""
+    """The settings of a recipe (`recipe`), or under a key of it, as they are digested: the later ones only where they
+    are set, so that a circuit or row from before is still of its recipe."""
     later = LATER[key]
     return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 

@@ -138,6 +138,9 @@ class Recipe:
     teacher_outputs: TeacherSource = "memory"
     """The teacher's activations and logits for training: a file that memory holds, memory-mapped shards, or the teacher
     run on each batch."""
+    teacher_top: Annotated[int, Field(ge=1)] | None = None
+    """Of shards: keep the teacher's so many largest logits and the mass of the others, in place of all; the KL and
+    Jensen-Shannon losses then see the others as one outcome. None: all."""
     train_kv: bool = True
     """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
     conditions: tuple[ConditionName, ...] = tuple(condition.name for condition in TABLE if condition.usual)
@@ -146,6 +149,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.training.alignment is not None:
             raise InputError("a recipe has its alignment beside its training; set `alignment`, not training.alignment.")
+        if self.teacher_top is not None and self.teacher_outputs != "shards":
+            raise InputError("teacher_top is of the teacher's shards; set `teacher_outputs: shards`.")
         require_stages(self.stages or ())
 
     def training_of(self, condition: Condition) -> TrainingConfig:

@@ -51,13 +51,15 @@ class RecipeResults:
 
 
 def run_recipe(
-    recipe: str | Path | Recipe, out: str | Path, *, resume: bool = False, **overrides: Any
+    recipe: str | Path | Recipe, out: str | Path, *, resume: bool = False, workers: int | None = None, **overrides: Any
 ) -> RecipeResults:
     """Discover, match, train and evaluate all that a recipe names, in the run folder `out`.
 
     `recipe`: a YAML file, the name of a bundled one (`demo`), or a `Recipe`. `overrides`: keys of the recipe, nested
-    ones with two underscores, e.g. `training__steps=20`. `resume`: go on in a folder that holds a
-    run. Errors: `InputError` naming an unknown key's nearest.
+    ones with two underscores, e.g. `training__steps=20`. `resume`: go on in a folder that holds a run. `workers`:
+    processes that the trainings are spread over, one thread each (a script that asks for them guards its own lines with
+    `if __name__ == "__main__":`); None: one after another in this process. Errors: `InputError` naming an unknown key's
+    nearest.
     """
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     if isinstance(recipe, Recipe):
@@ -67,4 +69,4 @@ def run_recipe(
         recipe = read_recipe(recipe, overrides=dotted)
     run = Run(recipe, RunFolder(Path(out)))
     run.begin(resume=resume)
-    return RecipeResults(rows=tuple(arms.run_recipe(run, resume=resume)), folder=Path(out))
+    return RecipeResults(rows=tuple(arms.run_recipe(run, resume=resume, workers=workers)), folder=Path(out))

@@ -151,6 +151,7 @@ class Run:
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
         recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
+        recipe = stated(recipe, "recipe")
         recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation")}
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}

@@ -60,7 +60,6 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     """The server, not yet serving. Errors: `InputError` for what can't be explored."""
     if options.teacher is None and (options.student or options.after):
         raise InputError("a student needs its teacher: workbench explore TEACHER --student STUDENT.")
-    from workbench import storage
     from workbench.circuits.circuit import Circuit
     from workbench.explorer.api import session_of
     from workbench.explorer.server import ExplorerServer
@@ -71,7 +70,7 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         return Teacher.load(source, device=options.device, dtype=options.dtype)
 
     teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
-    circuits = {"teacher": Circuit.from_json(storage.read_json(Path(options.circuit)))} if options.circuit else None
+    circuits = {"teacher": Circuit.load(options.circuit)} if options.circuit else None
     session = session_of(
         loaded(teacher),
         loaded(student) if student else None,

@@ -2,11 +2,12 @@
 ways."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from workbench.errors import InputError
 from workbench.matching.config import Rule
 from workbench.storage import read_typed
+from workbench.storage.hub import Artefact
 from workbench.values.refs import Head
 from workbench.values.tables import html_table, number, text_table
 
@@ -30,8 +31,10 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadMap:
+class HeadMap(Artefact):
     """Student heads -> teacher heads."""
+
+    FILE: ClassVar[str] = "head_map.json"
 
     matches: tuple[Match, ...]
     rule: Rule

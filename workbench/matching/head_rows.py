@@ -4,7 +4,8 @@ chosen tokens.
 m, the number of rows, is the number of prompts times the tokens of the position.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,14 @@ def require_fitting(measure: Measure, activation: Activation, prompts: PromptPai
         )
 
 
-def place(prompts: PromptPairs, positions: Sequence[Position]) -> Tensor:
+@runtime_checkable
+class HasPositions(Protocol):
+    """Prompts whose tokens are known by named positions: `PromptPairs`, or a trainer's batch."""
+
+    def position(self, name: str) -> Tensor: ...
+
+
+def place(prompts: HasPositions, positions: Sequence[Position]) -> Tensor:
     """The mask of several named positions together: [batch pos]."""
     masks = [prompts.position(position) for position in positions]
     return torch.stack(masks).any(0)
@@ -57,6 +65,16 @@ def head_rows(
         activations[hooks.z(head.layer)][:, :, head.index][where] if pattern is None else pattern[:, head.index][where]
     )
     return rows if model_weights is None else rows @ model_weights[head.layer][head.index]
+
+
+def rows_at(
+    model_weights: Mapping[int, Float[Tensor, "head d_head d_model"]] | None,
+    activations: Mapping[str, Tensor],
+    sites: Iterable[tuple[Head, Sequence[Position]]],
+    prompts: HasPositions,
+) -> list[Float[Tensor, "_ _"]]:
+    """The rows of several heads, each at its own positions of the same prompts."""
+    return [head_rows(model_weights, activations, head, place(prompts, positions)) for head, positions in sites]
 
 
 def output_weights(model: HookedModel, heads: Sequence[Head], activation: Activation) -> dict[int, Tensor] | None:

@@ -21,6 +21,7 @@ from workbench.patching.ablation import ablate
 from workbench.patching.reference import require_model, require_pairs
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.tokenizers import require_same_words
 from workbench.values.metrics import METRICS, Metric, metric_named
 from workbench.values.scores import Scores
 from workbench.values.settings import configured
@@ -60,6 +61,11 @@ class Matching:
     """Debiased CKA of each pair, with the floor that shuffled prompts give."""
     impacts: Mapping[Literal["student", "teacher"], Scores]
     """Ablation impacts of both circuits' heads, [layer head example]."""
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """Head map and circuits as JSON values by file name, for whoever shares the student."""
+        return shared_files(self.head_map, self.ours, self.theirs)
 
     @property
     def mean_cka(self) -> float:
@@ -104,6 +110,16 @@ class Matching:
     def _repr_html_(self) -> str:
         head, rows, title = self._table()
         return html_table(head, rows, title=title)
+
+
+def shared_files(head_map: HeadMap | None, ours: Circuit, theirs: Circuit) -> dict[str, Any]:
+    """JSON values by the file name under which a student's folder holds them; without a head map where nothing was
+    aligned."""
+    return {
+        **({} if head_map is None else {HeadMap.FILE: head_map.to_json()}),
+        "student_circuit.json": ours.to_json(),
+        "teacher_circuit.json": theirs.to_json(),
+    }
 
 
 def match(
@@ -181,6 +197,23 @@ def matching_of(
         positions=positions,
         ckas=ckas,
         impacts=impacts,
+    )
+
+
+def pairs_of(matching: Matching | HeadMap, prompts: PromptPairs, positions: str | None) -> tuple[AlignedPair, ...]:
+    """Each match with the positions at which it is read on these prompts: None = as it was matched (of a bare
+    `HeadMap`: `last`), or a named position for all. Errors: `InputError` for `own` positions of a bare `HeadMap`."""
+    if isinstance(matching, Matching):
+        if positions is None:
+            return matching.pairs
+        return aligned_pairs(matching.head_map, matching.ours, matching.theirs, prompts, positions=positions)
+    if positions == "own":
+        raise InputError("a bare HeadMap does not know where its heads act; give what `match` returns, or a position.")
+    place = positions or "last"
+    require_same_words(prompts, [place], [place])
+    return tuple(
+        AlignedPair(student=ours, teacher=theirs, student_positions=(place,), teacher_positions=(place,))
+        for ours, theirs in matching.pairs
     )
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from workbench import storage
 from workbench.errors import InputError
 from workbench.models.folders import quiet
+from workbench.models.projections import output_name
 
 WRAPPER = "._original_component"
 
@@ -95,9 +96,6 @@ def _tied(plain: Any) -> set[str]:
     return set(plain.state_dict()) - listed
 
 
-OUTPUTS = {".attn": "c_proj", ".attention": "dense", ".self_attn": "o_proj"}
-"""What the architectures with a fused matrix (GPT-2, GPT-NeoX, Phi-3) call the output projection, by the end of the
-attention's name."""
 KINDS = ("weight", "bias")
 
 
@@ -106,9 +104,8 @@ def _fuse(named: dict[str, Tensor], config: Any) -> None:
     for stem in sorted({name.rsplit(".qkv.", 1)[0] for name in named if ".qkv." in name}):
         for kind in KINDS:
             if f"{stem}.o.{kind}" in named:
-                named[f"{stem}.{OUTPUTS.get('.' + stem.rsplit('.', 1)[-1], 'o')}.{kind}"] = named.pop(
-                    f"{stem}.o.{kind}"
-                )
+                output = output_name(stem.rsplit(".", 1)[-1], "o")
+                named[f"{stem}.{output}.{kind}"] = named.pop(f"{stem}.o.{kind}")
             stale = named.pop(f"{stem}.qkv.{kind}", None)
             if stale is not None:
                 parts = [named.pop(f"{stem}.{matrix}.{kind}") for matrix in "qkv"]

@@ -6,11 +6,12 @@ Everything above is written against `HookedModel`. Loading runs `self_check`, wh
 
 import copy
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 from einops import einsum
@@ -23,6 +24,9 @@ from workbench.models import folders, hooks, sources
 from workbench.models.devices import require_device
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
 from workbench.values.refs import Head
+
+if TYPE_CHECKING:
+    from workbench.models.card import StudentDescription
 
 Matrix = Literal["q", "k", "v", "o"]
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
@@ -345,6 +349,9 @@ class Teacher(HookedModel):
 class Student(HookedModel):
     """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
 
+    description: "StudentDescription | None" = None
+    """What its model card says of it, besides where it comes from; whoever trains it sets it."""
+
     def copy(self) -> "Student":
         """Another student of the same weights; training one leaves the other as it is."""
         held = (value for module in cast(nn.Module, self.model).modules() for value in vars(module).values())
@@ -353,6 +360,7 @@ class Student(HookedModel):
         other = type(self)(copy.deepcopy(self.model, transient), name=self.name)
         other.tokenizer = self.tokenizer
         other.context = self.context
+        other.description = self.description
         return other
 
     @contextmanager
@@ -365,7 +373,8 @@ class Student(HookedModel):
             self.model.eval()
 
     def save(self, directory: str | Path) -> None:
-        """Write a Hugging Face directory (config, safetensors, tokenizer) that `transformers` loads to the same logits.
+        """Write a Hugging Face directory (config, safetensors, tokenizer, model card) that `transformers` loads to the
+        same logits; beside them the circuits and the head map that a student was distilled with.
 
         A model that this program saved there before is replaced. Errors: `InputError` for a hooked transformer that was
         not made from a `transformers` model, and for a directory that holds anything that this program has not written.
@@ -374,9 +383,33 @@ class Student(HookedModel):
 
         directory = Path(directory)
         storage.require_replaceable(directory)
-        plain = plain_model(self.model)
+        plain, card = plain_model(self.model), self.card()
 
-        storage.replace_directory(directory, lambda temporary: save_plain(plain, self.tokenizer, temporary))
+        def fill(temporary: Path) -> None:
+            save_plain(plain, self.tokenizer, temporary)
+            storage.write_text(temporary / "README.md", card)
+            for name, value in ({} if self.description is None else self.description.files).items():
+                storage.write_json(temporary / name, value)
+
+        storage.replace_directory(directory, fill)
+
+    def card(self) -> str:
+        """The model card: what was trained, its results where they are known, circuits, recipe, commit, licences."""
+        from workbench.models.card import StudentDescription, model_card
+
+        return str(model_card(self.description or StudentDescription(base=self.name)))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Put what `save` writes into a hub repository (`owner/name`), made where there is none; returns its address.
+
+        `token`: None = the one that `hf auth login` has stored. Errors: `InputError` for what `save` refuses, and for
+        a hub that can't be reached or does not let you write.
+        """
+        from workbench.storage.hub import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "student")
+            return push_folder(Path(folder) / "student", repository, private=private, token=token)
 
 
 @contextmanager

@@ -266,6 +266,7 @@ class Road:
                 width=self.width_of(self.teacher),
                 shards=shards,
                 activation=self.recipe.alignment.activation,
+                top=self.recipe.teacher_top,
             )
             peak = memory.forward_bytes(
                 self.teacher,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from workbench.plan.arithmetic import backward, cka, early_forward, forward
 from workbench.plan.shapes import ModelShape
 
-LABEL = 8
-"""Bytes of a label in a shard."""
+LABEL, TOKEN, MASS = 8, 4, 4
+"""Bytes in a shard of a label, of a kept logit's token, of the others' mass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +47,20 @@ def cache_bytes(
     width: int,
     shards: bool,
     activation: str = "z",
-    logits_width: int | None = None,
+    top: int | None = None,
 ) -> int:
     """The teacher's outputs on disk: logits, and `hook_z` (or patterns) of whole layers at all tokens; of shards also
     labels and W_O.
 
-    prompts (tokens layers heads d_head + d_vocab) values; patterns: tokens^2 layers heads in place of the former.
-    Without the files' headers.
+    prompts (tokens layers heads d_head + d_vocab) values; patterns: tokens^2 layers heads in place of the former. With
+    `top`, so many logits with their tokens, and the mass of the others, in place of d_vocab. Without the files'
+    headers.
     """
     each = tokens * shape.heads * (tokens if activation == "pattern" else shape.d_head)
-    values = prompts * layers * each * width + prompts * shape.d_vocab * (logits_width or width)
+    logits = shape.d_vocab * width
+    if top is not None:
+        logits = min(top, shape.d_vocab) * (width + TOKEN) + MASS
+    values = prompts * (layers * each * width + logits)
     kept = 0 if activation == "pattern" else layers * shape.query_weights * width
     return values + (prompts * LABEL + kept if shards else 0)
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "datasets", "numpy")
 def provenance() -> dict[str, Any]:
     """Versions, commit and machine, for `run.json`."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    torch = sys.modules.get("torch")  # where nothing has computed yet, it need not be loaded for this
     return {
         "versions": {"workbench": __version__, "python": platform.python_version(), **versions},
         "commit": commit(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from workbench import storage
-from workbench.errors import InputError, nearest
+from workbench.errors import InputError
 from workbench.tasks.pairs import (
     MOST_SHOWN,
     Pair,
@@ -28,7 +28,7 @@ from workbench.tasks.pairs import (
     refuse_broken_text,
     repeated,
 )
-from workbench.tasks.positions import named_positions
+from workbench.tasks.positions import named_positions, position_mask
 from workbench.tasks.records import FORM, RowError
 from workbench.tasks.stages import Stage
 
@@ -120,13 +120,7 @@ class PromptPairs:
     def position(self, name: str) -> Bool[Tensor, "batch pos"]:
         """The mask of a named position, of several together (`last+labels`), or of all real tokens but some (`not
         last+labels`). Errors: `InputError` naming the known positions."""
-        if name.startswith("not "):
-            return self.positions["all"] & ~self.position(name.removeprefix("not "))
-        if "+" in name and name not in self.positions:
-            return torch.stack([self.position(part) for part in name.split("+")]).any(0)
-        if name not in self.positions:
-            raise InputError(f"these prompts have no position {name!r}; {nearest(name, self.positions)}")
-        return self.positions[name]
+        return position_mask(self.positions, name)
 
     def rows(self, index: slice | Int[Tensor, " rows"]) -> "PromptPairs":
         """The pairs of some rows."""

@@ -8,7 +8,11 @@ token and every token; whoever names them must mean that.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.errors import InputError
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from workbench.errors import InputError, nearest
 from workbench.tasks.pairs import Pair, Span
 
 RESERVED = ("last", "all")
@@ -16,6 +20,18 @@ REMEDY = (
     "give a token's number (0 is the first, -1 the last), a list of them, a piece of the clean prompt (its last token "
     "counts, where it stands last), or character spans [[start, end], ...]"
 )
+
+
+def position_mask(positions: Mapping[str, Bool[Tensor, "batch pos"]], name: str) -> Bool[Tensor, "batch pos"]:
+    """The mask of a named position, of several together (`last+labels`), or of all real tokens but some (`not
+    last+labels`). Errors: `InputError` naming the known positions."""
+    if name.startswith("not "):
+        return positions["all"] & ~position_mask(positions, name.removeprefix("not "))
+    if "+" in name and name not in positions:
+        return torch.stack([position_mask(positions, part) for part in name.split("+")]).any(0)
+    if name not in positions:
+        raise InputError(f"these prompts have no position {name!r}; {nearest(name, positions)}")
+    return positions[name]
 
 
 def named_positions(pair: Pair, offsets: Sequence[Span]) -> dict[str, list[int]]:

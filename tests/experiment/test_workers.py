@@ -1,0 +1,99 @@
+"""Arms on several processes: the numbers of one process with one thread; what is there is left alone; a worker that
+dies is said."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from workbench import cli, storage
+from workbench.experiment.road import run_recipe
+from workbench.experiment.runs import RunFolder
+from workbench.experiment.workers import free_cores
+
+CONDITIONS = ["base", "circuit_ce", "circuit_ce_cka"]
+
+
+@pytest.fixture
+def recipe(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    value = {
+        "teacher": str(model_folder("llama", seed=1)),
+        "student": str(model_folder("llama", seed=2, layers=2)),
+        "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "train_scenes": 6, "test_scenes": 5},
+        "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
+        "training": {"steps": 4, "batch": 6, "checkpoint_every": 2},
+        "conditions": CONDITIONS,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_bits_of_none(recipe: Path, tmp_path: Path) -> None:
+    """The tests compute with one thread, as workers do."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_recipe(recipe, one)
+    assert cli.main(["evaluate", "--recipe", str(recipe), "--out", str(two), "--workers", "2"]) == 0
+    assert rows(one) == rows(two)
+    for condition in CONDITIONS[1:]:
+        first, second = (RunFolder(out).condition(condition, 0) for out in (one, two))
+        assert (first / "log.jsonl").read_text() == (second / "log.jsonl").read_text()
+        assert storage.sha256(first / "student/model.safetensors") == storage.sha256(
+            second / "student/model.safetensors"
+        )
+    untouched = {path: path.stat().st_mtime_ns for path in two.rglob("result.json")}
+    run_recipe(recipe, two, resume=True, workers=2)
+    assert {path: path.stat().st_mtime_ns for path in two.rglob("result.json")} == untouched
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_worker_that_dies_is_said_and_the_run_resumes(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, me = tmp_path / "run", psutil.Process()
+    before = {child.pid for child in me.children(recursive=True)}
+
+    def kill_the_first() -> None:
+        for _ in range(1200):
+            workers = [
+                child
+                for child in me.children()
+                if child.pid not in before and "spawn_main" in " ".join(child.cmdline())
+            ]
+            if workers:
+                os.kill(workers[0].pid, signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=kill_the_first)
+    watcher.start()
+    assert cli.main(["evaluate", "--recipe", str(recipe), "--out", str(out), "--workers", "1"]) == 2
+    watcher.join()
+    assert "go on with --resume and fewer --workers" in capsys.readouterr().err
+    assert len(run_recipe(recipe, out, resume=True).rows) == len(CONDITIONS) + 1
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_that_is_none_is_refused_at_once(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--recipe", "demo", "--out", "x", f"--workers={number}"])
+    assert "1 or more, or auto" in capsys.readouterr().err
+
+
+def test_there_is_always_a_core() -> None:
+    assert 1 <= free_cores() <= (os.cpu_count() or 1)
