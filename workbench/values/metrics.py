@@ -3,9 +3,6 @@
 A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final
 logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
 
-Answers are one token an example, or a set of tokens ([batch member], padded with -1: all years above, paraphrases): a
-set counts by its mass, the sum of its members' probabilities, and is right where the likeliest token is one of them.
-
 A package adds a metric of its own as an entry point, which recipes then name too:
 
     [project.entry-points."workbench.metrics"]
@@ -25,7 +22,7 @@ from workbench.errors import InputError
 from workbench.values.metric_names import GROUP, OURS, require_metric
 
 MetricFunction = Callable[
-    [Float[Tensor, "batch d_vocab"], Int[Tensor, "batch *member"], Int[Tensor, "batch *wrong"]], Float[Tensor, " batch"]
+    [Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], Int[Tensor, " batch"]], Float[Tensor, " batch"]
 ]
 """(logits, answers, distractors) -> one value per example; higher is better."""
 
@@ -45,10 +42,7 @@ class Metric:
             raise InputError("a metric has a name, a unit in words, and a function of (logits, answers, distractors).")
 
     def __call__(
-        self,
-        logits: Float[Tensor, "batch d_vocab"],
-        answers: Int[Tensor, "batch *member"],
-        distractors: Int[Tensor, "batch *wrong"],
+        self, logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batch"], distractors: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         return self.function(logits, answers, distractors)
 
@@ -67,42 +61,32 @@ def _qualified(function: object) -> str:
 
 
 Logits = Float[Tensor, "batch d_vocab"]
-Ids = Int[Tensor, "batch *member"]
-Others = Int[Tensor, "batch *wrong"]
+Ids = Int[Tensor, " batch"]
 PerExample = Float[Tensor, " batch"]
 
 
 def _at(values: Logits, ids: Ids) -> PerExample:
-    """The value of a token, or the log of the sum of exponentials over a set: log-probabilities and logits add up to
-    those of their mass."""
-    if ids.ndim == 1:
-        return values.gather(-1, ids[:, None]).squeeze(-1)
-    each = values.gather(-1, ids.clamp(min=0))
-    return torch.where(ids >= 0, each, -torch.inf).logsumexp(-1)
+    return values.gather(-1, ids[:, None]).squeeze(-1)
 
 
-def log_probability(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
-    """Log-probability of the answer, in nats; of a set, of its mass."""
+def log_probability(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
+    """Log-probability of the answer, in nats."""
     return _at(logits.log_softmax(-1), answers)
 
 
-def probability(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
-    """Probability of the answer; of a set, its mass."""
-    if answers.ndim == 1:
-        return _at(logits.softmax(-1), answers)
-    return torch.where(answers >= 0, logits.softmax(-1).gather(-1, answers.clamp(min=0)), 0.0).sum(-1)
+def probability(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
+    """Probability of the answer."""
+    return _at(logits.softmax(-1), answers)
 
 
-def logit_difference(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
-    """Logit of the answer minus logit of the distractor; of sets, the log of the ratio of their masses."""
+def logit_difference(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
+    """Logit of the answer minus logit of the distractor."""
     return _at(logits, answers) - _at(logits, distractors)
 
 
-def accuracy(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
-    """1 where the answer, or one of the answers, is the most probable token of the whole vocabulary, else 0."""
-    best = logits.argmax(-1)
-    right = best == answers if answers.ndim == 1 else (best[:, None] == answers).any(-1)
-    return right.to(logits.dtype)
+def accuracy(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
+    """1 where the answer is the most probable token of the whole vocabulary, else 0."""
+    return (logits.argmax(-1) == answers).to(logits.dtype)
 
 
 def kl_divergence(logits: Logits, reference: Logits) -> PerExample:
