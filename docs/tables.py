@@ -338,7 +338,37 @@ def plans() -> str:
 
 SIZES = (70, 280, 1050)
 STUDENTS = ("sibling", "unrelated")
+METHODS = {
+    "path patching": "path patching",
+    "activation patching": "activation patching",
+    "ablation": "ablation",
+    "logit attribution": "logit attribution",
+    "edge attribution": "edge attribution",
+    "circuits of edges": "circuits of edges",
+    "alignment and training": "CKA, training",
+    "saving a student": "saved",
+}
+"""What `check-model` asks of a model -> the column of the table of families."""
+
+
+def families() -> str:
+    """Families x methods: a row a family, as its miniature was tried."""
+
+    def cell(method: Mapping[str, Any]) -> str:
+        if not method["possible"]:
+            return DASH
+        return next((way for way in ("replay", "hook") if way in method["how"]), "yes").replace("hook", "hooks")
+
+    rows = storage.read_json(RESULTS / "families.json")["families"]
+    tried = {name: found for name, found in rows.items() if "refused" not in found}
+    return markdown(
+        ("family", *METHODS.values()),
+        ([name, *(cell(found["methods"][method]) for method in METHODS)] for name, found in sorted(tried.items())),
+    )
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "families": families,
     "gains-and-losses": gains_and_losses,
     "forecast": forecast,
     "demo": demo,

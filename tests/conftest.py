@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+)
 
 from workbench.models.hooked_model import HookedModel, Student, Teacher
 from workbench.models.sources import quiet
@@ -40,7 +47,8 @@ HookedModel.__init__ = _remembering  # type: ignore[method-assign]
 
 
 def config_of(architecture: str, **sizes: int) -> Any:
-    """A tiny `transformers` config: llama (grouped-query attention), llama-mha, gpt2, neox (parallel blocks)."""
+    """A tiny `transformers` config: llama (grouped-query attention), llama-mha, gpt2, neox (parallel blocks), gemma2
+    (norms after attention and MLP, soft caps), mixtral (a mixture of experts)."""
     vocabulary = len(word_tokenizer())
     layers, heads, width = sizes.get("layers", 3), sizes.get("heads", 4), sizes.get("d_model", 32)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -65,6 +73,22 @@ def config_of(architecture: str, **sizes: int) -> Any:
             n_head=heads,
             n_positions=256,
             initializer_range=0.2,
+            **ids,
+        )
+    if architecture in ("gemma2", "mixtral"):
+        kind, own = {"gemma2": (Gemma2Config, {"head_dim": 16}), "mixtral": (MixtralConfig, {"num_local_experts": 4})}[
+            architecture
+        ]
+        return kind(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            **own,
             **ids,
         )
     assert architecture == "neox"

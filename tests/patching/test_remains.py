@@ -114,3 +114,10 @@ def test_a_small_memory_changes_nothing_beyond_rounding(model, padded, values):
     assert found.keys() == expected.keys()
     for number, logits in found.items():
         same(logits, expected[number])
+
+
+@pytest.mark.parametrize(("model", "padded", "values"), [("gemma2", "left", "pooled mean")], indirect=True)
+def test_norms_after_attention_are_taken_anew(model, padded, values):
+    for gone in ("heads at a position", "much"):
+        test_what_is_left_equals_hooked_forwards(model, padded, values, gone)
+    test_removing_at_once_or_one_by_one_gives_the_same_bits(model, padded, values)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -268,7 +269,8 @@ def test_a_model_that_the_replay_gets_wrong_goes_through_hooks(model, padded, mo
     parts = replay.decoder_parts(model)
     assert parts is not None
     wrong = replace(parts, blocks=(replace(parts.blocks[0], scale=2 * parts.blocks[0].scale), *parts.blocks[1:]))
-    monkeypatch.setattr(replay, "decoder_parts", lambda _: wrong)
+    monkeypatch.setattr(replay, "decoder_parts", lambda _, **named: wrong)
+    monkeypatch.setattr(replay, "_SAID", WeakKeyDictionary())
     assert PathPatcher(model, padded).engine == "hooks"
     assert "slow" in caplog.text
     with pytest.raises(InputError, match="can't be replayed"):
@@ -316,3 +318,15 @@ def test_a_sweep_of_paths_is_what_the_hooked_engine_scores(model, padded):
             slow.logits([head], receivers=receivers), padded.answers, padded.distractors
         )
         assert_same(scores.at(head), expected, torch.zeros(()))
+
+
+@pytest.mark.parametrize(("model", "padded"), [("gemma2", "left"), ("mixtral", "right")], indirect=True)
+def test_norms_after_attention_and_mixtures_of_experts_are_replayed_exactly(model, padded, both):
+    """Each of the ways above in one: a norm stands in front of the residual stream, or experts are chosen anew."""
+    assert model.has_post_norms == ("gemma2" in model.name)
+    for senders, receivers, freeze_mlps in COVERING[::4]:
+        assert_patched_the_same(*both, senders, receivers, freeze_mlps)
+    test_one_sender_into_each_receiver_is_the_same_as_one_by_one(both, "v")
+    test_ablation_profiles_equal_hooked_forwards(model, padded, "labels")
+    for site in ("z", "attn_out"):
+        test_activation_patching_equals_hooked_forwards(model, padded, site)

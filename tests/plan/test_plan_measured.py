@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import entity_pairs
+from miniatures import FAMILIES, miniature
 
 from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS
 from tests.patching.test_patching_cost import operations, peak
@@ -38,6 +39,14 @@ from workbench.values.refs import Head, Receiver
 
 SIZES = {"layers": 4, "heads": 8, "d_model": 64}
 CLOSE = 0.03
+MIXED = [
+    ("Mixtral", 2, 2 * 3 * 32 * 64 + 4 * 32),  # two of four experts, and the router
+    ("Qwen2Moe", 2, 2 * 3 * 32 * 32 + 4 * 32 + 3 * 32 * 32 + 32),  # and a shared expert with its gate
+    ("GPTBigCode", 1, 2 * 32 * 128),
+    ("Falcon", 1, 2 * 32 * 128),
+    ("Llama", 2, 3 * 32 * 64),
+]
+"""Family, key-value heads, weights of an MLP that a token is multiplied with."""
 ROUTES: dict[str, tuple[str, str, str, dict[int, int]]] = {
     "queries": ("q", "last", "last", {1: 2, 3: 1}),
     "values": ("v", "earlier_label", "earlier_label", {2: 1, 3: 2}),
@@ -94,6 +103,14 @@ def test_parameters_are_the_loaded_models(model: Teacher, shape: ModelShape, fol
 )
 def test_the_bundled_configs_have_the_published_parameter_counts(name: str, parameters: int) -> None:
     assert shape_of(f"meta-llama/{name}").parameters == parameters
+
+
+@pytest.mark.parametrize(("family", "kv_heads", "mlp"), MIXED)
+def test_active_experts_and_shared_key_value_heads_are_counted(
+    family: str, kv_heads: int, mlp: int, tmp_path: Path
+) -> None:
+    shape = shape_of(str(miniature(family, FAMILIES[family], tmp_path / family)))
+    assert (shape.kv_heads, shape.mlp_weights) == (kv_heads, mlp)
 
 
 def test_forwards_and_ablation(model: Teacher, shape: ModelShape, pairs: PromptPairs) -> None:

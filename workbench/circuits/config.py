@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from workbench.circuits.methods.registry import require_method
 from workbench.patching.effects import Effect
+from workbench.values.metric_names import require_metric
 
 ReplacementKind = Literal["mean", "per_position_mean", "pooled_mean", "resampled", "counterfactual", "zero"]
 """What stands in for an ablated head: its mean over reference prompts (as `data.per_position_means` says, or position
@@ -25,7 +26,9 @@ class DiscoveryConfig:
     """Of the method, e.g. `{target: 0.9, positions: [last]}` of `elimination`."""
     replacement: ReplacementKind = "mean"
     """What stands in for what the search ablates."""
-    metric: Literal["log_probability", "probability", "logit_difference", "accuracy"] = "log_probability"
+    metric: str = "log_probability"
+    """What heads are ranked by: `log_probability`, `probability`, `logit_difference`, `accuracy`, or a metric of an
+    installed package (an entry point of the group `workbench.metrics`)."""
     effect: Effect = "difference"
     """Of path patching. `relative` with `probability` is Prakash's score; the default is the distillation paper's
     log-probability."""
@@ -49,3 +52,4 @@ class DiscoveryConfig:
 
     def __post_init__(self) -> None:
         require_method(self.method)
+        require_metric(self.metric)

@@ -25,7 +25,7 @@ from workbench.patching.path import activation_baselines, prepared, sweep_heads
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.stages import Stage, require_stages
 from workbench.values.display import Row, Shown
-from workbench.values.metrics import METRICS, Metric
+from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Head, Receiver
 from workbench.values.scores import Scores
 
@@ -72,7 +72,7 @@ def backward_search(
     require_stages(stages)
     if execution.file is not None:
         raise InputError("a search has a file a stage: give `files` (stage -> file) in place of one file.")
-    metric = metric or METRICS[config.metric]
+    metric = metric or metric_named(config.metric)
     start, seconds = time.perf_counter(), {}
     patchers = prepared(model, pairs, execution=execution)
     clean, corrupt = activation_baselines(patchers, metric)

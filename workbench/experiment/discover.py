@@ -19,7 +19,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablation_profiles, plain_logits
 from workbench.patching.attribution import exact_edges
 from workbench.patching.execution import Execution
-from workbench.values.metrics import METRICS
+from workbench.values.metrics import metric_named
 from workbench.values.scores import Scores
 
 log = logging.getLogger("workbench")
@@ -84,7 +84,7 @@ def inquiry_of(run: Run, name: str, model: HookedModel, *, keep: bool = True) ->
     return Inquiry(
         model=model,
         pairs=prompts,
-        metric=METRICS[config.metric],
+        metric=metric_named(config.metric),
         config=config,
         stand_in=lambda some: run.stand_in(name, model, config.replacement, some),
         stages=run.prompts.stages,

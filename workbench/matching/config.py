@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from workbench.errors import InputError
 from workbench.similarity.names import Measure
+from workbench.values.metric_names import require_metric
 
 Activation = Literal["z", "result", "pattern"]
 """`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the
@@ -26,8 +27,9 @@ class MatchingConfig:
     (correlation of impacts over examples), `similarity` (CKA of the heads' outputs, not their impact), `combined` (the
     weighted sum of `combine`), `role` (only heads of the same group of the backward search, by `combine` inside it),
     and the controls `random` (to any head of the teacher) and `shuffled` (the paper's matches permuted)."""
-    metric: Literal["accuracy", "log_probability", "probability", "logit_difference"] = "accuracy"
-    """What an impact is measured in; the paper uses accuracy, continuous metrics have fewer ties."""
+    metric: str = "accuracy"
+    """What an impact is measured in, by name (of an installed package too); the paper uses accuracy, continuous metrics
+    have fewer ties."""
     one_to_one: bool = False
     """Assign each teacher head at most once (optimal assignment), student heads that are left over none; the paper
     allows many-to-one."""
@@ -48,6 +50,7 @@ class MatchingConfig:
     """Bootstrap draws of the prompts behind each match's stability; 0 leaves it out."""
 
     def __post_init__(self) -> None:
+        require_metric(self.metric)
         if self.rule == "combined" and not self.combine:
             raise InputError(
                 "rule `combined` needs the distances that it sums; set for example `combine: {similarity: 1.0, "

@@ -132,6 +132,17 @@ class HookedModel:
         return bool(getattr(self.model.cfg, "parallel_attn_mlp", False))
 
     @property
+    def has_post_norms(self) -> bool:
+        """Whether a norm stands between attention (or the MLP) and the residual stream, as in Gemma 2 and OLMo 2: what
+        the heads write does not add up there."""
+        return any(name in dict(self.model.blocks[0].named_children()) for name in ("ln1_post", "ln2_post"))
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether a share of the attention goes to no token (gpt-oss)."""
+        return hasattr(getattr(self.model.blocks[0].attn, "original_component", None), "sinks")
+
+    @property
     def d_vocab(self) -> int:
         """Number of logits."""
         return self.model.cfg.d_vocab
@@ -454,31 +465,31 @@ def self_check(
     mask: Bool[Tensor, "batch pos"],
     expected: Float[Tensor, "batch pos d_vocab"],
 ) -> None:
-    """Refuse a mis-wired model: logits equal `transformers`, head outputs plus bias equal the attention output,
-    attention rows sum to 1.
+    """Refuse a mis-wired model: logits equal `transformers`, head outputs plus bias equal what attention puts out,
+    attention rows sum to 1 (to less where attention sinks take the rest).
 
     Errors: `InputError` naming the check and the largest difference. Tolerances: rounding of the model's dtype.
     """
     tokens, mask = tokens.to(model.device), mask.to(model.device)
-    names = [
-        name(layer) for layer in range(model.n_layers) for name in (hooks.z, hooks.attention_output, hooks.pattern)
-    ]
+    scaled = getattr(model.model.blocks[0], "residual_contribution_scale", 1.0) != 1.0
+    together = hooks.attention_sum if model.has_post_norms or scaled else hooks.attention_output
+    names = [name(layer) for layer in range(model.n_layers) for name in (hooks.z, together, hooks.pattern)]
     with torch.no_grad(), hooks.capture(model.model, names) as captured:
         logits = model.model(tokens, attention_mask=mask.long())
     _refuse_difference(model, "its logits differ from transformers'", logits[mask], expected.to(model.device)[mask])
-    normed = "ln1_post" in dict(model.model.blocks[0].named_children())
-    because = " (a norm stands between its attention and the residual stream)" if normed else ""
     for layer in range(model.n_layers):
         written = model.head_outputs(layer, captured[hooks.z(layer)]).sum(2)
         bias = model.output_bias(layer)
         written = written if bias is None else written + bias
         _refuse_difference(
             model,
-            f"its heads' outputs do not sum to the attention output of layer {layer}{because}",
+            f"its heads' outputs do not sum to the attention output of layer {layer}",
             written[mask],
-            captured[hooks.attention_output(layer)][mask],
+            captured[together(layer)][mask],
         )
         rows = captured[hooks.pattern(layer)].sum(-1).transpose(1, 2)[mask]
+        if model.has_sinks:
+            rows = rows.clamp(min=1.0)
         _refuse_difference(model, f"its attention rows of layer {layer} do not sum to 1", rows, torch.ones_like(rows))
 
 

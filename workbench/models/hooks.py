@@ -86,8 +86,15 @@ def rotary_sin(layer: int) -> str:
 
 
 def attention_output(layer: int) -> str:
-    """Sum of the heads' outputs and the output bias: [batch pos d_model]."""
+    """What attention adds to the residual stream: [batch pos d_model]. The sum of the heads' outputs and the output
+    bias, normed or scaled where the block does so (post-norm families, Granite)."""
     return f"blocks.{layer}.hook_attn_out"
+
+
+def attention_sum(layer: int) -> str:
+    """Sum of the heads' outputs and the output bias, before any norm or factor: [batch pos d_model]
+    (TransformerBridge)."""
+    return f"blocks.{layer}.attn.hook_out"
 
 
 def mlp_input(layer: int) -> str:

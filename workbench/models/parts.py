@@ -1,8 +1,8 @@
 """The weights and modules of a decoder's blocks as plain tensors and functions, for arithmetic that needs no hooks.
 
-`decoder_parts` reads them off a `TransformerBridge`, or says that it can't (None): a block with more than pre-norm
-attention and an MLP, or a `HookedTransformer`. What is read is only a claim about the model; whoever computes with it
-compares with the hooked forward (`patching/replay.py`).
+`decoder_parts` reads them off a `TransformerBridge`, or says that it can't (None): a block with more than attention
+and an MLP between norms, or a `HookedTransformer`. What is read is only a claim about the model; whoever computes with
+it compares with the hooked forward (`patching/engine/replay.py`).
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from workbench.models.hooked_model import HookedModel
 
 Map = Callable[[Tensor], Tensor]
 KNOWN_PARTS = {"_original_component", "ln1", "ln2", "attn", "mlp"}
+POST_NORMS = {"ln1_post", "ln2_post"}
+"""Norms of what attention and the MLP put out, before it is added to the residual stream (Gemma 2 and 3)."""
 KNOWN_ATTENTION = {"_original_component", "q", "k", "v", "o", "qkv", "q_norm", "k_norm"}
 
 
@@ -42,6 +44,14 @@ class BlockParts:
     """Whatever the model's dtype (Llama in TransformerLens as in `transformers`)."""
     parallel: bool
     """The MLP reads the residual stream that enters the block, beside attention (NeoX), not the one after attention."""
+    post_attention: Map | None = None
+    """The norm of the sum of the heads' outputs, in front of the residual stream; with it heads do not add up there."""
+    soft_cap: float | None = None
+    """Scores s become cap tanh(s / cap) (Gemma 2)."""
+
+    def added(self, together: Tensor) -> Tensor:
+        """What attention adds to the residual stream, of the sum of its heads' outputs and the output bias."""
+        return together if self.post_attention is None else self.post_attention(together)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,15 +67,20 @@ class DecoderParts:
     d_mlp: int
 
 
-def decoder_parts(model: HookedModel) -> DecoderParts | None:
-    """The parts of a model, or None where its blocks hold something that this file does not know."""
+def decoder_parts(model: HookedModel, *, post_norms: bool = False) -> DecoderParts | None:
+    """The parts of a model, or None where its blocks hold something that this file does not know.
+
+    With `post_norms` also where a norm stands between attention and the residual stream: for whoever computes with
+    `BlockParts.added`, because heads' outputs do not add up there.
+    """
     hooked: Any = model.model
-    if not hasattr(hooked, "original_model") or not all(_known(block) for block in hooked.blocks):
+    known = KNOWN_PARTS | (POST_NORMS if post_norms else set())
+    if not hasattr(hooked, "original_model") or not all(_known(block, known) for block in hooked.blocks):
         return None
     return DecoderParts(
         blocks=tuple(_block_parts(model, layer) for layer in range(model.n_layers)),
         norm_final=_norm(hooked.ln_final),
-        unembed=hooked.unembed.original_component,
+        unembed=_unembed(hooked),
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads,
         d_head=model.d_head,
@@ -73,9 +88,11 @@ def decoder_parts(model: HookedModel) -> DecoderParts | None:
     )
 
 
-def _known(block: Any) -> bool:
+def _known(block: Any, known: set[str]) -> bool:
     attention = getattr(block, "attn", None)
-    if attention is None or not _modules(block) <= KNOWN_PARTS or not _modules(attention) <= KNOWN_ATTENTION:
+    if attention is None or not _modules(block) <= known or not _modules(attention) <= KNOWN_ATTENTION:
+        return False
+    if getattr(block, "residual_contribution_scale", 1.0) != 1.0:  # Granite: what is added is a share of the output
         return False
     return (
         all(hasattr(attention, name) for name in ("q", "k", "v", "o"))
@@ -102,7 +119,7 @@ def _block_parts(model: HookedModel, layer: int) -> BlockParts:
     return BlockParts(
         norm_attention=_norm(block.ln1),
         norm_mlp=_norm(block.ln2 if "ln2" in _modules(block) else block.ln1),
-        mlp=block.mlp.original_component,
+        mlp=_mlp(block),
         weight_qkv=torch.cat([_columns(projection) for projection in projections], 1),
         bias_qkv=None if biases[0] is None else torch.cat([part.detach() for part in biases]),
         **norms,
@@ -113,7 +130,38 @@ def _block_parts(model: HookedModel, layer: int) -> BlockParts:
             kind.__name__ == "PositionEmbeddingsAttentionBridge" for kind in type(attention).__mro__
         ),
         parallel=model.has_parallel_blocks,
+        post_attention=_norm(block.ln1_post) if "ln1_post" in _modules(block) else None,
+        soft_cap=getattr(plain, "attn_logit_softcapping", None),
     )
+
+
+def _mlp(block: Any) -> Map:
+    """The MLP with the norm of what it puts out, where there is one."""
+    plain: Map = block.mlp.original_component
+    if type(block.mlp).__name__ == "MoEBridge":
+        plain = partial(_by_token, plain)
+    return partial(_then, plain, _norm(block.ln2_post)) if "ln2_post" in _modules(block) else plain
+
+
+def _by_token(experts: Map, x: Tensor) -> Tensor:
+    """A mixture of experts, which takes three axes, on any number of them; it may give its router's logits too."""
+    put_out = experts(x.reshape(1, -1, x.shape[-1]))
+    return (put_out[0] if isinstance(put_out, tuple) else put_out).reshape(x.shape)
+
+
+def _then(first: Map, second: Map, x: Tensor) -> Tensor:
+    return second(first(x))
+
+
+def _unembed(hooked: Any) -> Map:
+    """The unembedding, with Gemma's soft cap on the logits."""
+    plain = hooked.unembed.original_component
+    cap = getattr(hooked.original_model.config.get_text_config(), "final_logit_softcapping", None)
+    return plain if cap is None else partial(_then, plain, partial(_capped, cap))
+
+
+def _capped(cap: float, logits: Tensor) -> Tensor:
+    return cap * torch.tanh(logits / cap)
 
 
 def _columns(projection: nn.Module) -> Float[Tensor, "d_model columns"]:
@@ -131,5 +179,9 @@ def _norm(component: Any) -> Map:
     if component.uses_rms_norm:
         return partial(nn.functional.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=epsilon)
     return partial(
-        nn.functional.layer_norm, normalized_shape=tuple(weight.shape), weight=weight, bias=plain.bias, eps=epsilon
+        nn.functional.layer_norm,
+        normalized_shape=tuple(weight.shape),
+        weight=weight,
+        bias=getattr(plain, "bias", None),
+        eps=epsilon,
     )

@@ -62,8 +62,8 @@ def refuse_unfit(model: HookedTransformerLike) -> None:
 def refuse_architecture(config: Any, name: str) -> None:
     """Refuse by its config alone, before any weight is read, what can't be supported exactly.
 
-    Errors: `InputError` for an architecture that TransformerLens does not know, and one in which a norm stands between
-    attention and the residual stream, so that heads' outputs do not add up in it.
+    Errors: `InputError` for an architecture that TransformerLens does not know, and one without attention heads in its
+    blocks.
     """
     remedy = "choose a model of a family that `workbench check-model` passes, such as Llama, Qwen, Mistral or GPT-2"
     if importlib.util.find_spec("transformer_lens.HookedTransformer") is not None:
@@ -83,11 +83,9 @@ def refuse_architecture(config: Any, name: str) -> None:
             f"{name} is a {kind}, which the installed TransformerLens does not take ({type(error).__name__}: {error}); "
             f"{remedy}."
         ) from None
-    if "attn" in blocks and "ln1_post" in blocks:
+    if "attn" not in blocks:
         raise InputError(
-            f"{name} is a {kind}, which is not supported: a norm stands between its attention and the residual stream, "
-            "so "
-            f"that its heads' outputs do not sum to the attention output of layer 0; {remedy}."
+            f"{name} is a {kind}, which is not supported: its blocks have no attention with heads; {remedy}."
         )
 
 

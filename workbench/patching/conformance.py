@@ -19,9 +19,14 @@ from torch import Tensor
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.models.hooked_model import Dtype, HookedModel, Teacher
+from workbench.patching.abilities import Ability, abilities
+from workbench.patching.ablation import ablated_logits, counterfactual_outputs
+from workbench.patching.activation import activation_patch
 from workbench.patching.engine.hooked import HookedPatcher
+from workbench.patching.execution import Execution
 from workbench.patching.path import PathPatcher
 from workbench.tasks.base import PromptPairs
+from workbench.values.metrics import METRICS
 from workbench.values.refs import Embedding, Head, Mlp, Receiver
 
 ROUNDINGS = 1e2
@@ -70,6 +75,8 @@ class Conformance:
     engine: str
     """`replay` (fast) or `hooks` (slow, for blocks whose arithmetic is not known)."""
     checks: tuple[Check, ...]
+    abilities: tuple[Ability, ...] = ()
+    """Method by method."""
     precision: str = ""
     """What the asked-for precision loses, where it is a half."""
 
@@ -85,16 +92,11 @@ class Conformance:
 
     def text(self) -> str:
         """For the screen."""
-        engine = (
-            "replay, exact and fast"
-            if self.engine == "replay"
-            else "hooked forwards, exact and slow: its blocks do more than the replay knows"
-        )
         lines = [
             f"{self.model}: {self.architecture}, {self.shape}",
             "  loading: logits, head outputs and attention rows equal transformers'",
+            *(f"  {ability.text()}" for ability in self.abilities),
         ]
-        lines.append(f"  patching goes through {engine}")
         if self.precision:
             lines.append(f"  {self.precision}")
         for check in self.checks:
@@ -113,7 +115,8 @@ class Conformance:
 
 def check_model(source: str | Path, *, device: str = "cpu", dtype: Dtype = "float32", seed: int = 0) -> Conformance:
     """Load a model with its self-check, then patch it: everything (= the corrupt run), and heads of the first and the
-    last layer (= hooked forwards). Half precision is judged in float32, and its loss is said.
+    last layer (= hooked forwards); and ask each method what it can do. Half precision is judged in float32, and its
+    loss is said.
 
     Errors: `InputError` with the reason for a model that can't be supported exactly.
     """
@@ -126,11 +129,17 @@ def check_model(source: str | Path, *, device: str = "cpu", dtype: Dtype = "floa
     return Conformance(
         model=model.name,
         architecture=str(getattr(config, "original_architecture", None) or getattr(config, "architecture", "unknown")),
-        shape=shape + (", parallel blocks" if model.has_parallel_blocks else ""),
+        shape=shape + _kind(model),
         engine=patcher.engine,
-        checks=(_everything(patcher), *_paths(patcher, slow, seed=seed)),
+        checks=(_everything(patcher), _ablated(slow), _embedded(patcher), *_paths(patcher, slow, seed=seed)),
+        abilities=abilities(model, pairs, engine=patcher.engine),
         precision="" if half is None else _loss(half, patcher.clean_logits, dtype),
     )
+
+
+def _kind(model: HookedModel) -> str:
+    parallel = ", parallel blocks" if model.has_parallel_blocks else ""
+    return parallel + (", norms after attention" if model.has_post_norms else "")
 
 
 def _clean_logits(model: HookedModel, seed: int) -> Tensor:
@@ -168,6 +177,30 @@ def _everything(patcher: PathPatcher) -> Check:
     senders = [Embedding(), *model.heads, *map(Mlp, range(model.n_layers))]
     found = patcher.logits(senders)
     return _check("patching everything gives the corrupt run", found, patcher.corrupt_logits, patcher.clean_logits)
+
+
+def _ablated(slow: HookedPatcher) -> Check:
+    """Every head at its output on the corrupt prompt, by ablation and as senders of paths."""
+    model, pairs = slow.model, slow.pairs
+    scope = {head: ["all"] for head in model.heads}
+    actual = ablated_logits(model, pairs, scope, counterfactual_outputs(model, pairs))
+    what = "ablating all heads equals patching them"
+    return _check(what, actual, slow.logits(model.heads), slow.clean_logits)
+
+
+def _embedded(patcher: PathPatcher) -> Check:
+    """The residual stream that enters the first layer is all that a forward reads. In single precision, which is what
+    scores are kept in."""
+    model, pairs = patcher.model, patcher.pairs
+    scores = activation_patch(
+        model, pairs, "resid_pre", metric=METRICS["log_probability"], execution=Execution(progress=False)
+    )
+    clean, corrupt = (
+        METRICS["log_probability"](logits, pairs.answers, pairs.distractors).cpu().float()
+        for logits in (patcher.clean_logits, patcher.corrupt_logits)
+    )
+    what = "patching what enters the first layer gives the corrupt run"
+    return _check(what, clean - scores.values[0], corrupt, clean)
 
 
 def _paths(patcher: PathPatcher, slow: HookedPatcher, *, seed: int) -> Iterator[Check]:

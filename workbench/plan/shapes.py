@@ -28,6 +28,13 @@ SAVABLE = (".q_proj.weight", ".attention.query_key_value.weight", ".self_attn.qk
 """What the query matrices that `workbench.models.export` can write are called (Llama and its like, GPT-NeoX, Phi-3)."""
 
 
+MLP_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE = ("num_experts_per_tok", "moe_k")
+PARALLEL = ("codegen", "cohere", "cohere2", "gptj", "phi")
+"""Kinds of models all of whose blocks are parallel, which their configs do not say."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder with `layers` equal blocks."""
@@ -43,7 +50,8 @@ class ModelShape:
     parameters: int
     """Of the whole model, each tied one once."""
     mlp_weights: int
-    """In the matrices of one MLP."""
+    """In the matrices of one MLP that a token is multiplied with: of a mixture, those of its active experts, its shared
+    expert and its router."""
     attention_bias: bool
     parallel: bool = False
     """The MLP of a block reads what enters the block (NeoX), not what attention leaves."""
@@ -105,12 +113,13 @@ def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelS
     with torch.device("meta"), sources.quiet():
         model: Any = AutoModelForCausalLM.from_config(config)
     heads, width = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = _kv_heads(config, heads)
     d_head = getattr(config, "head_dim", None) or width // heads
     attention = 2 * (heads + kv_heads) * d_head * width
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
     embeddings = {id(parameter): parameter.numel() for parameter in _embeddings(model)}
     layers = config.num_hidden_layers
+    idle = _idle_experts(model, config)
     return ModelShape(
         name=source,
         layers=layers,
@@ -118,14 +127,32 @@ def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelS
         kv_heads=kv_heads,
         d_head=d_head,
         d_model=width,
-        d_mlp=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
+        d_mlp=next((size for name in MLP_SIZES if (size := getattr(config, name, None))), 4 * width),
         d_vocab=config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        mlp_weights=(matrices - sum(embeddings.values())) // layers - attention,
+        mlp_weights=(matrices - sum(embeddings.values()) - idle) // layers - attention,
         attention_bias=_has_attention_bias(model, heads * d_head),
         savable=any(_is_savable(name, value) for name, value in model.named_parameters()),
-        parallel=bool(getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)),
+        parallel=config.model_type in PARALLEL
+        or bool(getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)),
     )
+
+
+def _kv_heads(config: Any, heads: int) -> int:
+    """Key-value heads: one with multi-query attention (GPT-BigCode, the first Falcons)."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+
+
+def _idle_experts(model: nn.Module, config: Any) -> int:
+    """Weights of a mixture's routed experts that a token is not multiplied with."""
+    routed = sum(value.numel() for name, value in model.named_parameters() if ".experts." in name and value.ndim > 1)
+    if not routed:
+        return 0
+    there = next((count for name in EXPERTS if (count := getattr(config, name, None))), 1)
+    active = next((count for name in ACTIVE if (count := getattr(config, name, None))), there)
+    return routed - routed * active // there
 
 
 def _embeddings(model: nn.Module) -> Iterable[torch.Tensor]:

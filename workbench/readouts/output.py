@@ -39,11 +39,10 @@ class Output:
         norm = hooked.ln_final
         bridged = hasattr(norm, "original_component")
         plain = norm.original_component if bridged else norm
-        weight, bias = (
-            (plain.weight, getattr(plain, "bias", None))
-            if bridged
-            else (getattr(plain, "w", None), getattr(plain, "b", None))
-        )
+        names = ("weight", "bias") if bridged else ("w", "b")
+        weight, bias = (getattr(plain, name, None) for name in names)
+        if bridged and weight is None and not list(plain.parameters()):  # OLMo's has none, which is a weight of 1
+            weight = torch.ones(int(hooked.cfg.d_model), device=model.device)
         if not isinstance(weight, Tensor):
             raise InputError(
                 f"{model.name}: the final norm has no weights to read; load the model raw, without folded norms."

@@ -2,17 +2,24 @@
 
 A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final
 logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
+
+A package adds a metric of its own as an entry point, which recipes then name too:
+
+    [project.entry-points."workbench.metrics"]
+    rank = "my_package.metrics:RANK"          # a Metric
 """
 
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.errors import InputError, nearest
+from workbench.errors import InputError
+from workbench.values.metric_names import GROUP, OURS, require_metric
 
 MetricFunction = Callable[
     [Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], Int[Tensor, " batch"]], Float[Tensor, " batch"]
@@ -104,24 +111,36 @@ METRICS: dict[str, Metric] = {
     function.__name__: Metric(function.__name__, function.__name__.replace("_", " "), function)
     for function in (log_probability, probability, logit_difference, accuracy)
 }
-"""The metrics that a recipe can name."""
+"""Our own metrics; a recipe can name them, and those of installed packages."""
+assert tuple(METRICS) == OURS
 
 
 def metric_named(metric: str | Metric | MetricFunction) -> Metric:
-    """The metric of a name, or the metric itself.
+    """The metric of a name (ours, or an installed package's), or the metric itself.
 
-    Errors: `InputError` for an unknown name (with the nearest), and for a function that has no name and unit yet.
+    Errors: `InputError` for an unknown name (with the nearest), an entry point that is no metric, and for a function
+    that has no name and unit yet.
     """
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, str):
-        if metric not in METRICS:
-            raise InputError(f"no metric {metric!r}; {nearest(metric, METRICS)}")
-        return METRICS[metric]
+        return METRICS[metric] if metric in METRICS else _installed(metric)
     raise InputError(
         f"{metric!r} is no metric by itself: say what it measures, `Metric(name=..., unit=..., function=f)`, or name "
         f"one of {', '.join(METRICS)}."
     )
+
+
+def _installed(name: str) -> Metric:
+    require_metric(name)
+    point = next(point for point in entry_points(group=GROUP) if point.name == name)
+    metric = point.load()
+    if not isinstance(metric, Metric) or metric.name != name:
+        raise InputError(
+            f"the entry point {name} of {GROUP} is no metric of that name: let {point.value} be "
+            f"`Metric(name={name!r}, unit=..., function=f)`."
+        )
+    return metric
 
 
 def metrics_named(metrics: str | Metric | Iterable[str | Metric]) -> list[Metric]:

@@ -52,9 +52,11 @@ def attend(
     new: Keys | None,
     scale: float,
     softmax_in_float32: bool,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "variant batch slot head d_head"]:
     """z of each head: softmax(scale * q k) v over clean keys [batch pos kv_head d_head], shared by the variants, and
-    new ones [variant batch slot kv_head d_head], which each variant has for itself."""
+    new ones [variant batch slot kv_head d_head], which each variant has for itself. `soft_cap`: scores s become
+    cap tanh(s / cap)."""
     variants, batch, slots, heads, width = q.shape
     kv_heads = (clean or new).k.shape[-2]  # type: ignore[union-attr]
     group = heads // kv_heads
@@ -65,11 +67,11 @@ def attend(
     if clean is not None:
         flat = rows.reshape(batch, kv_heads, variants * group * slots, width)
         found = (flat @ clean.k.permute(0, 2, 3, 1)).view(batch, kv_heads, variants, group, slots, -1)
-        scores.append(_masked(found.mul_(scale), clean.visible))
+        scores.append(_masked(_capped(found.mul_(scale), soft_cap), clean.visible))
     if new is not None:
         flat = rows.reshape(batch, kv_heads, variants, group * slots, width)
         found = (flat @ new.k.permute(1, 3, 0, 4, 2)).view(batch, kv_heads, variants, group, slots, -1)
-        scores.append(_masked(found.mul_(scale), new.visible))
+        scores.append(_masked(_capped(found.mul_(scale), soft_cap), new.visible))
     weights = torch.softmax(
         scores[0] if len(scores) == 1 else torch.cat(scores, -1),
         -1,
@@ -84,6 +86,10 @@ def attend(
         own = (own @ new.v.permute(1, 3, 0, 2, 4)).view(batch, kv_heads, variants, group, slots, width)
         z = own if clean is None else z.add_(own)
     return z.permute(2, 0, 4, 1, 3, 5).reshape(variants, batch, slots, heads, width)
+
+
+def _capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def _masked(scores: Tensor, visible: Bool[Tensor, "..."] | None) -> Tensor:

@@ -113,7 +113,9 @@ class FrozenRuns:
             "bphd,hdm->hbpm", torch.where(where[..., None], change, 0.0), self.replay.parts.blocks[layer].weight_o
         )
         x = x.clone()
-        x[rows] += (member[rows] @ written.flatten(1)).view(len(rows), *written.shape[1:])
+        x[rows] += self.replay.added(
+            layer, (member[rows] @ written.flatten(1)).view(len(rows), *written.shape[1:]), spots
+        )
         return x
 
     def _with_mlp(self, layer: int, variants: Sequence[Variant], out: Tensor, spots: Spots, where: Tensor) -> Tensor:

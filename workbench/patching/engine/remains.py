@@ -63,6 +63,8 @@ class _Layer:
     z: Tensor
     k: Tensor | None = None
     v: Tensor | None = None
+    together: Tensor | None = None
+    """The sum of what its heads write and the output bias, where a norm stands in front of the residual stream."""
     heads: list[int]
     """The heads that are computed: those not removed at every token."""
     constant: Tensor
@@ -134,7 +136,9 @@ class Remains:
             z, k, v = self._heads(number, x, 0, whole=True)
             layer.k, layer.v = (None, None) if k is None or v is None else (k[0], v[0])
             layer.z = self._spread(number, None if z is None else z[0])
-            layer.attention = self._written(number, z, 0, x)[0]
+            together = self._together(number, z, 0, x)[0]
+            layer.attention = part.added(together)
+            layer.together = together if part.post_attention is not None else None
             middle = layer.pre + layer.attention
             layer.mlp = self._mlp(number, layer.pre[None] if part.parallel else middle[None], 0)[0]
             x = (middle + layer.mlp)[None]
@@ -204,6 +208,8 @@ class Remains:
             return (pre + attention + torch.where(where[..., None], stand_in, mlp))[None]
         head = place.part.index
         change = (take(self.stand_ins.z[number])[:, :, head] - take(layer.z)[:, :, head]) @ part.weight_o[head]
+        if layer.together is not None:
+            change = part.added(take(layer.together) + change) - attention
         middle = pre + attention + torch.where(where[..., None], change, 0.0)
         if part.parallel:
             return (middle + mlp)[None]
@@ -215,7 +221,7 @@ class Remains:
         z, _, _ = self._heads(number, x, start)
         if number == len(self.layers) - 1:
             x = x[:, self.rows, self.last - start][:, :, None]
-        middle = x + self._written(number, z, start, x)
+        middle = x + part.added(self._together(number, z, start, x))
         return middle + self._mlp(number, x if part.parallel else middle, start)
 
     def _heads(
@@ -252,7 +258,7 @@ class Remains:
             before = self.mask[:, :start]
             kept = (value[:, :start] if full else value[:, :start][..., readers, :] for value in (layer.k, layer.v))
             prefix = Keys(**dict(zip(("k", "v"), kept, strict=True)), visible=None if bool(before.all()) else before)
-        z = attend(q, prefix, new, part.scale, part.softmax_in_float32)
+        z = attend(q, prefix, new, part.scale, part.softmax_in_float32, part.soft_cap)
         removed = layer.removed[:, start:][..., heads]
         stand_in = self.stand_ins.z[number][:, start:][:, :, heads]
         if only_last:
@@ -282,8 +288,8 @@ class Remains:
             self._weights[number, heads] = part.weight_qkv[:, columns], bias
         return self._weights[number, heads]
 
-    def _written(self, number: int, z: Tensor | None, start: int, like: Tensor) -> Tensor:
-        """The attention output of a layer as it is left."""
+    def _together(self, number: int, z: Tensor | None, start: int, like: Tensor) -> Tensor:
+        """The sum of the head outputs of a layer as it is left, and the output bias."""
         layer, part = self.layers[number], self.parts.blocks[number]
         constant = layer.constant
         if constant.shape[1] > 1:

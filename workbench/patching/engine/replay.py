@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,10 +25,12 @@ from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
 from workbench.models.parts import BlockParts, DecoderParts, decoder_parts
 from workbench.patching.engine.attend import Keys, attend, ready
-from workbench.patching.engine.window import Window
+from workbench.patching.engine.window import Spots, Window
 from workbench.tasks.base import PromptPairs
 
 log = logging.getLogger("workbench")
+_SAID: "WeakKeyDictionary[HookedModel, set[str]]" = WeakKeyDictionary()
+"""What has been said of a model that goes through hooks: once, not for every batch."""
 Residual = Float[Tensor, "variant batch slot d_model"]
 Left = Float[Tensor, "variant batch left d_model"]
 """What leaves a layer: as many slots as entered it, or after the last layer the last slot alone."""
@@ -53,6 +56,8 @@ class CleanLayer:
     v: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    together: Tensor | None
+    """The sum of the heads' outputs and the output bias, where a norm stands between it and the residual stream."""
 
     @property
     def middle(self) -> Tensor:
@@ -108,13 +113,25 @@ class Replay:
     @classmethod
     def of(cls, model: HookedModel, parts: DecoderParts, pairs: PromptPairs) -> "Replay":
         """The clean run through hooks."""
-        rotary = hooks.rotary_cos(0) in model.model.hook_dict
-        kinds = [hooks.residual_pre, hooks.attention_output, hooks.mlp_output, hooks.z, hooks.q, hooks.k, hooks.v]
-        kinds += [hooks.rotary_cos, hooks.rotary_sin] if rotary else []
-        logits, found = model.activations(
-            pairs.clean, pairs.mask, [kind(layer) for layer in range(model.n_layers) for kind in kinds]
-        )
-        clean = [_clean_layer(part, *(found[kind(layer)] for kind in kinds)) for layer, part in enumerate(parts.blocks)]
+        kinds = {
+            "pre": hooks.residual_pre,
+            "attention": hooks.attention_output,
+            "mlp": hooks.mlp_output,
+            "z": hooks.z,
+            "q": hooks.q,
+            "k": hooks.k,
+            "v": hooks.v,
+        }
+        if parts.blocks[0].post_attention is not None:
+            kinds["together"] = hooks.attention_sum
+        if hooks.rotary_cos(0) in model.model.hook_dict:
+            kinds |= {"cos": hooks.rotary_cos, "sin": hooks.rotary_sin}
+        names = [kind(layer) for layer in range(model.n_layers) for kind in kinds.values()]
+        logits, found = model.activations(pairs.clean, pairs.mask, names)
+        clean = [
+            _clean_layer(part, {name: found[kind(layer)] for name, kind in kinds.items()})
+            for layer, part in enumerate(parts.blocks)
+        ]
         return cls(model, parts, pairs.mask, clean, logits)
 
     def rows(self, index: Tensor) -> "Replay":
@@ -244,6 +261,7 @@ class Replay:
                 Keys(k=k, v=v, visible=window.visible),
                 part.scale,
                 part.softmax_in_float32,
+                part.soft_cap,
             )
         else:
             z = attend(
@@ -252,9 +270,10 @@ class Replay:
                 None,
                 part.scale,
                 part.softmax_in_float32,
+                part.soft_cap,
             )
         change = z - window.at(clean.z)[..., heads, :]
-        return change.flatten(-2) @ part.weight_o[heads].flatten(0, 1)
+        return self.added(layer, change.flatten(-2) @ part.weight_o[heads].flatten(0, 1), window)
 
     def head_changes(
         self,
@@ -276,7 +295,12 @@ class Replay:
         q, k, v = (mixed[name].expand(len(value), *mixed[name].shape[1:]) for name in ("q", "k", "v"))
         if composition == "q":
             z = attend(
-                q, Keys(k=clean.k, v=clean.v, visible=self._up_to(window)), None, part.scale, part.softmax_in_float32
+                q,
+                Keys(k=clean.k, v=clean.v, visible=self._up_to(window)),
+                None,
+                part.scale,
+                part.softmax_in_float32,
+                part.soft_cap,
             )
         else:
             z = attend(
@@ -285,11 +309,13 @@ class Replay:
                 Keys(k=k, v=v, visible=window.visible),
                 part.scale,
                 part.softmax_in_float32,
+                part.soft_cap,
             )
         receivers = self.parts.n_heads if composition == "q" else self.parts.n_kv_heads
         change = (z - window.at(clean.z)).unflatten(3, (receivers, -1)).flatten(4)
         weights = part.weight_o.unflatten(0, (receivers, -1)).flatten(1, 2)
-        return torch.einsum("sbnrw,rwd->srbnd", change[:, :, :, list(heads)], weights[list(heads)]).flatten(0, 1)
+        change = torch.einsum("sbnrw,rwd->srbnd", change[:, :, :, list(heads)], weights[list(heads)]).flatten(0, 1)
+        return self.added(layer, change, window)
 
     def written_by_heads(
         self,
@@ -304,7 +330,18 @@ class Replay:
         z = z.expand(len(self.mask), *z.shape[1:])
         change = window.at((z - self.clean[layer].z)[:, :, list(heads)])
         change = torch.einsum("bshd,hdm->hbsm", change, self.parts.blocks[layer].weight_o[list(heads)])
+        change = self.added(layer, change, window)
         return torch.where(where[:, None, ..., None], change, 0.0).flatten(0, 1)
+
+    def added(
+        self, layer: int, change: Float[Tensor, "variant batch slot d_model"], place: Window | Spots
+    ) -> Float[Tensor, "variant batch slot d_model"]:
+        """What a change in the sum of a layer's head outputs changes in what attention adds to the residual stream:
+        itself, but where a norm stands between, which is computed anew."""
+        clean, part = self.clean[layer], self.parts.blocks[layer]
+        if clean.together is None:
+            return change
+        return part.added(place.at(clean.together) + change) - place.at(clean.attention)
 
     def _block(self, layer: int, residual: Residual, window: Window, inputs: Inputs | None) -> Left:
         part, clean = self.parts.blocks[layer], self.clean[layer]
@@ -345,9 +382,9 @@ class Replay:
                     None if prefix is None else prefix.per_query_head(heads // kv_heads),
                 )
             new = Keys(k=_with(new.k, inputs.k, inputs.where), v=_with(new.v, inputs.v, inputs.where), visible=visible)
-        z = attend(q, prefix, new, part.scale, part.softmax_in_float32)
+        z = attend(q, prefix, new, part.scale, part.softmax_in_float32, part.soft_cap)
         written = z.flatten(-2) @ part.weight_o.flatten(0, 1)
-        middle = residual + (written if part.bias_o is None else written + part.bias_o)
+        middle = residual + part.added(written if part.bias_o is None else written + part.bias_o)
         read = _replaced(residual if part.parallel else middle, inputs)
         return middle + part.mlp(part.norm_mlp(read))
 
@@ -367,20 +404,13 @@ class Replay:
         return (positions <= window.index[..., None]) & self.mask[:, None] | (positions == window.index[..., None])
 
 
-def _clean_layer(
-    part: BlockParts,
-    pre: Tensor,
-    attention: Tensor,
-    mlp: Tensor,
-    z: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *rotary: Tensor,
-) -> CleanLayer:
-    cos, sin = (angle.expand(len(pre), *angle.shape[1:]) for angle in rotary) if rotary else (None, None)
-    q, k = ready(q, part.q_norm, cos, sin), ready(k, part.k_norm, cos, sin)
-    return CleanLayer(pre=pre, attention=attention, mlp=mlp, z=z, q=q, k=k, v=v, cos=cos, sin=sin)
+def _clean_layer(part: BlockParts, values: Mapping[str, Tensor]) -> CleanLayer:
+    batch = len(values["pre"])
+    angles = {name: values[name].expand(batch, *values[name].shape[1:]) for name in ("cos", "sin") if name in values}
+    cos, sin = angles.get("cos"), angles.get("sin")
+    rotated = {"q": ready(values["q"], part.q_norm, cos, sin), "k": ready(values["k"], part.k_norm, cos, sin)}
+    as_they_are = {name: values[name] for name in ("pre", "attention", "mlp", "z", "v")}
+    return CleanLayer(**as_they_are, **rotated, cos=cos, sin=sin, together=values.get("together"))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: slice | Tensor) -> Tensor:
@@ -421,7 +451,7 @@ def replay_of(model: HookedModel, pairs: PromptPairs) -> Replay | None:
     model.require_eval()
     because = "its blocks do more than the replay knows"
     try:
-        parts = decoder_parts(model)
+        parts = decoder_parts(model, post_norms=True)
         replay = None if parts is None else Replay.of(model, parts, pairs)
         if replay is not None and replay.agrees():
             return replay
@@ -429,5 +459,7 @@ def replay_of(model: HookedModel, pairs: PromptPairs) -> Replay | None:
         raise
     except Exception as error:  # arithmetic that a part of the model does not take, such as a mixture of experts
         because += f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
-    log.warning("%s: patching goes through hooked forwards, which is slow: %s", model.name, because)
+    if because not in _SAID.setdefault(model, set()):
+        _SAID[model].add(because)
+        log.warning("%s: patching goes through hooked forwards, which is slow: %s", model.name, because)
     return None
