@@ -118,10 +118,10 @@ def _row(method: str, inquiry: Inquiry, whole: Faithfulness) -> dict[str, Any] |
     """A method's ranking on fresh prompts."""
     if method == "path_patching" and not inquiry.stages:
         return None  # its stages are not known
-    plain, start = _forward(inquiry), time.perf_counter()
+    plain, start = _forward(inquiry), time.process_time()
     finder = method_named(method, OPTIONS.get(method, {}))
     result = finder.find(inquiry)
-    seconds, total = time.perf_counter() - start, len(inquiry.model.heads)
+    seconds, total = time.process_time() - start, len(inquiry.model.heads)
     counts = {share: max(1, round(share * total)) for share in SHARES}
     curve = faithfulness_curve(
         whole, result.ranking, sizes=(*default_sizes(total), *counts.values()), random_rankings=0
@@ -141,13 +141,13 @@ def _row(method: str, inquiry: Inquiry, whole: Faithfulness) -> dict[str, Any] |
 
 
 def _forward(inquiry: Inquiry) -> float:
-    """Seconds of a plain forward over the discovery prompts: the median of three."""
+    """Processor seconds of a plain forward over the discovery prompts: the median of three."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.no_grad():
             inquiry.model.final_logits(inquiry.pairs.clean, inquiry.pairs.mask)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return sorted(seconds)[1]
 
 
