@@ -43,6 +43,7 @@ ACTS, LOOKS, WRITES = 0.1, 0.15, 0.1
 many nats."""
 RANDOM, STORIES, PATHS = 40, 120, 24
 """Random circuits; fresh stories, and those of them for the paths."""
+TITLE = "Theory of mind in the teacher: heads by what they look at"
 QUIET = Execution(progress=False)
 log = logging.getLogger("mind_circuit")
 
@@ -72,7 +73,6 @@ def main() -> int:
         execution=QUIET,
     )
     log.info("paths done")
-    placed = Circuit.of(named(members, looks), shape=circuit.shape, method=circuit.method)
     storage.write_json(
         FOLDER / "heads.json",
         {
@@ -86,11 +86,9 @@ def main() -> int:
             "carries": carries(remaining, circuit, ablate(model, prompts.discovery, means, execution=QUIET)),
         },
     )
-    drawn = [place for place in PLACES if place in {member.position for member in members}]
-    figure = circuit_graph(
-        placed, among(paths, circuit), positions=drawn, title="Theory of mind in the mixture's teacher"
-    )
-    save_figure(figure, FIGURE)
+    placed = Circuit.of(drawn(members, looks), shape=circuit.shape, method=circuit.method)
+    columns = [place for place in PLACES if place in {member.position for member in placed.members}]
+    save_figure(circuit_graph(placed, among(paths, circuit), positions=columns, title=TITLE), FIGURE)
     return 0
 
 
@@ -114,21 +112,17 @@ def acting(circuit: Circuit, costs: dict[tuple[Head, str], float]) -> list[Membe
     return sorted(members)
 
 
-def named(members: Sequence[Member], looks: Scores) -> list[Member]:
-    """The members, with what they look at most for a role (a narrow position before one that holds it)."""
+def drawn(members: Sequence[Member], looks: Scores) -> list[Member]:
+    """Each head once, at the last place where it is needed, with what it looks at most from there for a role (a narrow
+    position before one that holds it)."""
     names, at = looks.labels["position"], looks.values.nanmean(-1)
     narrow = [place for place, name in enumerate(names) if name not in ("states", "visibility", FIRST)]
-    roles = []
-    for row, member in enumerate(members):
+    latest = {}
+    for row, member in sorted(enumerate(members), key=lambda one: PLACES.index(one[1].position)):
         values = at[row].tolist()
-        best = max(narrow, key=lambda place: values[place])
-        if values[best] < LOOKS:
-            best = max(range(len(names)), key=lambda place: values[place])
-        words = names[best].replace("_", " ")
-        roles.append(
-            Member(member.head, f"looks at {words}" if values[best] >= LOOKS else "looks around", member.position)
-        )
-    return sorted(roles)
+        role = names[max(narrow, key=lambda place: values[place])].replace("_", " ")
+        latest[member.head] = Member(member.head, role, member.position)
+    return sorted(latest.values())
 
 
 def senders(circuit: Circuit) -> list[Any]:

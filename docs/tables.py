@@ -303,13 +303,13 @@ def discovery(subject: str) -> str:
         values = [*(found["faithfulness"][share] for share in shares), found["cpr"], found["cmd"]]
         alone = f"{len(found['circuit'])} ({found['circuit_faithfulness']:.2f})"
         cost = f"{found['seconds_in_forwards']:.0f}"
-        return [f"`{method}`", *(f"{value:.2f}" for value in values), alone, cost, f"{found['runs_at_most']:,}"]
+        cells = [*(f"{value:.2f}" for value in values), alone, cost, f"{found['runs_at_most']:,}"]
+        return [f"`{method}`", *(cell.replace("-0.00", "0.00").replace("-", MINUS) for cell in cells)]
 
     sizes = next(iter(rows.values()))["sizes"]
     titles = [f"{float(share):.0%} ({sizes[share]})".replace("%", f"{HARD}%") for share in shares]
     head = ("method", *titles, "CPR", "CMD", "circuit's heads (f)", "cost", "runs at most")
-    lines = markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
-    return lines.replace("-0.00", "0.00").replace("| -", f"| {MINUS}")
+    return markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
 
 
 def worth() -> str:
