@@ -90,7 +90,7 @@ SUBJECTS: Mapping[str, Subject] = {
 
 def main() -> int:
     """The subjects that are named, or all of bundled models."""
-    named = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    named = {name: path for name, _, path in (word.partition("=") for word in sys.argv[1:])}
     named = named or {name: "" for name, subject in SUBJECTS.items() if subject.model != SMOLLM2}
     if unknown := [name for name in named if name not in SUBJECTS]:
         log.error("no subject %s; there are %s", ", ".join(unknown), ", ".join(SUBJECTS))

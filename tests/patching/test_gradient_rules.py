@@ -147,8 +147,9 @@ def by_hand(plain: LlamaForCausalLM, rule: Rule, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(type(plain.model.norm), "forward", norm)
         patch.setattr(torch.nn.functional, "softmax", softmax)
-        for layer in plain.model.layers:
-            mlp: Any = layer.mlp
+        layers: Any = plain.model.layers
+        for layer in layers:
+            mlp = layer.mlp
             handles += [each.register_forward_hook(scaled(0.5)) for each in (mlp.up_proj, mlp.act_fn)]
             if rule == "relp":
                 patch.setattr(mlp.act_fn, "forward", lambda x: x * torch.sigmoid(x).detach())
