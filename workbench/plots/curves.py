@@ -38,6 +38,8 @@ def faithfulness_figure(
             legend = (
                 f"{name}: CPR {curve.cpr:.2f} (random {curve.random_cpr[0]:.2f}), CMD {curve.cmd:.2f} (random "
                 f"{curve.random_cmd[0]:.2f})"
+                if curve.random
+                else f"{name}: CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}"
             )
             figure.add_scatter(
                 x=_scaled(curve.sizes),
