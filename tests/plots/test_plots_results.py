@@ -105,7 +105,7 @@ class TestReport:
             "scripts are in the page, or data"
         )
         assert "default-src 'none'" in page
-        assert '"showSendToCloud": false' in page
+        assert '"showSendToCloud":false' in page
 
     def test_plotly_is_embedded_once_and_only_if_needed(self, page: str) -> None:
         assert len(re.findall(r"plotly\.js v\d", page)) == 1
