@@ -195,7 +195,11 @@ def saved_over(page: Any, file: Path) -> None:
 
 
 def on_a_phone(page: Any) -> None:
+<<<<<<< HEAD
     """At 390 pixels nothing scrolls sideways; a tap on a head, also from further down, brings its card into view."""
+=======
+    """At 390 pixels nothing scrolls sideways, and a tap on a head, from the map or further down, shows its card."""
+>>>>>>> expl
     page.set_viewport_size({"width": 390, "height": 844})
     chip = f'[data-circuit="teacher"] .chip button:has-text("{HEAD}")'
     for name, target in (("L2H3", cell("L2H3")), (HEAD, chip)):
@@ -203,6 +207,7 @@ def on_a_phone(page: Any) -> None:
         page.wait_for_selector(f'[data-in-view="{name}"]')
         settle(page)
         assert in_window(page, f'[data-in-view="{name}"]')
+        assert in_window(page, "[data-strip]"), "its attention too, not its title alone"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.click('[data-do="back"]')
     assert in_window(page, cell("L2H3"))
