@@ -195,11 +195,7 @@ def saved_over(page: Any, file: Path) -> None:
 
 
 def on_a_phone(page: Any) -> None:
-<<<<<<< HEAD
     """At 390 pixels nothing scrolls sideways; a tap on a head, also from further down, brings its card into view."""
-=======
-    """At 390 pixels nothing scrolls sideways, and a tap on a head, from the map or further down, shows its card."""
->>>>>>> expl
     page.set_viewport_size({"width": 390, "height": 844})
     chip = f'[data-circuit="teacher"] .chip button:has-text("{HEAD}")'
     for name, target in (("L2H3", cell("L2H3")), (HEAD, chip)):
