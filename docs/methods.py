@@ -2,15 +2,18 @@
 
 Each method ranks the heads of a model on its discovery prompts, with its default options but for those in `OPTIONS`;
 what the first 5, 10 and 20 % of the heads keep of the logit difference is measured on fresh prompts, everything else
-mean-ablated, heads kept at all positions; CPR and CMD are the areas over all sizes, by heads. A subject whose file is
-there is not done again. `python -m docs.methods SUBJECT ...` does some.
+ablated, heads kept at all positions; CPR and CMD are the areas over all sizes, by heads. A method whose row is there,
+with the options that it has today, is not done again. `python -m docs.methods SUBJECT ...` does some;
+`python -m docs.methods smollm2-ioi=PATH.gguf` those of a model that is not bundled.
 """
 
+import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,14 @@ from workbench.circuits.methods.base import Inquiry
 from workbench.circuits.methods.registry import OURS, method_named
 from workbench.patching.ablation import reference_means
 from workbench.patching.execution import Execution
+from workbench.patching.replacement import Replacement, counterfactual_outputs
 from workbench.storage.provenance import provenance
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import METRICS
 
 FOLDER = Path(__file__).parents[1] / "assets/results/discovery"
-SHARES = (0.05, 0.1, 0.2)
+SHARES = (0.05, 0.1, 0.2, 0.3)
+SMOLLM2 = "SmolLM2-135M-Instruct"
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "elimination": {"to_the_end": True},
     "elimination_by_gates": {"to_the_end": True},
@@ -41,44 +46,87 @@ log = logging.getLogger("methods")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A bundled model and a task, with the scenes of each use (the tasks ask about a scene once, or once a box)."""
+    """A model and a task, with the scenes of each use (the tasks ask about a scene once, or once a box)."""
 
     model: str
+    """Bundled; or a name, for which the command gives a path."""
     task: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
     reference: int
     discovery: int
     test: int
+    counterfactual: bool = False
+    """Ablated heads take their output on the prompt's corrupt counterpart, in place of the reference prompts' mean."""
+    methods: tuple[str, ...] = tuple(OURS)
+    """Those that this model's size allows."""
 
 
+AFFORDABLE = tuple(name for name in OURS if name not in ("elimination", "learned_gates", "greedy"))
+"""For 270 heads: exact elimination would take up to 36,000 forwards, learned gates and `greedy` measure every size."""
 SUBJECTS: Mapping[str, Subject] = {
     "entity-teacher": Subject(
         model="teacher", task="entity_tracking", options={"boxes": 5}, reference=8, discovery=6, test=16
     ),
     **{
-        f"{short}-{part}": Subject(model=f"mixture-{part}", task=task, options={}, reference=40, discovery=40, test=80)
+        f"{short}-{part}": Subject(model=f"mixture-{part}", task=task, reference=40, discovery=40, test=80)
         for part in ("teacher", "student")
         for short, task in (("mind", "theory_of_mind"), ("ioi", "ioi"), ("operations", "entity_operations"))
     },
+    "smollm2-ioi": Subject(
+        model=SMOLLM2, task="ioi", reference=1, discovery=8, test=12, counterfactual=True, methods=AFFORDABLE
+    ),
+    "smollm2-boxes": Subject(
+        model=SMOLLM2,
+        task="entity_tracking",
+        options={"boxes": 3},
+        reference=1,
+        discovery=2,
+        test=4,
+        counterfactual=True,
+        methods=AFFORDABLE,
+    ),
 }
 
 
 def main() -> int:
-    """The subjects that are named, or all."""
-    names = sys.argv[1:] or list(SUBJECTS)
-    if unknown := [name for name in names if name not in SUBJECTS]:
+    """The subjects that are named, or all of bundled models."""
+    named = {name: path for name, _, path in (word.partition("=") for word in sys.argv[1:])}
+    named = named or {name: "" for name, subject in SUBJECTS.items() if subject.model != SMOLLM2}
+    if unknown := [name for name in named if name not in SUBJECTS]:
         log.error("no subject %s; there are %s", ", ".join(unknown), ", ".join(SUBJECTS))
         return 2
-    for name in names:
-        if not (FOLDER / f"{name}.json").exists():
-            storage.write_json(FOLDER / f"{name}.json", compared(name))
+    for name, path in named.items():
+        if SUBJECTS[name].model == SMOLLM2 and not path:
+            log.error("%s needs the model's file: python -m docs.methods %s=PATH.gguf", name, name)
+            return 2
+        compare(name, path or SUBJECTS[name].model)
     return 0
 
 
-def compared(name: str) -> dict[str, Any]:
-    """All methods on one subject."""
-    subject = SUBJECTS[name]
-    model = wb.Teacher.load(subject.model)
+def compare(name: str, model: str) -> None:
+    """All methods on one subject; its file is written after each."""
+    subject, file = SUBJECTS[name], FOLDER / f"{name}.json"
+    rows = storage.read_json(file)["methods"] if file.exists() else {}
+    missing = [method for method in subject.methods if rows.get(method, {}).get("options") != options_now(method)]
+    inquiry, whole, about = (None, None, {}) if not missing else _asked(subject, model)
+    for method in missing:
+        assert inquiry is not None
+        assert whole is not None
+        log.info("%s: %s", name, method)
+        rows[method] = _row(method, inquiry, whole)
+        rows = {known: rows[known] for known in OURS if known in rows}
+        command = {"command": f"python -m docs.methods {name}", "commit": provenance()["commit"], "seed": 0}
+        storage.write_json(file, {**command, **about, "methods": rows})
+
+
+def options_now(method: str) -> dict[str, Any]:
+    """All options of a method as this table sets them."""
+    return json.loads(json.dumps(asdict(method_named(method, OPTIONS.get(method, {})))))  # pyright: ignore[reportArgumentType]
+
+
+def _asked(subject: Subject, source: str) -> tuple[Inquiry, Faithfulness, dict[str, Any]]:
+    """(what the methods are asked, how their rankings are measured, the file's words about both)."""
+    model = wb.Teacher.load(source)
     task = wb.task(subject.task, **subject.options)
     calibration = task.pairs(model, scenes=subject.reference + subject.discovery)
     test = task.pairs(model, scenes=subject.test, split="test")
@@ -87,41 +135,42 @@ def compared(name: str) -> dict[str, Any]:
     per_position = bool(
         calibration.mask.all() and test.mask.all() and calibration.clean.shape[1] == test.clean.shape[1]
     )
-    means = reference_means(model, reference, per_position=per_position)
+    if subject.counterfactual:
+        words = "the prompt's own corrupt run"
+        stand_in: Callable[[PromptPairs], Replacement] = partial(counterfactual_outputs, model)
+    else:
+        words = "mean, position by position" if per_position else "mean, over all tokens"
+        means = reference_means(model, reference, per_position=per_position)
+        stand_in = lambda pairs: means  # noqa: E731
     inquiry = Inquiry(
         model=model,
         pairs=discovery,
         metric=METRICS["logit_difference"],
         config=DiscoveryConfig(metric="logit_difference"),
-        stand_in=lambda pairs: (means, f"mean over {len(reference)} reference prompts"),
+        stand_in=lambda pairs: (stand_in(pairs), words),
         stages=task.stages,
         execution=QUIET,
     )
-    whole = Faithfulness(model, test, means, metric="logit_difference", execution=QUIET)
-    rows = {method: row for method in OURS if (row := _row(method, inquiry, whole)) is not None}
-    return {
-        "command": f"python -m docs.methods {name}",
-        "commit": provenance()["commit"],
+    whole = Faithfulness(model, test, stand_in(test), metric="logit_difference", execution=QUIET)
+    about = {
         "model": subject.model,
         "task": subject.task,
         "heads": len(model.heads),
         "prompts": {"reference": len(reference), "discovery": len(discovery), "test": len(test)},
         "accuracy": _accuracy(model, test),
         "metric": "logit difference",
-        "ablation": "mean, position by position" if per_position else "mean, over all tokens",
+        "ablation": words,
         "scope": "everywhere",
-        "methods": rows,
     }
+    return inquiry, whole, about
 
 
-def _row(method: str, inquiry: Inquiry, whole: Faithfulness) -> dict[str, Any] | None:
+def _row(method: str, inquiry: Inquiry, whole: Faithfulness) -> dict[str, Any]:
     """A method's ranking on fresh prompts."""
-    if method == "path_patching" and not inquiry.stages:
-        return None  # its stages are not known
-    plain, start = _forward(inquiry), time.perf_counter()
+    plain, start = _forward(inquiry), time.process_time()
     finder = method_named(method, OPTIONS.get(method, {}))
     result = finder.find(inquiry)
-    seconds, total = time.perf_counter() - start, len(inquiry.model.heads)
+    seconds, total = time.process_time() - start, len(inquiry.model.heads)
     counts = {share: max(1, round(share * total)) for share in SHARES}
     curve = faithfulness_curve(
         whole, result.ranking, sizes=(*default_sizes(total), *counts.values()), random_rankings=0
@@ -135,19 +184,20 @@ def _row(method: str, inquiry: Inquiry, whole: Faithfulness) -> dict[str, Any] |
         "runs_at_most": finder.runs(total, inquiry.model.n_layers),
         "seconds_in_forwards": seconds / plain,
         "circuit": [str(head) for head in result.circuit.heads],
+        "circuit_faithfulness": whole.of(result.circuit.heads),
         "ranking": [str(head) for head in result.ranking],
-        "options": dict(OPTIONS.get(method, {})),
+        "options": options_now(method),
     }
 
 
 def _forward(inquiry: Inquiry) -> float:
-    """Seconds of a plain forward over the discovery prompts: the median of three."""
+    """Processor seconds of a plain forward over the discovery prompts: the median of three."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.no_grad():
             inquiry.model.final_logits(inquiry.pairs.clean, inquiry.pairs.mask)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return sorted(seconds)[1]
 
 
@@ -158,5 +208,5 @@ def _accuracy(model: wb.Teacher, pairs: PromptPairs) -> float:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     sys.exit(main())

@@ -62,6 +62,8 @@ FORECASTS = {
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
 }
+DISCOVERIES = ("mind-teacher", "mind-student")
+"""Subjects of `python -m docs.methods` that a page shows."""
 VARIANTS = {
     "as-it-is": "the method as it is",
     "procrustes": "Procrustes in place of CKA",
@@ -292,6 +294,85 @@ def over_seeds(values: Sequence[float]) -> str:
     return with_interval(statistics.mean_interval(values).to_json())
 
 
+def discovery(subject: str) -> str:
+    """Every method of discovery on one model and task, those with the largest CPR first."""
+    rows = storage.read_json(RESULTS / f"discovery/{subject}.json")["methods"]
+    shares = list(next(iter(rows.values()))["faithfulness"])
+
+    def row(method: str) -> list[str]:
+        found = rows[method]
+        values = [*(found["faithfulness"][share] for share in shares), found["cpr"], found["cmd"]]
+        alone = f"{len(found['circuit'])} ({found['circuit_faithfulness']:.2f})"
+        cost = f"{found['seconds_in_forwards']:.0f}"
+        cells = [*(f"{value:.2f}" for value in values), alone, cost, f"{found['runs_at_most']:,}"]
+        return [f"`{method}`", *(cell.replace("-0.00", "0.00").replace("-", MINUS) for cell in cells)]
+
+    sizes = next(iter(rows.values()))["sizes"]
+    titles = [f"{float(share):.0%} ({sizes[share]})".replace("%", f"{HARD}%") for share in shares]
+    head = ("method", *titles, "CPR", "CMD", "circuit's heads (f)", "cost", "runs at most")
+    return markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
+
+
+def worth() -> str:
+    """What the first heads of each method's rankings are worth for distillation."""
+    found = storage.read_json(RESULTS / "discovery/mind-worth.json")
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"].values()))
+    seeds = sorted({row["seed"] for row in found["rows"].values()})
+
+    def of(method: str, arm: str, seed: int) -> float | None:
+        row = found["rows"].get(f"{method}, {arm}, seed {seed}")
+        return None if row is None else row["accuracy"]
+
+    def row(method: str) -> list[str]:
+        plain, aligned = (mean([of(method, arm, seed) for seed in seeds]) for arm in ("circuit CE", "CE + CKA"))
+        gain = DASH if plain is None or aligned is None else f"{aligned - plain:+.3f}".replace("-", MINUS)
+        cka = mean([each["cka_before"] for each in found["rows"].values() if each["method"] == method])
+        return [f"`{method}`", number(plain), number(aligned), gain, number(cka, 2)]
+
+    base = ["untrained student", number(found["base"]), DASH, DASH, DASH]
+    head = ("circuits by", "circuit CE", "CE + CKA", "difference", "pairs' CKA before")
+    return markdown(head, [base, *map(row, methods)])
+
+
+def mind_heads() -> str:
+    """Theory of mind's circuit head by head: where each is needed, what it looks at, reads and writes."""
+    heads = storage.read_json(RESULTS / "mind_circuit/heads.json")["heads"]
+
+    def listed(values: Mapping[str, float], form: str, most: int = 3) -> str:
+        some = list(values.items())[:most]
+        return ", ".join(f"{name} {value:{form}}" for name, value in some).replace("-", MINUS).replace("_", " ") or DASH
+
+    def rows() -> Iterable[list[str]]:
+        for head, of in heads.items():
+            reads = {name.replace(" -> ", " into "): value for name, value in of["reads"].items()}
+            for place, looks in of["looks"].items():
+                cost = f"{of['costs'][place]:.2f}".replace("-", MINUS)
+                first = place == next(iter(of["looks"]))
+                beside = [listed(reads, ".1f"), listed(of["writes"], ".1f")] if first else ["", ""]
+                yield [head, place.replace("_", " "), cost, listed(looks, ".2f", 2), *beside]
+
+    return markdown(("head", "needed at", "costs", "looks at", "reads", "writes into"), rows())
+
+
+def mind_carries() -> str:
+    """What that circuit carries beside random ones and the strongest single ablations."""
+    of = storage.read_json(RESULTS / "mind_circuit/heads.json")["carries"]
+    size = of["size"]
+    rows = [
+        ["the whole model", number(of["whole"]["accuracy"])],
+        [f"**the circuit, {size} heads**", number(of["circuit"]["accuracy"])],
+        [f"the {size} of largest single ablation", number(of["top by single ablation"]["accuracy"])],
+        ["the six of largest single ablation", number(of["top six by single ablation"]["accuracy"])],
+        [
+            f"{size} random heads: mean of {of['random']['circuits']}, most",
+            f"{number(of['random']['mean'])}, {number(of['random']['most'])}",
+        ],
+        ["no head", number(of["nothing"]["accuracy"])],
+        ["the model without the circuit", number(of["without it"])],
+    ]
+    return markdown(("kept, all other heads at their mean", "accuracy"), rows)
+
+
 def mixture() -> str:
     """Accuracy of the mixture's models on every task."""
     found = [
@@ -391,6 +472,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-methods": lambda: gains(
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
+    **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
+    "worth": worth,
+    "mind-heads": mind_heads,
+    "mind-carries": mind_carries,
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),

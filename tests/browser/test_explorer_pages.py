@@ -109,6 +109,9 @@ def test_the_command_lines_page(
     )
     page = watched.page
     page.goto(line_with("http://").split()[-1])
+    settle(page)
+    strongest = page.locator("[data-in-view]").get_attribute("data-in-view")
+    assert "rank 1 of 48" in page.get_attribute(cell(strongest), "data-tip"), "what helps most is in view at the start"
     times = look_and_pick(page)
     assert number(page, RECOVERED) != 0.0, "two heads of the circuit move its numbers"
     page.wait_for_selector('[data-circuit="teacher"] .delta')
@@ -118,7 +121,8 @@ def test_the_command_lines_page(
     page.fill('input[name="file"]', "picked.json")
     page.click('[data-do="save"]')
     page.locator(".message", has_text="saved").wait_for()
-    assert (tmp_path / "picked.json").exists()
+    saved_over(page, tmp_path / "picked.json")
+    on_a_phone(page)
     for method in ("zero", "activation"):
         times |= heat_map(page, method)
     report(capsys, "command line's page, bundled teacher and student", times)
@@ -173,6 +177,44 @@ def walk(page: Any) -> None:
     page.keyboard.press("Control+z")
     page.wait_for_selector(f"{cell('L1H5')}:not(.member)")
     settle(page)
+
+
+def saved_over(page: Any, file: Path) -> None:
+    """A circuit's file is overwritten by another circuit only after a second click, which is in the window."""
+    before = file.read_bytes()
+    page.click(f'[data-circuit="teacher"] [aria-label="Drop {OTHER}"]')
+    page.wait_for_selector(f"{cell(OTHER)}:not(.member)")
+    settle(page)
+    page.click('[data-do="save"]')
+    page.wait_for_selector('[data-do="overwrite"]')
+    assert file.read_bytes() == before
+    assert in_window(page, '[data-do="overwrite"]')
+    page.click('[data-do="overwrite"]')
+    page.locator(".message", has_text="saved").wait_for()
+    assert file.read_bytes() != before
+
+
+def on_a_phone(page: Any) -> None:
+    """At 390 pixels nothing scrolls sideways, and a tap on a head, also from further down, brings its card into view."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    chip = f'[data-circuit="teacher"] .chip button:has-text("{HEAD}")'
+    for name, target in (("L2H3", cell("L2H3")), (HEAD, chip)):
+        page.click(target)
+        page.wait_for_selector(f'[data-in-view="{name}"]')
+        settle(page)
+        assert in_window(page, f'[data-in-view="{name}"]')
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click('[data-do="back"]')
+    assert in_window(page, cell("L2H3"))
+    page.set_viewport_size({"width": 1280, "height": 1000})
+
+
+def in_window(page: Any, selector: str) -> bool:
+    """Whether an element is wholly in the window, without scrolling."""
+    return page.locator(selector).first.evaluate(
+        "node => { const box = node.getBoundingClientRect();"
+        " return box.top >= 0 && box.left >= 0 && box.bottom <= innerHeight && box.right <= innerWidth; }"
+    )
 
 
 def typed(page: Any) -> None:

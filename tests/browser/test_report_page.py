@@ -3,6 +3,7 @@ printed, nothing fetched."""
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 from browser_pages import Watched, watched_page
 from plotly import graph_objects as go
 
+from tests.plots.plot_results import figures, results
 from workbench.cli import main
+from workbench.plots.table import results_html
+from workbench.plots.theme import DARK, LIGHT
 from workbench.report.page import Section, report_html
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -69,4 +73,34 @@ def test_printing_draws_what_is_still_waiting(watched: Watched, tmp_path: Path) 
     assert printed.startswith(b"%PDF")
     assert printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page ") + printed.count(b"/Type/Page") >= 1
     assert page.evaluate(DRAWN) >= 4
+    assert watched.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_every_figure_whole(watched: Watched, tmp_path: Path, scheme: Any) -> None:
+    """Nothing is wider than the screen, the page has the system's colours, and a wider window draws them wide again."""
+    sections = [
+        Section(
+            heading=name,
+            figure=partial(lambda theme, name: figures(theme)[name], name=name),
+            html=results_html(results()),
+        )
+        for name in ("heads", "results", "matching change", "CKA change")
+    ]
+    (tmp_path / "report.html").write_text(report_html("Report", sections, opening=["Found."]))
+    page = watched.page
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector('html[data-drawn="all"]', state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    rights = "[...document.querySelectorAll('figure text')].map(each => each.getBoundingClientRect().right)"
+    assert max(page.evaluate(rights)) <= 390
+    theme = {"light": LIGHT, "dark": DARK}[scheme]
+    red, green, blue = (int(theme.background[at : at + 2], 16) for at in (1, 3, 5))
+    papers = "[document.body, ...document.querySelectorAll('figure .main-svg:first-child')]"
+    painted = page.evaluate(f"{papers}.map(each => getComputedStyle(each).backgroundColor)")
+    assert set(painted) == {f"rgb({red}, {green}, {blue})"}
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.wait_for_function("document.querySelector('figure .main-svg').clientWidth > 390")
     assert watched.errors == []

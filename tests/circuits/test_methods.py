@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("elimination", "elimination_by_gates", "greedy"), TO_KEEP),
     "learned_gates": {**TO_KEEP, "steps": 60, "batch": 6, "learning_rate": 0.2, "penalty": 1.0},  # or all gates close
 }
-GRADIENTS = ("eap", "eap_ig")
+GRADIENTS = ("eap", "eap_ig", "relp", "gim")
 QUIET = Execution(progress=False)
 
 

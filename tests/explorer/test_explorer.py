@@ -203,7 +203,8 @@ def test_a_typed_pair(session: Session) -> None:
     [
         ({"corrupt": "Box F contains the"}, "equal prompt lengths"),
         ({"clean": "The zeppelin is in Box F. Box F contains the"}, "'zeppelin'"),
-        ({"answer": "zeppelin"}, "one known token"),
+        ({"answer": "zeppelin"}, "answer 'zeppelin' is unknown to this tokenizer; it must be one known token"),
+        ({"distractor": "book key"}, "distractor 'book key' has 2 tokens; it must be one known token"),
         ({"answer": ""}, "empty"),
         ({"clean": "  "}, "empty"),
         ({"distractor": " apple"}, "both"),
@@ -287,6 +288,19 @@ def test_a_circuit_is_saved_where_it_may_be(session: Session, tmp_path: Any) -> 
     assert session.handle({"do": "save", "side": "student", "name": "mine.json"})["error"] is None, (
         "a circuit may be saved again"
     )
+    before = (tmp_path / "mine.json").read_bytes()
+    settled(session, do="toggle", side="student", head="L0H1")
+    for answer in (None, False, 1, "yes"):
+        asked = session.handle({"do": "save", "side": "student", "name": "mine", "overwrite": answer})
+        assert asked["asks"]
+        assert "holds another circuit (1 head); overwrite it" in asked["error"]
+        assert (tmp_path / "mine.json").read_bytes() == before
+    told = session.handle({"do": "save", "side": "student", "name": "mine", "overwrite": True})
+    assert (told["error"], told["asks"]) == (None, False)
+    assert Circuit.from_json(json.loads((tmp_path / "mine.json").read_text())) == session.state.circuits["student"]
+    empty = session.handle({"do": "save", "side": "teacher", "name": "mine", "overwrite": True})
+    assert "is empty; add a head" in empty["error"]
+    assert not empty["asks"]
     (tmp_path / "precious.json").write_text("[1, 2]")
     for name in ("precious", "../mine.json", "a/b.json", ".hidden", "..\\x", str(tmp_path / "there.json")):
         assert session.handle({"do": "save", "side": "student", "name": name})["error"], name

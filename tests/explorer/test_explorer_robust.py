@@ -86,7 +86,7 @@ def test_odd_values_get_an_answer_and_change_nothing(session: Session, do: str, 
         view = session.handle({"do": do, **whole, key: odd})
         assert time.monotonic() - start < 10
         json.dumps(view, allow_nan=False)
-        if (do, key, odd) not in (("set", "average", True), ("save", "name", "L٣H٣")):
+        if (do, key, odd) != ("set", "average", True):
             assert view["error"] is not None, (do, key, odd)
             assert len(view["error"]) <= 2000
             assert session.state == before, (do, key, odd)
@@ -121,6 +121,7 @@ def test_saving_over_what_is_no_circuit(session: Session, tmp_path: Path, kind: 
         path.write_text("[" * 20000)
     else:
         path.symlink_to(tmp_path / "nowhere" / "c.json")
+    session.handle({"do": "toggle", "side": "teacher", "head": "L0H0"})
     view = session.handle({"do": "save", "name": "c.json"})
     if kind == "dangling":
         assert view["error"] is None
@@ -132,6 +133,7 @@ def test_saving_over_what_is_no_circuit(session: Session, tmp_path: Path, kind: 
 def test_saving_where_nothing_can_be_written(session: Session, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     session.folder = tmp_path / "file"
+    session.handle({"do": "toggle", "side": "teacher", "head": "L0H0"})
     assert "can't be written" in session.handle({"do": "save", "name": "c"})["error"]
 
 

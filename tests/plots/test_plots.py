@@ -1,6 +1,7 @@
 """One theme for all; every figure renders to a picture that is not blank, and gives its numbers back as a table."""
 
 import ast
+import colorsys
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from workbench import plots
 from workbench.errors import InputError
 from workbench.plots import export
 from workbench.plots.export import browser, save_figure, to_frame
-from workbench.plots.theme import DARK, LIGHT, Theme
+from workbench.plots.theme import DARK, HELPS, HURTS, LIGHT, Theme
 
 
 def luminance(colour: str) -> float:
@@ -220,3 +221,16 @@ def test_rendered_pictures_hold_their_words(render: Callable[[go.Figure, str], b
         title = re.sub("<.*?>", "", figure.layout.title.text.split("<br>")[0])
         for word in [title, *wanted[name]]:
             assert word in words, f"{name} does not show {word!r}"
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_what_helps_has_one_colour_and_its_name(theme: Theme) -> None:
+    """Orange hues from zero up, blue ones below, zero as the background, as the words everywhere say."""
+    hues = {"orange": (15, 45), "blue": (195, 225)}
+    middle = len(theme.diverging) // 2
+    assert theme.diverging[middle] == theme.background
+    for word, colours in ((HURTS, theme.diverging[:middle]), (HELPS, theme.diverging[middle + 1 :])):
+        for colour in colours:
+            red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+            assert hues[word][0] <= 360 * colorsys.rgb_to_hsv(red, green, blue)[0] <= hues[word][1], colour
+    assert {theme.helps, theme.hurts} <= set(theme.diverging)

@@ -10,7 +10,7 @@ from tests.plots.plot_results import STUDENT, TEACHER, UNIT, everything, figures
 from workbench.circuits.curves import FaithfulnessCurve
 from workbench.errors import InputError
 from workbench.plots.curves import faithfulness_figure
-from workbench.plots.importance import head_importance
+from workbench.plots.importance import head_importance, scale_of
 from workbench.plots.theme import LIGHT
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
@@ -44,6 +44,24 @@ class TestHeads:
         assert (axis.cmin, axis.cmid, axis.cmax) == (-3, 0, 3)
         assert axis.colorscale[3] == (0.5, "#ffffff")
         assert all(trace.coloraxis == "coloraxis" for trace in head_importance({"weak": weak, "strong": strong}).data)
+
+    def test_a_few_far_heads_are_marked_and_leave_the_scale_to_the_others(self) -> None:
+        values = torch.linspace(0.1, 1.0, 32).reshape(4, 8)
+        values[0, 3], values[2, 1] = 9.0, -6.0
+        figure = head_importance({"m": Scores.of_heads(values, unit=UNIT)})
+        assert figure.layout.coloraxis.cmax == pytest.approx(1.0)
+        (marks,) = traces(figure, name="m: beyond the scale")
+        assert [(round(y), round(x)) for x, y in zip(marks.x, marks.y, strict=True)] == [(0, 3), (2, 1)]
+        text = everything(figure).replace("<br>", " ")
+        assert "The scale ends at 1" in text
+        assert "L0H3 (+9), L2H1 (-6)" in text
+
+    def test_a_scale_that_the_heads_share_ends_at_the_largest(self) -> None:
+        values = torch.linspace(0.1, 1.0, 32).reshape(4, 8)
+        assert scale_of({"m": Scores.of_heads(values, unit=UNIT)}) == pytest.approx(1.0)
+        values[0, :3] = 9.0  # more than one in 16
+        assert scale_of({"m": Scores.of_heads(values, unit=UNIT)}) == pytest.approx(9.0)
+        assert scale_of({"m": Scores.of_heads(torch.zeros(2, 2), unit=UNIT)}) == 1.0
 
     def test_hover_says_head_mean_interval_rank_and_role(self) -> None:
         scores = scores_of(4, 4)

@@ -33,8 +33,8 @@ class DiscoveryConfig:
     """Of path patching. `relative` with `probability` is Prakash's score; the default is the distillation paper's
     log-probability."""
     heads: Annotated[int, Field(ge=1)] = 6
-    """Most heads of one group (path patching), or of the circuit (`mean_ablation`, `eap`, `eap_ig`). Methods with a
-    target take as many as it needs."""
+    """Most heads of one group (path patching), or of the circuit (`mean_ablation`, `eap`, `eap_ig`, `relp`,
+    `gim`). Methods with a target take as many as it needs."""
     least_effect: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Smallest mean effect of a head, as a share of the gap between the clean and the corrupt metric; weaker heads are
     left out."""

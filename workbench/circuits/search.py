@@ -48,7 +48,7 @@ class SearchSettings(TypedDict, total=False):
     exact_from: int
     """Of `elimination_by_gates`: exact from so many parts on."""
     steps: int
-    """Of `eap_ig`: points of its integral."""
+    """Of `eap_ig` and `gim`: points of the integral; of `learned_gates`: steps of the optimiser."""
     ranking: str
     """Of `greedy`: the method whose ranking is walked."""
 
@@ -66,12 +66,12 @@ def find_circuit(
 ) -> CircuitSearch:
     """The few attention heads that do a task in a model.
 
-    `method`: `path_patching` (at most `heads` in each stage, searched backward from the logits), `mean_ablation`, `eap`
-    or `eap_ig` (the `heads` that a ranking puts first), `elimination`, `elimination_by_gates`, `greedy` or
-    `learned_gates` (as many as keep `target`, 0.9, of the accuracy), or one of an installed package; None takes path
-    patching where the pairs come from a task that declares the stages of its circuit, else `mean_ablation`. Where
-    `heads` are taken, one counts if its effect is at least `least_effect` (0.02) of the gap between clean and corrupt
-    metric (path patching) or of the whole model's metric (ablation), and its 95 % interval lies above 0: see
+    `method`: `path_patching` (at most `heads` in each stage, searched backward from the logits), `mean_ablation`,
+    `eap`, `eap_ig`, `relp` or `gim` (the `heads` that a ranking puts first), `elimination`, `elimination_by_gates`,
+    `greedy` or `learned_gates` (as many as keep `target`, 0.9, of the accuracy), or one of an installed package; None
+    takes path patching where the pairs come from a task that declares the stages of its circuit, else `mean_ablation`.
+    Where `heads` are taken, one counts if its effect is at least `least_effect` (0.02) of the gap between clean and
+    corrupt metric (path patching) or of the whole model's metric (ablation), and its 95 % interval lies above 0: see
     `SearchSettings`, and the methods in `workbench.circuits.methods` for their options. Ablated heads take their mean
     over the pairs' corrupt prompts, never over the evaluated clean ones, unless `reference` says otherwise; the result
     tells which. `execution.file`: where the scores are kept (path patching: beside it, with the stage's name;

@@ -14,6 +14,7 @@ from workbench.errors import InputError
 from workbench.experiment.conditions import CONDITIONS, TEACHER, TITLES
 from workbench.experiment.origins import Origin, of_metadata, require_origin
 from workbench.experiment.runs import RunFolder
+from workbench.values.display import plain
 from workbench.values.scores import mcnemar
 
 OUTCOMES = "outcomes.safetensors"
@@ -185,7 +186,7 @@ def _cells(row: ConditionResult) -> tuple[str, ...]:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else plain(value, digits)
 
 
 def run_logs(folder: RunFolder) -> dict[str, Path]:

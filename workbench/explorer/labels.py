@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from workbench.explorer.state import Method, Outside
-from workbench.plots.theme import DARK, LIGHT, Theme
+from workbench.plots.theme import DARK, HELPS, HURTS, LIGHT, Theme
 from workbench.values.metrics import METRICS
 from workbench.values.scores import Order
 
@@ -20,13 +20,15 @@ class MethodWords:
     order: Order
 
 
+NOISE = 1e-4
+"""Effects below this are rounding, which differs between two ways to compute the same: the page draws no bar."""
 _WITHOUT = (
-    "Positive (orange): the metric falls without the head, so the head helps. Negative (blue): it works against "
+    f"Positive ({HELPS}): the metric falls without the head, so the head helps. Negative ({HURTS}): it works against "
     "the answer."
 )
 _CORRUPT = (
-    "Positive (orange): the metric falls when the head says what it says on the corrupt prompt, so the head helps. "
-    "Negative (blue): it works against the answer."
+    f"Positive ({HELPS}): the metric falls when the head says what it says on the corrupt prompt, so the head helps. "
+    f"Negative ({HURTS}): it works against the answer."
 )
 METHODS: Mapping[Method, MethodWords] = {
     "path": MethodWords(
@@ -80,6 +82,7 @@ assert set(METHODS) == set(get_args(Method))
 def choices(*, with_mean: bool) -> dict[str, Any]:
     """The choices of the page with their words; without reference prompts there are no means to choose."""
     return {
+        "noise": NOISE,
         "methods": [{"value": name, **asdict(words)} for name, words in METHODS.items() if with_mean or name != "mean"],
         "metrics": [{"value": name, "title": title} for name, title in METRIC_TITLES.items()],
         "outsides": [

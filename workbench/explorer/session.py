@@ -3,9 +3,9 @@ transports know nothing else.
 
 Commands are objects with a key `do`: `hello` (the view with all choices), `poll`, `pick` (index), `type` (clean,
 corrupt, answer, distractor), `set` (method, metric, position, average, outside, weighted: any of them), `select` (side,
-head), `toggle` (side, head), `clear` (side), `compare`, `undo`, `stop`, `resume`, `save` (name). Bad input changes
-nothing and is answered in the view's `error`. What takes longer than `patience` goes on in the background; `pending`
-names it, and `poll` asks again.
+head), `toggle` (side, head), `clear` (side), `compare`, `undo`, `stop`, `resume`, `save` (name, overwrite). Bad input
+changes nothing and is answered in the view's `error` (`asks`: it would be done with `overwrite`). What takes longer
+than `patience` goes on in the background; `pending` names it, and `poll` asks again.
 """
 
 import threading
@@ -43,6 +43,10 @@ class Change:
 
     circuits: Mapping[Side, Circuit]
     done: str
+
+
+class Exists(InputError):
+    """A circuit's file is there already, and whether to overwrite it is the user's to say."""
 
 
 class Session:
@@ -85,13 +89,13 @@ class Session:
     def handle(self, command: Any, *, patience: float | None = None) -> dict[str, Any]:
         """Carry out a command and return the view. Never raises, whatever it is given: the view's `error` says
         what was wrong and what to do."""
-        error, notice, command = None, None, command if isinstance(command, Mapping) else {}
+        error, notice, asks, command = None, None, False, command if isinstance(command, Mapping) else {}
         with self._lock:
             before = self.state
             try:
                 notice = self._act(command)
             except InputError as refused:
-                error = str(refused)
+                error, asks = str(refused), isinstance(refused, Exists)
             except Exception as unforeseen:
                 self.state = before
                 error = f"this command can't be carried out ({type(unforeseen).__name__}: {unforeseen}); send another."
@@ -104,7 +108,7 @@ class Session:
         with self._lock:
             view = self.view()
         extra = {"setup": plain(self.setup())} if command.get("do") == "hello" else {}
-        return {**view, "error": error, "notice": notice, **extra}
+        return {**view, "error": error, "asks": asks, "notice": notice, **extra}
 
     def _act(self, command: Mapping[str, Any]) -> str | None:
         actions: Mapping[str, Callable[[Mapping[str, Any]], str | None]] = {
@@ -211,7 +215,8 @@ class Session:
         return f"undone: {last.done}"
 
     def _save(self, command: Mapping[str, Any]) -> str:
-        """Only a plain file name in the session's folder, and never over anything but a circuit."""
+        """Only a plain file name in the session's folder, never over anything but a circuit, and over another circuit
+        only where `overwrite` says so."""
         side, name = self._side({"side": command.get("side", self.state.side)}), command.get("name")
         if not _is_plain_name(name):
             raise InputError(
@@ -221,12 +226,18 @@ class Session:
         path = self.folder / (name if name.endswith(".json") else f"{name}.json")
         if path.exists() and not path.is_file():
             raise InputError(f"{path.name} is there already and is no file; choose another name.")
+        circuit = self.state.circuits[side]
         if path.exists():
             try:
-                Circuit.from_json(storage.read_json(path))
+                there = Circuit.from_json(storage.read_json(path))
             except (InputError, AttributeError, TypeError):
                 raise InputError(f"{path.name} is there already and holds no circuit; choose another name.") from None
-        storage.write_json(path, self.state.circuits[side].to_json())
+        if not circuit.heads:
+            raise InputError(f"the {side}'s circuit is empty; add a head to it before you save it.")
+        if path.exists() and there != circuit and command.get("overwrite") is not True:
+            held = f"{len(there.heads)} head{'' if len(there.heads) == 1 else 's'}"
+            raise Exists(f"{path.name} holds another circuit ({held}); overwrite it, or choose another name.")
+        storage.write_json(path, circuit.to_json())
         return f"saved the {side}'s circuit to {path.resolve()}"
 
     def setup(self) -> dict[str, Any]:

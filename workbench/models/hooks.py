@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -95,6 +95,13 @@ def attention_sum(layer: int) -> str:
     """Sum of the heads' outputs and the output bias, before any norm or factor: [batch pos d_model]
     (TransformerBridge)."""
     return f"blocks.{layer}.attn.hook_out"
+
+
+def norm_ends(which: Literal["attention", "mlp", "final"], layer: int) -> tuple[str, str]:
+    """What a normalisation reads and what it gives: [batch pos d_model] (TransformerBridge; parallel blocks may have
+    one alone, and the last one has no layer)."""
+    place = {"attention": f"blocks.{layer}.ln1", "mlp": f"blocks.{layer}.ln2", "final": "ln_final"}[which]
+    return f"{place}.hook_in", f"{place}.hook_out"
 
 
 def mlp_input(layer: int) -> str:

@@ -33,6 +33,7 @@ from workbench.patching.edge_gradients import Gradients, Sent, add_products, gra
 from workbench.patching.engine.frozen import Variant
 from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
+from workbench.patching.gradient_rules import Rule
 from workbench.patching.path import PathPatcher
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
 from workbench.patching.reference import reading, require_model, require_pairs
@@ -146,16 +147,18 @@ def attribute_edges(
     metric: str | Metric = "log_probability",
     steps: int = 1,
     end: End = "clean",
+    rule: Rule = "plain",
     execution: Execution = Execution(),
 ) -> Scores:
     """EAP (`steps=1`) or EAP-IG scores of every edge: [sender receiver example], NaN where there is no edge.
 
     Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). `end`: which end of the line from the
     clean to the corrupt embeddings the `steps` points take; `corrupt` is what EAP-IG's library takes, `both` costs one
-    point more. Costs two forwards and `steps` forwards with a backward; `execution`: its memory (for the senders'
-    outputs beside a layer's gradients), batch, bar and file are used (nothing is kept before the end). Errors:
-    `InputError` in training mode, for an unknown metric or end, a model whose blocks `parts.py` does not know, and
-    another sweep's file. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
+    point more. `rule`: `relp` and `gim` change the gradient (`gradient_rules`). Costs two forwards and `steps` forwards
+    with a backward; `execution`: its memory (for the senders' outputs beside a layer's gradients), batch, bar and file
+    are used (nothing is kept before the end). Errors: `InputError` in training mode, for an unknown metric, end or
+    rule, a model whose blocks `parts.py` does not know, and another sweep's file. Source: Syed et al. 2023 (EAP), Hanna
+    et al. 2024 (EAP-IG).
     """
     require_model(model)
     require_pairs(pairs)
@@ -165,11 +168,14 @@ def attribute_edges(
         raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
     if end not in get_args(End):
         raise InputError(f"the sum of gradients has no end {end!r}; {nearest(str(end), get_args(End))}")
-    settings = {"steps": steps} if end == "clean" else {"steps": steps, "end": end}
+    if rule not in get_args(Rule):
+        raise InputError(f"gradients have no rule {rule!r}; {nearest(str(rule), get_args(Rule))}")
+    settings: dict[str, object] = {"steps": steps} if end == "clean" else {"steps": steps, "end": end}
+    settings |= {} if rule == "plain" else {"rule": rule}
     return load_or_sweep(
         execution.path,
         lambda: identity("attribution", model, [pairs], metrics=[measured], settings=settings),
-        lambda _: _attributed(model, pairs, measured, _points(steps, end), execution),
+        lambda _: _attributed(model, pairs, measured, _points(steps, end), rule, execution),
     )
 
 
@@ -180,17 +186,17 @@ def _points(steps: int, end: End) -> dict[float, float]:
     return {(step + (end == "corrupt")) / steps: 1 / steps for step in range(steps)}
 
 
-def _method(points: dict[float, float]) -> str:
-    ends = {0.0, 1.0} & set(points)
+def _method(points: dict[float, float], rule: Rule) -> str:
+    ends, name = {0.0, 1.0} & set(points), {"plain": "EAP", "relp": "RelP", "gim": "GIM"}[rule]
     taken = "" if ends == {0.0} else ", both ends" if len(ends) == 2 else ", corrupt end"
     if len(points) == 1:
-        return f"EAP{taken}"
+        return f"{name}{taken}"
     steps = len(points) - (len(ends) == 2)
-    return f"EAP-IG ({steps} step{'s' if steps > 1 else ''}{taken})"
+    return f"{name}-IG ({steps} step{'s' if steps > 1 else ''}{taken})"
 
 
 def _attributed(
-    model: HookedModel, pairs: PromptPairs, metric: Metric, points: dict[float, float], execution: Execution
+    model: HookedModel, pairs: PromptPairs, metric: Metric, points: dict[float, float], rule: Rule, execution: Execution
 ) -> Scores:
     parts = decoder_parts(model)
     if parts is None:
@@ -209,7 +215,7 @@ def _attributed(
         scores = sent.clean.new_zeros(*there.shape, len(part))
         for share, weight in points.items():
             embedded = sent.clean + share * (sent.corrupt - sent.clean)
-            gradients = Gradients.of(model, parts, part, metric, embedded)
+            gradients = Gradients.of(model, parts, part, metric, embedded, rule)
             summed = torch.zeros_like(scores)
             add_products(summed, sent, gradients, execution.memory)
             scores.add_(summed, alpha=weight)
@@ -218,7 +224,7 @@ def _attributed(
         values=torch.cat(values, -1),
         axes=("sender", "receiver", "example"),
         labels=edges.labels,
-        unit=f"fall of {metric.unit}, {_method(points)}",
+        unit=f"fall of {metric.unit}, {_method(points, rule)}",
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.models.parts import DecoderParts, Map
+from workbench.patching.gradient_rules import Rule, frozen_norm, rule_edits
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric
 
@@ -94,12 +95,19 @@ class Gradients:
     at: dict[str, Tensor]
     pre: tuple[Float[Tensor, "batch pos d_model"], ...]
     middle: tuple[Float[Tensor, "batch pos d_model"], ...]
+    rule: Rule = "plain"
 
     @classmethod
     def of(
-        cls, model: HookedModel, parts: DecoderParts, pairs: PromptPairs, metric: Metric, embedded: Tensor
+        cls,
+        model: HookedModel,
+        parts: DecoderParts,
+        pairs: PromptPairs,
+        metric: Metric,
+        embedded: Tensor,
+        rule: Rule = "plain",
     ) -> "Gradients":
-        """One forward from these embeddings and one backward."""
+        """One forward from these embeddings and one backward, by a rule."""
         layers, read = range(model.n_layers), (hooks.q, hooks.k, hooks.v, hooks.mlp_input)
         taps: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
@@ -110,10 +118,14 @@ class Gradients:
         with torch.enable_grad():
             leaf = embedded.clone().requires_grad_()
             edits[hooks.residual_pre(0)] = lambda activation: leaf
+            for name, change in rule_edits(model, parts, rule).items():
+                edits[name] = _then(edits[name], change) if name in edits else change
             with hooks.edit(model.model, edits):
                 logits = model.final_logits(pairs.clean, pairs.mask)
             values = metric(logits, pairs.answers, pairs.distractors)
-            found = torch.autograd.grad(values.sum(), [taps[name] for name in wanted])
+            unused = rule == "relp"  # constant patterns: nothing goes through queries and keys
+            leaves = [taps[name] for name in wanted]
+            found = torch.autograd.grad(values.sum(), leaves, allow_unused=unused, materialize_grads=unused)
         seen[hooks.residual_pre(0)] = embedded
         pre = [seen[hooks.residual_pre(layer)] for layer in layers]
         middle = [
@@ -121,7 +133,12 @@ class Gradients:
             for layer in layers
         ]
         return cls(
-            model=model, parts=parts, at=dict(zip(wanted, found, strict=True)), pre=tuple(pre), middle=tuple(middle)
+            model=model,
+            parts=parts,
+            at=dict(zip(wanted, found, strict=True)),
+            pre=tuple(pre),
+            middle=tuple(middle),
+            rule=rule,
         )
 
     def into_attention(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
@@ -135,12 +152,13 @@ class Gradients:
                 "bphw,dhw->bhpd", at, weight.unflatten(1, (count, self.parts.d_head))
             )
             place += count
-        return through_norm(part.norm_attention, pre, normed)
+        return through_norm(part.norm_attention, pre, normed, frozen=self.rule != "plain")
 
     def into_mlp(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
         """At the residual stream that the MLP of a layer reads."""
         gradient = self.at[hooks.mlp_input(layer)][prompts][:, None]
-        return through_norm(self.parts.blocks[layer].norm_mlp, self.middle[layer][prompts], gradient)
+        norm, frozen = self.parts.blocks[layer].norm_mlp, self.rule != "plain"
+        return through_norm(norm, self.middle[layer][prompts], gradient, frozen=frozen)
 
     def into_logits(self, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
         """At the last residual stream."""
@@ -197,18 +215,23 @@ def _receivers(
 
 
 def through_norm(
-    norm: Map, residual: Float[Tensor, "batch pos d_model"], gradient: Float[Tensor, "batch receiver pos d_model"]
+    norm: Map,
+    residual: Float[Tensor, "batch pos d_model"],
+    gradient: Float[Tensor, "batch receiver pos d_model"],
+    *,
+    frozen: bool = False,
 ) -> Float[Tensor, "batch receiver pos d_model"]:
     """The vector-Jacobian product of a normalisation, for several gradients at its output.
 
     With n = (x - mean x) / s (LayerNorm) or x / s (RMSNorm), y = w n + b, and g the gradient at n (w times that at y):
     (g - mean g - n mean(g n)) / s, without mean g for RMSNorm. Other norms, and half precision, take autograd's way.
+    `frozen`: s is a constant, and n mean(g n) falls away.
     """
     kind, told = getattr(norm, "func", None), getattr(norm, "keywords", {})
-    if kind not in (nn.functional.layer_norm, nn.functional.rms_norm) or gradient.dtype not in FULL:
+    if kind not in (nn.functional.layer_norm, nn.functional.rms_norm) or gradient.dtype not in FULL or frozen:
         with torch.enable_grad():
             leaf = residual[:, None].expand_as(gradient).clone().requires_grad_()
-            return torch.autograd.grad(norm(leaf), leaf, gradient)[0]
+            return torch.autograd.grad((frozen_norm(norm, leaf) if frozen else norm)(leaf), leaf, gradient)[0]
     centred = residual - residual.mean(-1, keepdim=True) if kind is nn.functional.layer_norm else residual
     scale = (centred.square().mean(-1, keepdim=True) + told["eps"]).rsqrt()
     normed = centred * scale
@@ -227,6 +250,10 @@ def _tap(taps: dict[str, Tensor], name: str) -> hooks.Edit:
         return taps[name]
 
     return keep
+
+
+def _then(first: hooks.Edit, second: hooks.Edit) -> hooks.Edit:
+    return lambda activation: second(first(activation))
 
 
 def _look(seen: dict[str, Tensor], name: str) -> hooks.Edit:

@@ -19,7 +19,7 @@ from workbench.plan.steps import Step, Trained, cache_bytes
 from workbench.tasks.base import PromptPairs
 
 WIDTHS = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-COUNTED = ("mean_ablation", "eap", "eap_ig")
+COUNTED = ("mean_ablation", "eap", "eap_ig", "relp", "gim")
 """Methods that take `discovery.heads` heads in all."""
 HALF = 2
 """Bytes of a bfloat16, in which autocast computes."""

@@ -38,6 +38,8 @@ def faithfulness_figure(
             legend = (
                 f"{name}: CPR {curve.cpr:.2f} (random {curve.random_cpr[0]:.2f}), CMD {curve.cmd:.2f} (random "
                 f"{curve.random_cmd[0]:.2f})"
+                if curve.random
+                else f"{name}: CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}"
             )
             figure.add_scatter(
                 x=_scaled(curve.sizes),
@@ -48,7 +50,7 @@ def faithfulness_figure(
                 legendgroup=name,
                 showlegend=axis == "x",
                 xaxis=axis,
-                yaxis="y",
+                yaxis=axis.replace("x", "y"),
                 line={"color": colour, "width": 2.4},
                 marker={"size": 6},
                 hovertemplate=f"<b>{escaped(name)}</b>, {panel}<br>%{{customdata}} heads<br>%{{y:.3f}}<extra></extra>",
@@ -59,11 +61,14 @@ def faithfulness_figure(
         xaxis={**ticks, "title": "first heads of the ranking, kept alone", "domain": (0, 0.48)},
         xaxis2={**ticks, "title": "first heads of the ranking, ablated alone", "domain": (0.52, 1)},
         yaxis={"title": "share of the metric recovered"},
+        yaxis2={"matches": "y", "anchor": "x2", "showticklabels": False, "ticks": "", "showline": False},
         legend={"orientation": "h", "y": -0.24, "yanchor": "top"},
         margin={"b": 70 + 24 * len(curves)},
     )
-    figure.add_hline(y=1, line={"color": theme.muted, "dash": "dot", "width": 1})
-    figure.add_hline(y=0, line={"color": theme.muted, "dash": "dot", "width": 1})
+    for x, y in (("x", "y"), ("x2", "y2")):
+        for end in (0, 1):
+            line = {"color": theme.muted, "dash": "dot", "width": 1}
+            figure.add_shape(x0=0, x1=1, y0=end, y1=end, xref=f"{x} domain", yref=y, line=line)
     metrics = ", ".join(dict.fromkeys(curve.metric for curve in curves.values()))
     remarks = [
         f"Metric: {metrics}; 1 is the whole model, 0 every head ablated. Bands: random rankings. {_outside(curves)}"
@@ -117,7 +122,7 @@ def _band(figure: go.Figure, sizes: Sequence[int], values: np.ndarray, axis: str
             fill=fill,
             opacity=0.3,
             xaxis=axis,
-            yaxis="y",
+            yaxis=axis.replace("x", "y"),
             fillcolor=faint(colour),
             showlegend=False,
             legendgroup=name,

@@ -11,7 +11,8 @@ from plotly import graph_objects as go
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.plots.export import with_table
-from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
+from workbench.plots.narrow import LINE, legend_lines
+from workbench.plots.theme import HELPS, HURTS, LIGHT, Theme, escaped, faint, titled
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -73,8 +74,18 @@ def circuit_graph(
     _middles(figure, spots, drawn, edges.unit if edges is not None else "", theme)
     _nodes(figure, circuit, spots, theme, with_logits=bool(drawn))
     _axes(figure, circuit, shares, theme)
+    groups = {circuit.role_of(head) for head in circuit.heads}
+    rows = legend_lines([*groups, ""], WIDTH - 80)  # one for the legend's own title
     remarks = _remarks(circuit, edges, len(drawn), len(measured), least)
-    titled(figure, title, remarks, theme, width=WIDTH, height=round(ROW * (circuit.shape[0] + 1)) + 50, above=34)
+    titled(
+        figure,
+        title,
+        remarks,
+        theme,
+        width=WIDTH,
+        height=round(ROW * (circuit.shape[0] + 1)) + 50,
+        above=15 + LINE * rows,
+    )
     return with_table(figure, _frame(circuit, drawn))
 
 
@@ -301,7 +312,11 @@ def _remarks(circuit: Circuit, edges: Scores | None, drawn: int, measured: int, 
         f"Lines: {drawn} of {measured} paths (at least {least:.0%} of the strongest), "
         f"width: {edges.unit} (strongest of q, k, v)."
     ).replace("%", " %")
-    return [heads, width, "Orange: above 0, the path helps. Blue: below 0, it works against the answer."]
+    return [
+        heads,
+        width,
+        f"{HELPS.capitalize()}: above 0, the path helps. {HURTS.capitalize()}: below 0, it works against the answer.",
+    ]
 
 
 def _frame(circuit: Circuit, edges: Sequence[Edge]) -> pd.DataFrame:

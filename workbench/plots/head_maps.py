@@ -13,6 +13,7 @@ from workbench.matching.match import Matching
 from workbench.matching.pair_cka import PairCka
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled
+from workbench.values.display import plain
 from workbench.values.refs import Head
 
 Ckas = Mapping[tuple[Head, Head], PairCka]
@@ -278,7 +279,8 @@ def _about(match: Match, cka: PairCka | None) -> str:
     return "<br>".join(
         [
             *lines,
-            f"CKA {cka.cka:.3f}, floor {cka.floor:.3f} (highest {cka.floor_high:.3f}) with prompts shuffled",
+            f"CKA {cka.cka:.3f}, floor {plain(cka.floor, 3)} (highest {plain(cka.floor_high, 3)}) with prompts "
+            "shuffled",
             f"{cka.rows} rows",
         ]
     )

@@ -11,15 +11,18 @@ from workbench.circuits.search_result import CircuitSearch
 from workbench.errors import InputError, nearest
 from workbench.plots.export import with_table
 from workbench.plots.panels import GAP, Panel, cell_size, hover_texts, initials, panels_of
-from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled, wrapped
+from workbench.plots.theme import HELPS, HURTS, LIGHT, Theme, colour_scale, escaped, titled, wrapped
 from workbench.values.refs import Head
 from workbench.values.scores import Order, Scores
 
 SIGNS: dict[Order, str] = {
-    "highest": "Positive (orange): the head helps; ranked by how much.",
-    "lowest": "Negative (blue): the head works against the answer; ranked by how much.",
-    "magnitude": "Positive (orange): the head helps; negative (blue): it works against the answer. Ranked by size.",
+    "highest": f"Positive ({HELPS}): the head helps; ranked by how much.",
+    "lowest": f"Negative ({HURTS}): the head works against the answer; ranked by how much.",
+    "magnitude": f"Positive ({HELPS}): the head helps; negative ({HURTS}): it works against the answer. Ranked by "
+    "size.",
 }
+CROWD, FAR = 16, 3.0
+"""One head of so many may stand beyond the scale, if it is so many times as large as the largest within."""
 LEFT, RIGHT, BELOW = 60, 100, 52
 """Pixels around the panels."""
 
@@ -29,6 +32,7 @@ def head_importance(
     *,
     circuits: Mapping[str, Circuit] | None = None,
     by: Order = "highest",
+    roles: Mapping[str, str] | None = None,
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
@@ -37,7 +41,9 @@ def head_importance(
 
     `scores`: panel name -> scores over (layer, head) and perhaps example. All panels share one scale, symmetric around
     0 (orange: the head helps, blue: it works against the answer), so they must measure the same; their unit stands
-    above them. `by` says which heads come first, as in `Scores.ranked`. NaN is grey: not measured.
+    above them. Where a few heads would take the whole scale, it ends at the largest of the others (`scale_of`), and
+    those beyond it are named and marked with a triangle. `roles`: what the roles are called. `by` says which heads come
+    first, as in `Scores.ranked`. NaN is grey: not measured.
 
     Errors: `InputError` for no scores, scores over other axes, a circuit that belongs to no panel or has another shape.
     """
@@ -45,14 +51,19 @@ def head_importance(
     _check(scores, circuits)
     cell = cell_size([part.values.shape for part in scores.values()])
     panels, size = panels_of(scores, circuits, cell)
-    largest = max((float(part.mean().abs().nan_to_num().max()) for part in scores.values()), default=0.0) or 1.0
+    largest = scale_of(scores)
     figure = go.Figure(layout={"coloraxis": _colour_axis(largest, size[1], theme)})
     for panel in panels:
         _draw(figure, panel, cell, by, theme)
         _outline(figure, panel, cell, largest, theme)
+        _mark(figure, panel, largest, theme)
     units = {_quantity(part) for part in scores.values()}
     above = _name_panels(figure, panels, theme, with_units=len(units) > 1)
-    remarks = [*(f"{unit}." for unit in units if len(units) == 1), _key(scores, circuits, by)]
+    remarks = [
+        *(f"{unit}." for unit in units if len(units) == 1),
+        _key(scores, circuits, by, roles or {}),
+        *_beyond(scores, largest),
+    ]
     width = round(max(560, size[0] + LEFT + RIGHT))
     titled(figure, title, remarks, theme, width=width, height=size[1] + BELOW, above=above)
     figure.update_layout(plot_bgcolor=theme.grid, margin={"l": LEFT, "r": width - size[0] - LEFT, "b": BELOW})
@@ -217,9 +228,56 @@ def _quantity(scores: Scores) -> str:
     return f"Mean {scores.unit}" if scores.per_example else f"{scores.unit[:1].upper()}{scores.unit[1:]}"
 
 
-def _key(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], by: Order) -> str:
+def scale_of(scores: Mapping[str, Scores]) -> float:
+    """Where the colours end: at the mean farthest from 0, or, where at most one head in `CROWD` is at least `FAR` times
+    as far as every other one, at the farthest of those others."""
+    sizes = sorted((size for part in scores.values() for size in _sizes(part)), reverse=True)
+    for count in range(len(sizes) // CROWD, 0, -1):
+        if sizes[count - 1] >= FAR * sizes[count] > 0:
+            return sizes[count]
+    return (sizes[0] if sizes else 0.0) or 1.0
+
+
+def _sizes(scores: Scores) -> list[float]:
+    return [abs(value) for value in scores.mean().double().flatten().tolist() if not math.isnan(value)]
+
+
+def _outside(scores: Scores, largest: float) -> list[tuple[Head, float]]:
+    """The heads beyond the scale with their means, the farthest first."""
+    means = scores.mean().double().tolist()
+    heads = [(Head(layer, index), value) for layer, row in enumerate(means) for index, value in enumerate(row)]
+    return sorted((pair for pair in heads if abs(pair[1]) > largest), key=lambda pair: -abs(pair[1]))
+
+
+def _mark(figure: go.Figure, panel: Panel, largest: float, theme: Theme) -> None:
+    """A triangle in the corner of each cell beyond the scale."""
+    heads = [head for head, _ in _outside(panel.scores, largest)]
+    if heads:
+        figure.add_scatter(
+            x=[head.index + 0.34 for head in heads],
+            y=[head.layer + 0.28 for head in heads],
+            mode="markers",
+            marker={"symbol": "triangle-up", "size": 7, "color": theme.strong_ink},
+            hoverinfo="skip",
+            showlegend=False,
+            name=f"{panel.name}: beyond the scale",
+            **panel.axes,
+        )
+
+
+def _beyond(scores: Mapping[str, Scores], largest: float) -> list[str]:
+    named = [
+        f"{escaped(name) if len(scores) > 1 else ''} {head} ({value:+.3g})".strip()
+        for name, part in scores.items()
+        for head, value in _outside(part, largest)
+    ]
+    return [f"The scale ends at {largest:.3g}; beyond it, with a triangle: {', '.join(named)}."] if named else []
+
+
+def _key(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], by: Order, names: Mapping[str, str]) -> str:
     """How to read the map, in a sentence each."""
     roles = sorted({role for circuit in circuits.values() for role in circuit.roles})
-    sentences = [SIGNS[by], f"Framed: heads of the circuit, by role ({', '.join(roles)})." if roles else ""]
+    shown = [f"{role} {names[role]}" if role in names else role for role in roles]
+    sentences = [SIGNS[by], f"Framed: heads of the circuit, by role ({', '.join(shown)})." if roles else ""]
     sentences.append("Grey x: not measured." if any(part.mean().isnan().any() for part in scores.values()) else "")
     return " ".join(sentence for sentence in sentences if sentence)

@@ -4,7 +4,7 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from workbench.plots.export import with_table
-from workbench.plots.theme import LIGHT, Theme, colour_scale, titled
+from workbench.plots.theme import HELPS, HURTS, LIGHT, Theme, colour_scale, titled
 from workbench.readouts.logit_attribution import LogitAttribution
 
 WIDTH, GAP = 820, 0.14
@@ -99,7 +99,7 @@ def attribution_figure(
     remarks = [
         f"Shares of logit(answer) - logit(distractor) at the last token, final norm's scale frozen; mean of {examples} "
         "prompts. "
-        "Orange towards the answer, blue towards the distractor. Lines: 95 % intervals over prompts.",
+        f"{HELPS.capitalize()} towards the answer, {HURTS} towards the distractor. Lines: 95 % intervals over prompts.",
         f"All parts sum to {total:.2f} logits; those without a bar to {rest:+.2f}.",
     ]
     titled(figure, title, remarks, theme, width=WIDTH, height=max(CELL * layers, BAR * len(shown)) + 60, above=8)

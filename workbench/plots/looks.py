@@ -5,7 +5,7 @@ from plotly import graph_objects as go
 
 from workbench.errors import InputError
 from workbench.plots.export import with_table
-from workbench.plots.theme import LIGHT, Theme, colour_scale, titled
+from workbench.plots.theme import LIGHT, Theme, colour_scale, escaped, titled
 from workbench.values.scores import Scores
 
 WIDTH, ROW = 820, 26
@@ -34,7 +34,7 @@ def looks_figure(scores: Scores, *, theme: Theme = LIGHT, title: str = "Where th
     figure.add_heatmap(
         z=means.tolist(),
         x=positions,
-        y=list(members),
+        y=list(range(len(members))),
         zmin=0,
         zmax=1,
         colorscale=colour_scale(theme.wash),
@@ -46,7 +46,14 @@ def looks_figure(scores: Scores, *, theme: Theme = LIGHT, title: str = "Where th
         textfont={"size": 11},
         colorbar={"title": {"text": "attention", "side": "top"}, "thickness": 12, "outlinewidth": 0},
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", automargin=True)
+    figure.update_yaxes(
+        tickvals=list(range(len(members))),
+        ticktext=list(map(escaped, members)),
+        autorange="reversed",
+        showgrid=False,
+        ticks="",
+        automargin=True,
+    )
     figure.update_xaxes(title="token looked at", showgrid=False, ticks="")
     remark = (
         "Down: heads in their roles, at the token where they act. Across: the tokens looked at. Mean over "

@@ -13,6 +13,7 @@ from workbench.matching import HeadMap
 from workbench.matching.pair_cka import PairCka
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, colour_scale, titled
+from workbench.values.display import plain
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
 
@@ -149,10 +150,9 @@ def floor_remarks(grids: Sequence[Grid], head_map: HeadMap | None) -> list[str]:
     floor, high = np.mean([np.nanmean(grid.floor) for grid in grids]), max(np.nanmax(grid.floor_high) for grid in grids)
     rows = sorted({int(rows) for grid in grids if grid.rows is not None for rows in grid.rows[~np.isnan(grid.rows)]})
     over = f"Over {rows[0]} rows. " if len(rows) == 1 else f"Over {rows[0]} to {rows[-1]} rows. " if rows else ""
-    mean = round(float(floor), 2) + 0.0  # no minus before zero
     remark = (
-        f"{over}Floor, with prompts shuffled: mean {mean:.2f}, highest {high:.2f}; a cross: no higher than its "
-        "own floor's highest."
+        f"{over}Floor, with prompts shuffled: mean {plain(float(floor), 2)}, highest {plain(float(high), 2)}; a cross: "
+        "no higher than its own floor's highest."
     )
     return [remark, *(["Framed: matched pairs."] if head_map else [])]
 
@@ -235,7 +235,7 @@ def _about(grid: Grid, y: int, x: int) -> str:
     rows = f"<br>{int(grid.rows[y, x])} rows" if grid.rows is not None else ""
     return (
         f"<b>{grid.students[y]} and {grid.teachers[x]}</b><br>CKA {grid.cka[y, x]:.3f}<br>"
-        f"with prompts shuffled {grid.floor[y, x]:.3f}, highest {grid.floor_high[y, x]:.3f}{rows}"
+        f"with prompts shuffled {plain(grid.floor[y, x], 3)}, highest {plain(grid.floor_high[y, x], 3)}{rows}"
     )
 
 

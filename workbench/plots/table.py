@@ -11,6 +11,7 @@ from workbench.experiment.conditions import METHOD
 from workbench.experiment.results import TITLES, ConditionResult
 from workbench.plots.export import with_table
 from workbench.plots.theme import LIGHT, Theme, escaped, titled
+from workbench.values.display import plain
 
 FULL, CIRCUIT = "full model", "circuit alone"
 PAIR, APART = 0.8, 0.9
@@ -205,7 +206,7 @@ def _row(row: ConditionResult) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{round(value, 3) + 0.0:.3f}"  # no minus before zero
+    return "n/a" if value is None else plain(value, 3)
 
 
 def _interval(value: float, interval: tuple[float, float]) -> str:

@@ -6,11 +6,16 @@ fonts: a figure needs no network.
 """
 
 import html
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from plotly import graph_objects as go
+
+HELPS, HURTS = "orange", "blue"
+"""The colours of what helps the task and of what works against it, in words: the same in every figure, in the report
+and in the explorer (`Theme.diverging`, `Theme.helps`, `Theme.hurts`). Zero is the background."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,3 +161,27 @@ def titled(
     place = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "pad": {"l": 20, "t": 24}}
     templated(figure, theme)
     return figure.update_layout(title={**heading, **place}, width=width, height=top + height, margin_t=top)
+
+
+def untitled(figure: go.Figure) -> tuple[go.Figure, list[str]]:
+    """The figure without the title and remarks of `titled`, and the remarks as plain text: for a page that says both in
+    its own words and lines."""
+    text = figure.layout.title.text
+    if not text:
+        return figure, []
+    size = figure.layout.title.font.size or LIGHT.size
+    lines = [html.unescape(re.sub("<[^>]*>", "", line)) for line in text.split("<br>")][1:]
+    gone = 42 + round(1.3 * size * len(lines))  # of the 50 above the plot 8 stay
+    plain = go.Figure(figure)
+    plain.update_layout(title=None, height=figure.layout.height - gone, margin_t=figure.layout.margin.t - gone)
+    return plain, _sentences(lines)
+
+
+def _sentences(lines: Sequence[str]) -> list[str]:
+    """Wrapped lines put together again: a line that ends with a full stop ends its remark."""
+    remarks = [""]
+    for line in lines:
+        remarks[-1] = f"{remarks[-1]} {line}".strip()
+        if line.endswith("."):
+            remarks.append("")
+    return [remark for remark in remarks if remark]

@@ -2,7 +2,10 @@
 circuits do alone."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, TypedDict
+
+from plotly import graph_objects as go
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
@@ -14,7 +17,9 @@ from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
 from workbench.plots.importance import head_importance
 from workbench.plots.looks import looks_figure
+from workbench.plots.theme import Theme
 from workbench.report.page import Section
+from workbench.report.roles import Roles
 from workbench.values.scores import Scores
 
 MODELS = ("teacher", "student")
@@ -27,18 +32,20 @@ class Examined(TypedDict):
     curve: Any
 
 
-def circuit_sections(folder: RunFolder) -> Iterator[Section]:
+def circuit_sections(folder: RunFolder, roles: Roles) -> Iterator[Section]:
     """Heads by path patching and by ablation, each circuit as a graph, and its faithfulness."""
-    circuits = {name: folder.circuit(name) for name in MODELS if folder.circuit_file(name).exists()}
+    circuits = circuits_of(folder)
     scores = {name: folder.scores(name) for name in circuits}
-    yield from _paths(circuits, scores)
-    yield from _graphs(circuits, scores)
-    yield from _looks(scores)
+    explained = roles.section(circuits)
+    yield from [explained] if explained else []
+    yield from _paths(circuits, scores, roles)
+    yield from _graphs(circuits, scores, roles)
+    yield from _looks(scores, roles)
     yield from _evaluation(folder)
-    yield from _impacts(circuits, scores)
+    yield from _impacts(circuits, scores, roles)
 
 
-def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]], roles: Roles) -> Iterator[Section]:
     paths = {
         name: stacked({key: part for key, part in of_model.items() if key.startswith("path-")})
         for name, of_model in scores.items()
@@ -49,11 +56,23 @@ def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Score
             "The strongest path effect of each head over the stages of the backward search. Hover for the value; "
             "circuit heads are outlined with their roles."
         )
-        figure = head_importance(drawn, circuits={name: circuits[name] for name in drawn}, title="Path patching")
-        yield Section(heading="Heads by path patching", text=text, figure=figure)
+        framed = {name: circuits[name] for name in drawn}
+        yield Section(
+            heading="Heads by path patching",
+            text=text,
+            figure=partial(_map, drawn, framed, roles, title="Path patching"),
+        )
 
 
-def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _map(
+    scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], roles: Roles, theme: Theme, *, title: str
+) -> go.Figure:
+    return head_importance(scores, circuits=circuits, roles=roles.names, theme=theme, title=title)
+
+
+def _graphs(
+    circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]], roles: Roles
+) -> Iterator[Section]:
     for name, circuit in circuits.items():
         if circuit.members and "edges" in scores[name]:
             edges = scores[name]["edges"]
@@ -61,25 +80,32 @@ def _graphs(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scor
                 "Each head at the token where it acts; lines are exact path effects between heads and to the "
                 f"logits, on {edges.values.shape[-1]} prompts."
             )
-            yield Section(
-                heading=f"The circuit of the {name}",
-                text=text,
-                figure=circuit_graph(circuit, edges, title=f"Circuit of the {name}"),
-            )
+            title = f"The circuit of the {name}"
+            yield Section(heading=title, text=text, figure=partial(_graph, roles.renamed(circuit), edges, title=title))
 
 
-def _looks(scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _graph(circuit: Circuit, edges: Scores, theme: Theme, *, title: str) -> go.Figure:
+    return circuit_graph(circuit, edges, theme=theme, title=title)
+
+
+def _looks(scores: Mapping[str, dict[str, Scores]], roles: Roles) -> Iterator[Section]:
     for name, of_model in scores.items():
         if "looks" in of_model:
             text = (
                 "A role is a claim about what a head looks at from the token where it acts. This is what it looks "
                 "at on the discovery prompts."
             )
-            title = f"Where the {name}'s heads look"
-            yield Section(heading=title, text=text, figure=looks_figure(of_model["looks"], title=title))
+            title, looks = f"Where the {name}'s heads look", roles.relabelled(of_model["looks"])
+            yield Section(heading=title, text=text, figure=partial(_attention, looks, title=title))
 
 
-def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]]) -> Iterator[Section]:
+def _attention(looks: Scores, theme: Theme, *, title: str) -> go.Figure:
+    return looks_figure(looks, theme=theme, title=title)
+
+
+def _impacts(
+    circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Scores]], roles: Roles
+) -> Iterator[Section]:
     for metric in ("log_probability", "logit_difference"):
         impacts: dict[str, Scores] = {
             name: of_model[f"ablation-{metric}"]
@@ -91,26 +117,43 @@ def _impacts(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Sco
                 "What the model loses when one head is mean-ablated everywhere. Heads that back each other up show "
                 "little here."
             )
-            figure = head_importance(
-                impacts, circuits={name: circuits[name] for name in impacts}, title="Mean ablation"
+            framed = {name: circuits[name] for name in impacts}
+            yield Section(
+                heading=f"Heads by mean ablation ({metric.replace('_', ' ')})",
+                text=text,
+                figure=partial(_map, impacts, framed, roles, title="Mean ablation"),
             )
-            yield Section(heading=f"Heads by mean ablation ({metric.replace('_', ' ')})", text=text, figure=figure)
+
+
+def circuits_of(folder: RunFolder) -> dict[str, Circuit]:
+    """The circuits that a run holds, by model."""
+    return {name: folder.circuit(name) for name in MODELS if folder.circuit_file(name).exists()}
+
+
+def reports_of(folder: RunFolder) -> dict[str, CircuitReport]:
+    """The circuits' evaluations that a run holds, by model."""
+    return {name: CircuitReport.from_json(value["report"]) for name, value in _examined(folder).items()}
+
+
+def _examined(folder: RunFolder) -> dict[str, Examined]:
+    files = {name: folder.examined_file(name) for name in MODELS if folder.examined_file(name).exists()}
+    return {
+        name: storage.read_typed(storage.read_json(file), Examined, what=f"an evaluation ({file})")
+        for name, file in files.items()
+    }
 
 
 def _evaluation(folder: RunFolder) -> Iterator[Section]:
-    found = {
-        name: storage.read_typed(
-            storage.read_json(folder.examined_file(name)),
-            Examined,
-            what=f"an evaluation ({folder.examined_file(name)})",
-        )
-        for name in MODELS
-        if folder.examined_file(name).exists()
-    }
-    if not found:
+    examined = _examined(folder)
+    if not examined:
         return
-    reports = {name: CircuitReport.from_json(value["report"]) for name, value in found.items()}
-    text = "\n\n".join(f"{name}: {report.line()}." for name, report in reports.items())
-    drawn = {name: FaithfulnessCurve.from_json(value["curve"]) for name, value in found.items() if value.get("curve")}
-    figure = faithfulness_figure(drawn) if drawn else None
+    text = "\n\n".join(f"{name}: {report.line()}." for name, report in reports_of(folder).items())
+    curves = {
+        name: FaithfulnessCurve.from_json(value["curve"]) for name, value in examined.items() if value.get("curve")
+    }
+    figure = partial(_faithfulness, curves) if curves else None
     yield Section(heading="Is the circuit enough, and is it needed?", text=text, figure=figure)
+
+
+def _faithfulness(curves: Mapping[str, FaithfulnessCurve], theme: Theme) -> go.Figure:
+    return faithfulness_figure(curves, theme=theme)

@@ -16,17 +16,18 @@ from workbench.plots.matrices import cka_change
 from workbench.plots.similarity import impact_scatter
 from workbench.plots.table import condition_title
 from workbench.report.page import Section
+from workbench.report.roles import Roles
 from workbench.values.scores import Scores
 
 PAIRS, MATRIX = "ckas.json", "circuit_ckas.safetensors"
 
 
-def match_sections(folder: RunFolder) -> Iterator[Section]:
+def match_sections(folder: RunFolder, roles: Roles) -> Iterator[Section]:
     """The head map with its pairs' CKA, the CKA of all pairs of circuit heads, and what ablating matched heads
     costs."""
     if folder.head_map_file.exists():
         head_map, trained = folder.head_map(), training_of(folder)
-        yield _matches(folder, head_map, trained)
+        yield _matches(folder, head_map, trained, roles)
         if trained and (trained.before / MATRIX).exists() and (trained.after / MATRIX).exists():
             text = (
                 "Every circuit head of the student against every one of the teacher, read where the student's head "
@@ -36,9 +37,9 @@ def match_sections(folder: RunFolder) -> Iterator[Section]:
             yield Section(
                 heading="CKA of all pairs of circuit heads",
                 text=text,
-                figure=cka_change(before, after, head_map=head_map),
+                figure=lambda theme: cka_change(before, after, head_map=head_map, theme=theme),
             )
-        yield from _impacts(folder, head_map)
+        yield from _impacts(folder, head_map, roles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,31 +82,35 @@ def read_ckas(place: Path) -> list[PairCka] | None:
     return [PairCka.from_json(row) for row in rows]
 
 
-def _matches(folder: RunFolder, head_map: HeadMap, trained: Training | None) -> Section:
+def _matches(folder: RunFolder, head_map: HeadMap, trained: Training | None, roles: Roles) -> Section:
     text = (
         f"{len(head_map.matches)} student heads on {len(head_map.teacher_heads)} teacher heads (rule {head_map.rule}, "
         f"{head_map.ties} ties). "
         "A dashed link is no better than shuffled prompts."
     )
     ours, theirs = folder.circuit("student"), folder.circuit("teacher")
+    key = roles.key({"student": ours, "teacher": theirs})
+    text += f" Letters are roles: {key}." if key else ""
     if trained is None:
-        figure = matching(head_map, student_circuit=ours, teacher_circuit=theirs, ckas=read_ckas(folder.path))
-        return Section(heading="Matching", text=f"{text} CKA before training, on the discovery prompts.", figure=figure)
-    figure = matching_change(
-        head_map,
-        student_circuit=ours,
-        teacher_circuit=theirs,
-        before=read_ckas(trained.before) or [],
-        after=read_ckas(trained.after) or [],
-    )
+        ckas = read_ckas(folder.path)
+        return Section(
+            heading="Matching",
+            text=f"{text} CKA before training, on the discovery prompts.",
+            figure=lambda theme: matching(
+                head_map, student_circuit=ours, teacher_circuit=theirs, ckas=ckas, theme=theme
+            ),
+        )
+    before, after = read_ckas(trained.before) or [], read_ckas(trained.after) or []
     return Section(
         heading="Matching",
         text=f"{text} CKA on the test prompts, in the untrained student and after {trained.title}.",
-        figure=figure,
+        figure=lambda theme: matching_change(
+            head_map, student_circuit=ours, teacher_circuit=theirs, before=before, after=after, theme=theme
+        ),
     )
 
 
-def _impacts(folder: RunFolder, head_map: HeadMap) -> Iterator[Section]:
+def _impacts(folder: RunFolder, head_map: HeadMap, roles: Roles) -> Iterator[Section]:
     name = "ablation-log_probability"
     student, teacher = (folder.scores(model).get(name) for model in ("student", "teacher"))
     if student is not None and teacher is not None and head_map.matches:
@@ -113,5 +118,11 @@ def _impacts(folder: RunFolder, head_map: HeadMap) -> Iterator[Section]:
             "What the paper's rule matches by: heads on a falling or scattered cloud are not alike in what their "
             "ablation costs."
         )
-        figure = impact_scatter(head_map, student=student, teacher=teacher, student_circuit=folder.circuit("student"))
-        yield Section(heading="Impact of matched heads", text=text, figure=figure)
+        ours = roles.renamed(folder.circuit("student"))
+        yield Section(
+            heading="Impact of matched heads",
+            text=text,
+            figure=lambda theme: impact_scatter(
+                head_map, student=student, teacher=teacher, student_circuit=ours, theme=theme
+            ),
+        )

@@ -2,6 +2,7 @@
 helped."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +179,20 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[Section]:
             f"{heads.get('matched', heads['heads'])} are matched to {heads['teacher_heads_used']} of the teacher's; "
             f"lambda {cell['weight']:g}, chosen on validation prompts."
         )
-        yield Section(heading=cell_title(cell), text=text, figure=cell_chart(cell))
+        yield Section(heading=cell_title(cell), text=text, figure=partial(_cell, cell))
         if any(condition["curve"] for condition in cell["conditions"].values()):
-            yield Section(heading=f"{cell_title(cell)}: how fast", figure=convergence_chart(cell))
+            yield Section(heading=f"{cell_title(cell)}: how fast", figure=partial(_convergence, cell))
     if summary["diagnostic"]["points"]:
         yield Section(
             heading="When alignment helps",
             text="Known before training: the pairs' CKA above its floor.",
-            figure=gain_chart(summary["diagnostic"]),
+            figure=lambda theme: gain_chart(summary["diagnostic"], theme=theme),
         )
+
+
+def _cell(cell: Mapping[str, Any], theme: Theme) -> go.Figure:
+    return cell_chart(cell, theme=theme)
+
+
+def _convergence(cell: Mapping[str, Any], theme: Theme) -> go.Figure:
+    return convergence_chart(cell, theme=theme)

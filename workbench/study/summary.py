@@ -22,6 +22,7 @@ from workbench.experiment.results import ConditionResult, collect, in_columns, r
 from workbench.experiment.transfer import read_outcomes as read_transfer
 from workbench.experiment.transfer import transfer_table, transfer_text
 from workbench.study.grid import Cell, Study, read_weight, starting_similarity
+from workbench.values.display import plain
 from workbench.values.statistics import compared, mean_interval
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
@@ -256,7 +257,7 @@ def _condition_text(name: str, condition: Mapping[str, Any], cell: Mapping[str, 
         f"{condition['random_circuit']['mean']:.3f}",
         "-" if condition["faithfulness"] is None else f"{condition['faithfulness']['mean']:.2f}",
         "-" if condition["cka"] is None else f"{condition['cka']['mean']:.2f}",
-        "-" if condition["cka_floor"] is None else f"{condition['cka_floor']['mean']:.2f}",
+        "-" if condition["cka_floor"] is None else plain(condition["cka_floor"]["mean"], 2),
         *differences,
         "-" if middle is None else "not reached" if middle == float("inf") else f"{middle:.0f}",
     )

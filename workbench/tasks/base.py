@@ -347,10 +347,11 @@ def _refuse_unscorable(
     for column, ids, whole in zip(("answer", "distractor"), endings[:2], endings[2:], strict=True):
         word = getattr(pair, column)
         if not multi_token and (len(ids) != 1 or ids[0] == tokenizer.unk_token_id):
+            wrong = "is unknown to this tokenizer" if len(ids) == 1 else f"has {len(ids)} tokens"
             raise RowError(
                 number,
-                f"the {column} {word!r} is {len(ids)} token(s) or unknown to this tokenizer; it must be one known "
-                "token. Choose another word (mind the space before it), or set `multi_token`.",
+                f"the {column} {word!r} {wrong}; it must be one known token. Choose another word (mind the space "
+                "before it), or set `multi_token`.",
             )
         if not ids or tokenizer.unk_token_id in ids:
             raise RowError(

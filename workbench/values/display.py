@@ -22,3 +22,8 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return html_table(*self._table(), title=self._title())
+
+
+def plain(value: float, digits: int) -> str:
+    """A number with so many digits, without a minus before what rounds to zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

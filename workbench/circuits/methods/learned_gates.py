@@ -73,7 +73,9 @@ class LearnedGates:
     """Prompts in a step."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     penalty: Annotated[float, Field(ge=0)] = 10.0
-    """Nats that all gates being open cost, at the end."""
+    """Nats that all gates being open cost, at the end. Of 0.3, 1, 3 and 10 the last ranks best on the bundled teachers
+    (CPR 0.72 on theory of mind, 0.56 on entity tracking) and finds the smallest circuits; where every gate closes, or
+    steps are few, take less."""
     seed: int = 0
 
     def find(self, inquiry: Inquiry) -> CircuitSearch:

@@ -27,6 +27,7 @@ from workbench.circuits.search_result import CircuitSearch
 from workbench.errors import InputError
 from workbench.patching.ablation import ablate
 from workbench.patching.attribution import attribute_edges, attribute_nodes
+from workbench.patching.gradient_rules import Rule
 from workbench.patching.replacement import counterfactual_outputs
 from workbench.tasks.stages import Stage
 from workbench.values.refs import Head, Position
@@ -155,9 +156,53 @@ class EapIg:
         return 3 * self.steps + 2
 
 
-def _attributed(inquiry: Inquiry, name: str, *, steps: int, absolute: bool) -> CircuitSearch:
-    execution = inquiry.executed(f"{name}-{inquiry.metric.name}")
-    edges = attribute_edges(inquiry.model, inquiry.pairs, metric=inquiry.metric, steps=steps, execution=execution)
+@validated(frozen=True, slots=True, kw_only=True)
+class RelP:
+    """EAP with the coefficients of relevance propagation in place of the gradient: norms' scales and attention patterns
+    are constants (Jafari et al. 2025). Blind to what goes through queries and keys."""
+
+    absolute: bool = False
+    """As in `eap`."""
+
+    def find(self, inquiry: Inquiry) -> CircuitSearch:
+        """The strongest `heads`, by the common settings."""
+        return _attributed(inquiry, "relp", steps=1, absolute=self.absolute, rule="relp")
+
+    def acts_at(self, stages: Sequence[Stage]) -> tuple[Position, ...]:
+        """Everywhere."""
+        return ("all",)
+
+    def runs(self, heads: int, layers: int) -> int:
+        """A forward with its backward, and the clean and corrupt runs."""
+        return 3 + 2
+
+
+@validated(frozen=True, slots=True, kw_only=True)
+class Gim:
+    """EAP with the gradient's interactions modified: norms' scales are constants, softmax at a higher temperature,
+    products share the gradient (Edin et al. 2025)."""
+
+    steps: Annotated[int, Field(ge=1)] = 1
+    """Points of the integral, as in `eap_ig`; the paper takes one."""
+    absolute: bool = False
+    """As in `eap`."""
+
+    def find(self, inquiry: Inquiry) -> CircuitSearch:
+        """The strongest `heads`, by the common settings."""
+        return _attributed(inquiry, "gim", steps=self.steps, absolute=self.absolute, rule="gim")
+
+    def acts_at(self, stages: Sequence[Stage]) -> tuple[Position, ...]:
+        """Everywhere."""
+        return ("all",)
+
+    def runs(self, heads: int, layers: int) -> int:
+        """A forward with its backward for each step, and the clean and corrupt runs."""
+        return 3 * self.steps + 2
+
+
+def _attributed(inquiry: Inquiry, name: str, *, steps: int, absolute: bool, rule: Rule = "plain") -> CircuitSearch:
+    execution, metric = inquiry.executed(f"{name}-{inquiry.metric.name}"), inquiry.metric
+    edges = attribute_edges(inquiry.model, inquiry.pairs, metric=metric, steps=steps, rule=rule, execution=execution)
     scores = heads_of(attribute_nodes(edges), inquiry)
     ranked = replace(scores, values=scores.values * scores.mean().sign()[..., None]) if absolute else scores
     span = float(ranked.mean().abs().max())

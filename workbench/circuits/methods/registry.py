@@ -28,6 +28,8 @@ OURS: Mapping[str, str] = {
     "mean_ablation": "workbench.circuits.methods.ranked:MeanAblation",
     "eap": "workbench.circuits.methods.ranked:Eap",
     "eap_ig": "workbench.circuits.methods.ranked:EapIg",
+    "relp": "workbench.circuits.methods.ranked:RelP",
+    "gim": "workbench.circuits.methods.ranked:Gim",
     "greedy": "workbench.circuits.methods.greedy:Greedy",
     "elimination": "workbench.circuits.methods.eliminated:Exactly",
     "elimination_by_gates": "workbench.circuits.methods.eliminated:ByGates",

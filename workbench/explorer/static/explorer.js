@@ -153,10 +153,39 @@ class Page {
     this.view = view;
     if (!this.themeNow) this.retheme();
     this.draw(view);
-    if (view.error) this.tell(view.error, "error");
+    const begun = this.beginWithStrongest(view);
+    if (view.error) this.tell(view.error, "error", view.asks && this.overwrite());
     else if (view.notice) this.tell(view.notice, "notice");
     else if (this.said && !this.polled) this.tell("", "");
-    this.root.dataset.ready = String(!view.pending.length);
+    this.root.dataset.ready = String(!view.pending.length && !begun);
+  }
+
+  /** At the start the head that helps most is in view, so that no half of the page is empty. */
+  beginWithStrongest({ maps, selected }) {
+    if (this.hasBegun) return false;
+    const [side, panel] = Object.entries(maps.panels).find(([, each]) => each && !each.error) ?? [];
+    if (selected.head || !panel) return (this.hasBegun = Boolean(selected.head)) && false;
+    this.hasBegun = true;
+    const layer = panel.ranks.findIndex((row) => row.includes(1));
+    if (layer < 0) return false;
+    this.ask({ do: "select", side, head: `L${layer}H${panel.ranks[layer].indexOf(1)}` });
+    return true;
+  }
+
+  /** What asks before a circuit's file is overwritten. */
+  overwrite() {
+    return h("button", { type: "button", "data-do": "overwrite", onclick: () => this.saving && this.ask({ ...this.saving, overwrite: true }) }, "Overwrite");
+  }
+
+  /** Choose a head; where the columns stand below each other (a phone), a tap also brings its card into view. */
+  choose(side, head, event) {
+    this.hasBegun = true;
+    this.ask({ do: "select", side, head });
+    if (event.detail > 0 && this.narrow) this.at.headCard.scrollIntoView({ block: "start", behavior: "instant" });
+  }
+
+  get narrow() {
+    return getComputedStyle(this.at.columns).gridTemplateColumns.split(" ").length === 1;
   }
 
   /** Draw a section again only when what it shows has changed, so that focus and pointer stay where they are. */
@@ -198,6 +227,10 @@ class Page {
     at.code = h("pre.code", { tabindex: "0", "aria-label": "Python lines" });
     at.codePanel = h("div.card.codepanel", { hidden: true }, h("div.row", {}, h("h3", {}, "Python that reproduces this view"), button("Copy", () => this.copy(), { "data-do": "copy" })), at.code);
     for (const name of ["pair", "prompts", "settings", "maps", "head", "circuits", "shares"]) at[name] = h("div");
+    at.headsCard = h("div.card.headscard", {}, h("h3", {}, "Heads"), at.settings, at.maps);
+    const back = button("↑ Map", () => at.maps.scrollIntoView({ block: "start", behavior: "instant" }), { "data-do": "back", title: "Back to the map of heads", class: "back" });
+    at.headCard = h("div.card.headcard", {}, back, at.head);
+    at.columns = h("div.columns", {}, h("div.left", {}, at.headsCard, h("div.card", {}, h("h3", {}, "Circuits"), at.circuits), h("div.card", {}, at.shares)), at.headCard);
     at.tip = h("div.tip", { role: "tooltip", hidden: true });
     const names = setup.models.map((each) => h("span.model", {}, h("b", {}, SIDES[each.side]), ` ${shortName(each.name)} · ${each.layers} × ${each.heads} heads`));
     fill(
@@ -207,12 +240,7 @@ class Page {
       at.waiting,
       at.codePanel,
       h("div.card", {}, at.pair, at.prompts),
-      h(
-        "div.columns",
-        {},
-        h("div.left", {}, h("div.card", {}, h("h3", {}, "Heads"), at.settings, at.maps), h("div.card", {}, h("h3", {}, "Circuits"), at.circuits), h("div.card", {}, at.shares)),
-        h("div.card.headcard", {}, at.head),
-      ),
+      at.columns,
       at.tip,
     );
     this.resized ??= new ResizeObserver(() => this.matrix && this.drawMatrix());
@@ -220,9 +248,9 @@ class Page {
     this.resized.observe(this.root);
   }
 
-  tell(text, kind) {
+  tell(text, kind, more = null) {
     this.said = kind;
-    this.at ? fill(this.at.message, text) : fill(this.root, h("p.message.error", { role: "alert" }, text));
+    this.at ? fill(this.at.message, text, more && [" ", more]) : fill(this.root, h("p.message.error", { role: "alert" }, text));
     if (this.at) this.at.message.className = `message ${kind}`;
   }
 
@@ -266,7 +294,7 @@ class Page {
     const details = h("details", { open: this.typing, ontoggle: (event) => (this.typing = event.target.open) }, h("summary", {}, "Type a pair"), form);
     fill(
       this.at.pair,
-      h("div.row", {}, h("h3", {}, "Prompt"), pick, h("button", { type: "button", "aria-label": "Previous pair", onclick: step(-1) }, "‹"), h("button", { type: "button", "aria-label": "Next pair", onclick: step(1) }, "›"), h("span.muted", {}, `${pairs.length} pairs of ${title}`)),
+      h("div.row", {}, h("h3", {}, "Prompt"), pick, h("button", { type: "button", "aria-label": "Previous pair", title: "Previous pair", onclick: step(-1) }, "‹"), h("button", { type: "button", "aria-label": "Next pair", title: "Next pair", onclick: step(1) }, "›"), h("span.muted", {}, `${pairs.length} pairs of ${title}`)),
       details,
     );
   }
@@ -286,7 +314,7 @@ class Page {
   }
 
   tokenLine(name, mine, other) {
-    const tokens = mine.tokens.map((token, index) => h(mine.ids[index] === other.ids[index] ? "span.token" : "span.token.differs", { title: `token ${index}, id ${mine.ids[index]}` }, visible(token)));
+    const tokens = mine.tokens.map((token, index) => h(mine.ids[index] === other.ids[index] ? "span.token" : "span.token.differs", { title: `token ${index}, id ${mine.ids[index]}${mine.ids[index] === other.ids[index] ? "" : "; underlined: it differs between the clean and the corrupt prompt"}` }, visible(token)));
     return h("div.tokenline", {}, h("span.label", {}, name), h("div.text", {}, tokens));
   }
 
@@ -346,7 +374,7 @@ class Page {
       for (let index = 0; index < heads; index++) {
         const name = `L${layer}H${index}`;
         const cell = h("button.cell", { type: "button", role: "gridcell", tabindex: layer === layers - 1 && index === 0 ? "0" : "-1", "data-head": name, css: { width: `${width}px`, height: `${height}px` } });
-        cell.addEventListener("click", () => this.ask({ do: "select", side, head: name }));
+        cell.addEventListener("click", (event) => this.choose(side, name, event));
         cell.addEventListener("keydown", (event) => this.walk(event, side, layer, index));
         cell.addEventListener("pointerenter", () => this.tip(cell, cell.dataset.tip));
         cell.addEventListener("focus", () => (this.rove(side, name), cell.matches(":focus-visible") && this.tip(cell, cell.dataset.tip)));
@@ -383,12 +411,12 @@ class Page {
         const chosen = view.selected.head === name && view.selected.side === side;
         cell.setAttribute("aria-selected", String(chosen));
         const lines = [`${name} of the ${side}`];
-        if (value === null) lines.push(panel ? "not measured" : "being computed");
+        if (value === null) lines.push(panel ? "×: not measured" : "being computed");
         else {
           lines.push(`${shown(value, { sign: true })}, rank ${panel.ranks[layer][index]} of ${panel.measured}`);
           if (panel.low) lines.push(`95 % interval ${shown(panel.low[layer][index], { sign: true })} to ${shown(panel.high[layer][index], { sign: true })}`);
         }
-        if (name in members) lines.push(`in the circuit (${members[name]})`);
+        if (name in members) lines.push(`framed: in the circuit; ${initials(members[name])}: ${members[name].replaceAll("_", " ")}`);
         cell.dataset.tip = lines.join("\n");
         cell.setAttribute("aria-label", lines.join(", "));
       }
@@ -423,13 +451,13 @@ class Page {
     if (!cell) return;
     tip.textContent = text;
     const [box, frame] = [cell.getBoundingClientRect(), this.root.getBoundingClientRect()];
-    tip.style.setProperty("left", `${Math.max(4, Math.min(box.left - frame.left + box.width / 2, frame.width - 230))}px`);
+    tip.style.setProperty("left", `${Math.max(4, Math.min(box.left - frame.left + box.width / 2, frame.width - tip.offsetWidth - 4))}px`);
     tip.style.setProperty("top", `${box.bottom - frame.top + 6}px`);
   }
 
   // ---- one head
   headButton(side, name, more = "") {
-    return h("button.head", { type: "button", title: `Look at ${name} of the ${side}`, onclick: () => this.ask({ do: "select", side, head: name }) }, name, more);
+    return h("button.head", { type: "button", title: `Look at ${name} of the ${side}`, onclick: (event) => this.choose(side, name, event) }, name, more);
   }
 
   drawHead(view) {
@@ -471,7 +499,7 @@ class Page {
     const partners = head.partners.map((each) => {
       const found = each.nearest?.error ? h("span.error", {}, each.nearest.error) : each.nearest ? each.nearest.map(([name, value]) => [this.headButton(each.side, name), ` ${value.toFixed(2)} `]) : "…";
       const mapped = each.mapped.length ? [" · matched: ", each.mapped.map((name) => this.headButton(each.side, name))] : null;
-      return h("li", {}, h("span", {}, `most alike in the ${each.side}`, h("small", {}, " CKA")), h("span.partners", {}, found, mapped));
+      return h("li", {}, h("span", {}, `most alike in the ${each.side}`, h("small", { title: "Centred kernel alignment of the heads' outputs on the listed prompts: 1 for the same up to rotation and scale, 0 for unrelated" }, " CKA")), h("span.partners", {}, found, mapped));
     });
     return h(
       "div.facts",
@@ -576,7 +604,7 @@ class Page {
     if (at > query) return this.tip(null);
     this.tip(canvas, `from ${quoted(found.tokens, query)}\nto ${quoted(found.tokens, at)}: ${shown(found.weights[query][at])}`);
     const frame = this.root.getBoundingClientRect();
-    this.at.tip.style.setProperty("left", `${Math.min(event.clientX - frame.left + 12, frame.width - 230)}px`);
+    this.at.tip.style.setProperty("left", `${Math.max(4, Math.min(event.clientX - frame.left + 12, frame.width - this.at.tip.offsetWidth - 4))}px`);
     this.at.tip.style.setProperty("top", `${event.clientY - frame.top + 14}px`);
   }
 
@@ -587,7 +615,7 @@ class Page {
     if (!reads.length) return h("div", {}, title, h("p.muted", {}, /^L0H/.test(head.head) ? "It is in the first layer: no head is below it." : "No head below has an effect through it."));
     const most = Math.max(...reads.map((each) => Math.abs(each.together)));
     const rows = reads.map((each) => h("tr", {}, h("td", {}, this.headButton(head.side, each.head)), h("td.signed", {}, this.signed(each.together, most)), h("td.number", {}, shown(each.together, { sign: true })), ["q", "k", "v"].map((letter) => h("td.small", {}, letter in each ? shown(each[letter], { sign: true }) : "…"))));
-    return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["head", "", "together", "q", "k", "v"].map((each) => h("th", {}, each)))), h("tbody", {}, rows)));
+    return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["head", "", "together", "q", "k", "v"].map((each) => h("th", { title: LETTERS[each] }, each)))), h("tbody", {}, rows)));
   }
 
   feeds(head) {
@@ -597,7 +625,7 @@ class Page {
     const all = [["logits", feeds.logits], ...feeds.heads];
     const most = Math.max(...all.map(([, value]) => Math.abs(value ?? 0))) || 1;
     const rows = all.map(([name, value]) => h("tr", {}, h("td", {}, name === "logits" ? "logits" : this.receiver(head.side, name)), h("td.signed", {}, this.signed(value ?? 0, most)), h("td.number", {}, shown(value, { sign: true }))));
-    return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["into", "", "effect"].map((each) => h("th", {}, each)))), h("tbody", {}, rows)));
+    return h("div", {}, title, h("table", {}, h("thead", {}, h("tr", {}, ["into", "", "effect"].map((each) => h("th", { title: LETTERS[each] }, each)))), h("tbody", {}, rows)));
   }
 
   /** `L5H4.k` is the whole key-value group's where several heads share it. */
@@ -606,10 +634,12 @@ class Page {
     const { heads, kv_heads } = this.setup.models.find((each) => each.side === side);
     const group = letter === "q" ? 1 : heads / kv_heads;
     const last = Number(head.split("H")[1]) + group - 1;
-    return [`${letter} of `, this.headButton(side, head), group > 1 ? h("small", {}, `–H${last}`) : null];
+    return [h("abbr", { title: LETTERS[letter] }, letter), " of ", this.headButton(side, head), group > 1 ? h("small", { title: `Heads ${head} to H${last} share this ${letter} (grouped-query attention)` }, `–H${last}`) : null];
   }
 
+  /** A bar to the right (helps) or left; none for what is rounding. */
   signed(value, most) {
+    if (Math.abs(value) < this.setup.noise) return null;
     return h(value < 0 ? "span.signedbar.hurts" : "span.signedbar.helps", { css: { "--w": `${(50 * Math.abs(value)) / most}%` } });
   }
 
@@ -617,7 +647,7 @@ class Page {
     const title = h("h3", {}, `Direct logit attribution of the ${SIDES[selected.side]}`);
     if (!attribution || attribution.error) return fill(this.at.shares, title, h("p.muted", {}, attribution?.error ?? "…"));
     const most = Math.max(...attribution.parts.map(([, value]) => Math.abs(value))) || 1;
-    const rows = attribution.parts.map(([name, value]) => h(name === selected.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(selected.side, name) : h("span.part", {}, name)), h("td.signed.wide", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
+    const rows = attribution.parts.map(([name, value]) => h(name === selected.head ? "tr.here" : "tr", {}, h("td", {}, /^L\d+H\d+$/.test(name) ? this.headButton(selected.side, name) : h("span.part", { title: /^M\d+$/.test(name) ? `The MLP of layer ${name.slice(1)}` : name }, name)), h("td.signed.wide", {}, this.signed(value, most)), h("td.number", {}, shown(value, { sign: true }))));
     fill(this.at.shares, title, h("p.explain", {}, `The ${rows.length} largest of ${attribution.count} parts (heads, MLPs, embedding, biases); all sum to the logit difference, ${shown(attribution.total, { sign: true })}. Positive pushes towards the answer; the final norm's scale is frozen at this prompt's.`), h("table", {}, h("tbody", {}, rows)));
   }
 
@@ -628,7 +658,7 @@ class Page {
     this.section("outside", [settings.outside, selected.side], () => {
       const outside = h("label", {}, "heads outside take ", h("select", { "data-set": "outside", onchange: (event) => this.ask({ do: "set", outside: event.target.value }) }, this.setup.outsides.map((each) => h("option", { value: each.value, selected: each.value === settings.outside }, each.title))));
       const file = h("input", { type: "text", name: "file", value: this.file ?? "circuit.json", "aria-label": "File name", oninput: (event) => (this.file = event.target.value) });
-      const save = h("form.row", { onsubmit: (event) => (event.preventDefault(), this.ask({ do: "save", side: this.view.selected.side, name: file.value })) }, file, h("button", { type: "submit", "data-do": "save" }, `Save the ${selected.side}'s circuit`));
+      const save = h("form.row", { onsubmit: (event) => (event.preventDefault(), this.ask((this.saving = { do: "save", side: this.view.selected.side, name: file.value }))) }, file, h("button", { type: "submit", "data-do": "save" }, `Save the ${selected.side}'s circuit`));
       const compare = h("button", { type: "button", "data-do": "compare", onclick: () => this.ask({ do: "compare" }) }, "Against random circuits");
       fill(this.at.circuits, h("div.row.controls", {}, outside), this.at.blocks, h("div.row.tail", {}, save, h("span.grow"), compare));
     });
@@ -637,7 +667,7 @@ class Page {
 
   circuit(side, circuit, view) {
     const [layers, heads] = circuit.shape;
-    const chips = circuit.heads.map((each) => h("span.chip", { title: each.role }, this.headButton(side, each.head), h("button", { type: "button", "aria-label": `Drop ${each.head}`, onclick: () => this.ask({ do: "toggle", side, head: each.head }) }, "×")));
+    const chips = circuit.heads.map((each) => h("span.chip", { title: each.role }, this.headButton(side, each.head), h("button", { type: "button", "aria-label": `Drop ${each.head}`, title: `Drop ${each.head} from the circuit`, onclick: () => this.ask({ do: "toggle", side, head: each.head }) }, "×")));
     const clear = circuit.heads.length ? h("button.quiet", { type: "button", onclick: () => this.ask({ do: "clear", side }) }, "empty it") : null;
     const report = circuit.on_prompts;
     const title = h("h4", {}, `${SIDES[side]}: ${circuit.heads.length} of ${layers * heads} heads `, h("small", {}, circuit.method), " ", clear);
@@ -668,8 +698,8 @@ class Page {
 
   meter(name, title, value, before, share, text, mark) {
     const moved = before !== undefined && before !== null && value !== null && Math.abs(value - before) > 1e-4 ? value - before : 0;
-    const delta = moved ? h("span", { class: moved > 0 ? "delta up" : "delta down" }, `${moved > 0 ? "▲" : "▼"} ${shown(Math.abs(moved))}`) : null;
-    return h("div.meter", { title }, h("span.name", {}, name), h("span.track", {}, h("span.value", { css: { "--w": `${Math.max(0, Math.min(1, share ?? 0)) * 100}%` } }), mark === null ? null : h("span.mark", { css: { left: `${Math.max(0, Math.min(1, mark)) * 100}%` } })), h("b", { "data-meter": name }, text), delta);
+    const delta = moved ? h("span", { class: moved > 0 ? "delta up" : "delta down", title: "Change since the circuit's last change" }, `${moved > 0 ? "▲" : "▼"} ${shown(Math.abs(moved))}`) : null;
+    return h("div.meter", { title }, h("span.name", {}, name), h("span.track", {}, h("span.value", { css: { "--w": `${Math.max(0, Math.min(1, share ?? 0)) * 100}%` } }), mark === null ? null : h("span.mark", { title: "Mean of random circuits of as many heads", css: { left: `${Math.max(0, Math.min(1, mark)) * 100}%` } })), h("b", { "data-meter": name }, text), delta);
   }
 
   // ---- what goes on
@@ -685,6 +715,16 @@ class Page {
   }
 }
 
+/** What a letter or a heading of a table stands for, said on hover. */
+const LETTERS = {
+  q: "query: what the head looks for",
+  k: "key: what a token offers to be found by",
+  v: "value: what the head reads of the tokens that it looks at",
+  head: "L5H3: layer 5, head 3, both from 0",
+  together: "The path effect through q, k and v at once; it need not be their sum",
+  into: "The input of a head above (q, k or v), or the logits",
+  effect: "The fall of the metric when this path alone carries the corrupt prompt's output; no bar: below 0.0001, rounding",
+};
 const initials = (role) => role.split("+").map((part) => part[0]).join("").slice(0, 2);
 const quoted = (tokens, index) => `“${visible(tokens[index])}” (${index})`;
 const shortName = (name) => name.split("/").slice(-2).join("/");

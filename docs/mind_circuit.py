@@ -1,0 +1,231 @@
+"""Theory of mind's circuit, head by head: `python -m docs.mind_circuit` measures what the search of `mind` found.
+
+    workbench discover --recipe mind --set discovery.resamples=3 --out runs/mind-circuit
+    python -m docs.mind_circuit runs/mind-circuit     # copies its circuits to assets/results/mind_circuit
+
+On fresh stories, with every head outside the circuit at its mean: what each head's removal at each named position
+costs the circuit; what it reads and writes (exact path effects in the whole model); where it looks from there; and how
+much random circuits of its size and the strongest heads by single ablation carry. The figure is drawn from that.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from workbench import seeds, storage
+from workbench.circuits.circuit import Circuit, Member
+from workbench.circuits.looks import FIRST, attention_to_positions
+from workbench.circuits.remaining import Remaining
+from workbench.experiment.prompts import Prompts
+from workbench.experiment.recipe import read_recipe
+from workbench.models.hooked_model import Teacher
+from workbench.patching.ablation import ablate, reference_means
+from workbench.patching.attribution import exact_edges
+from workbench.patching.execution import Execution
+from workbench.plots.export import save_figure
+from workbench.plots.graph import circuit_graph
+from workbench.storage import located
+from workbench.storage.provenance import provenance
+from workbench.values.refs import Embedding, Head, Mlp
+from workbench.values.scores import Scores
+
+ROOT = Path(__file__).parents[1]
+FOLDER, FIGURE = ROOT / "assets/results/mind_circuit", ROOT / "assets/figures/mind_circuit.png"
+COPIED = [f"{who}{kind}.json" for who in ("teacher", "student") for kind in ("", "-search", "-evaluation")]
+NAMED = ("state", "other_state", "object", "character", "visibility_word", "query_character", "query_object", "last")
+REST = f"not {'+'.join(NAMED)}"
+PLACES = (*NAMED, REST)
+ACTS, LOOKS, WRITES = 0.1, 0.15, 0.1
+"""Told of a head: a place whose removal costs this many nats; an attention of at least so much; a path of at least so
+many nats."""
+RANDOM, STORIES, PATHS = 40, 120, 24
+"""Random circuits; fresh stories, and those of them for the paths."""
+TITLE = "Theory of mind in the teacher: heads by what they look at"
+QUIET = Execution(progress=False)
+log = logging.getLogger("mind_circuit")
+
+
+def main() -> int:
+    """Copy what was found, where a run is named; measure and draw."""
+    if len(sys.argv) > 1:
+        run = Path(sys.argv[1])
+        for file in (run / "run.json", *(run / "circuits" / name for name in COPIED)):
+            storage.write_json(FOLDER / file.name, storage.read_json(file))
+    file = storage.read_json(FOLDER / "teacher.json")
+    circuit = Circuit.from_json({key: value for key, value in file.items() if key != "origin"})
+    model = Teacher.load(located("mixture-teacher"))
+    prompts = Prompts(read_recipe("mind"), model.tokenizer)
+    test, means = prompts.test.rows(slice(0, STORIES)), reference_means(model, prompts.reference)
+    remaining = Remaining(model, test, means, "log_probability", QUIET)
+    costs = place_costs(remaining, circuit)
+    members = acting(circuit, costs)
+    log.info("%d members: %s", len(members), ", ".join(f"{member.head} at {member.position}" for member in members))
+    looks = attention_to_positions(model, test, members)
+    paths = exact_edges(
+        model,
+        test.rows(slice(0, PATHS)),
+        metric="log_probability",
+        senders=senders(circuit),
+        freeze_mlps=False,
+        execution=QUIET,
+    )
+    log.info("paths done")
+    storage.write_json(
+        FOLDER / "heads.json",
+        {
+            "command": "python -m docs.mind_circuit runs/mind-circuit",
+            "commit": provenance()["commit"],
+            "seed": 0,
+            "test_stories": len(test),
+            "path_stories": PATHS,
+            "unit": "nats of the answer's log-probability",
+            "heads": {str(head): told(head, costs, members, looks, paths) for head in circuit.heads},
+            "carries": carries(remaining, circuit, ablate(model, prompts.discovery, means, execution=QUIET)),
+        },
+    )
+    placed = Circuit.of(drawn(members, looks), shape=circuit.shape, method=circuit.method)
+    columns = [place for place in PLACES if place in {member.position for member in placed.members}]
+    save_figure(circuit_graph(placed, among(paths, circuit), positions=columns, title=TITLE), FIGURE)
+    return 0
+
+
+def place_costs(remaining: Remaining, circuit: Circuit) -> dict[tuple[Head, str], float]:
+    """What the circuit loses without a head at a place, in nats."""
+    remaining.restart()
+    remaining.remove([(head, "all") for head in remaining.model.heads if head not in circuit.heads])
+    sites = list(product(circuit.heads, PLACES))
+    without = remaining.without_each(sites).mean(1)
+    whole = float(remaining.measured()[0].mean())
+    return {site: whole - float(value) for site, value in zip(sites, without, strict=True)}
+
+
+def acting(circuit: Circuit, costs: dict[tuple[Head, str], float]) -> list[Member]:
+    """The circuit's heads where they are needed; each at one place at least."""
+    members = []
+    for head in circuit.heads:
+        mine = {place: costs[head, place] for place in PLACES}
+        needed = [place for place, cost in mine.items() if cost >= ACTS] or [max(mine, key=lambda place: mine[place])]
+        members += [Member(head, "circuit", place) for place in needed]
+    return sorted(members)
+
+
+def drawn(members: Sequence[Member], looks: Scores) -> list[Member]:
+    """Each head once, at the last place where it is needed, with what it looks at most from there for a role (a narrow
+    position before one that holds it)."""
+    names, at = looks.labels["position"], looks.values.nanmean(-1)
+    narrow = [place for place, name in enumerate(names) if name not in ("states", "visibility", FIRST)]
+    latest = {}
+    for row, member in sorted(enumerate(members), key=lambda one: PLACES.index(one[1].position)):
+        values = at[row].tolist()
+        role = names[max(narrow, key=lambda place: values[place])].replace("_", " ")
+        latest[member.head] = Member(member.head, role, member.position)
+    return sorted(latest.values())
+
+
+def senders(circuit: Circuit) -> list[Any]:
+    """Whose paths are measured: the circuit's heads, the embedding and the MLPs."""
+    return [Embedding(), *circuit.heads, *(Mlp(layer) for layer in range(circuit.shape[0]))]
+
+
+def among(paths: Scores, circuit: Circuit) -> Scores:
+    """The paths that start at the circuit's heads."""
+    rows = [place for place, name in enumerate(paths.labels["sender"]) if name in map(str, circuit.heads)]
+    labels = {**paths.labels, "sender": tuple(paths.labels["sender"][row] for row in rows)}
+    return Scores(values=paths.values[rows], axes=paths.axes, labels=labels, unit=paths.unit)
+
+
+def told(
+    head: Head,
+    costs: dict[tuple[Head, str], float],
+    members: Sequence[Member],
+    looks: Scores,
+    paths: Scores,
+) -> dict[str, Any]:
+    """What there is to say of a head."""
+    at = looks.values.nanmean(-1)
+    rows = [row for row, member in enumerate(members) if member.head == head]
+    seen = {
+        members[row].position: strongest(
+            zip(looks.labels["position"], at[row].tolist(), strict=True), least=LOOKS, leave=("states",)
+        )
+        for row in rows
+    }
+    means = paths.values.nanmean(-1)
+    inputs = [
+        (place, name)
+        for place, name in enumerate(paths.labels["receiver"])
+        if name != "logits" and "." in name and reads_for(head, name, paths)
+    ]
+    reads = {
+        f"{sender} -> {name.partition('.')[2]}": float(means[row, place])
+        for row, sender in enumerate(paths.labels["sender"])
+        for place, name in inputs
+    }
+    out = {}
+    row = paths.labels["sender"].index(str(head))
+    for place, name in enumerate(paths.labels["receiver"]):
+        out[name] = float(means[row, place])
+    return {
+        "costs": {place: round(costs[head, place], 4) for place in PLACES},
+        "looks": {place: {name: round(value, 3) for name, value in found.items()} for place, found in seen.items()},
+        "reads": {name: round(value, 3) for name, value in strongest(reads.items(), least=WRITES).items()},
+        "writes": {name: round(value, 3) for name, value in strongest(out.items(), least=WRITES).items()},
+    }
+
+
+def reads_for(head: Head, name: str, paths: Scores) -> bool:
+    """Whether an input is the head's own q, or its group's k or v."""
+    reader, _, kind = name.partition(".")
+    layer, index = (int(part) for part in reader[1:].split("H"))
+    if layer != head.layer:
+        return False
+    keys = sorted(
+        int(each.partition(".")[0][1:].split("H")[1])
+        for each in paths.labels["receiver"]
+        if each.startswith(f"L{layer}H") and each.endswith(".k")
+    )
+    return index == head.index if kind == "q" else index == max(key for key in keys if key <= head.index)
+
+
+def strongest(values: Iterable[tuple[str, float]], *, least: float, leave: Sequence[str] = ()) -> dict[str, float]:
+    """Those of at least so much in absolute value, the strongest first, five at most."""
+    there = [(name, value) for name, value in values if value == value and abs(value) >= least and name not in leave]
+    return dict(sorted(there, key=lambda one: -abs(one[1]))[:5])
+
+
+def carries(remaining: Remaining, circuit: Circuit, single: Scores) -> dict[str, Any]:
+    """Accuracy and log-probability of circuits alone, heads kept everywhere."""
+
+    def alone(heads: Iterable[Head]) -> dict[str, float]:
+        kept = set(heads)
+        gone = [(head, "all") for head in remaining.model.heads if head not in kept]
+        value, accuracy, _ = remaining.after(gone).mean(1).tolist()
+        return {"accuracy": accuracy, "log_probability": value}
+
+    size = len(circuit.heads)
+    chooser = seeds.chooser(0, "random circuits of theory of mind")
+    random = [alone(chooser.sample(list(remaining.model.heads), size)) for _ in range(RANDOM)]
+    accuracies = sorted(each["accuracy"] for each in random)
+    return {
+        "size": size,
+        "whole": alone(remaining.model.heads),
+        "circuit": alone(circuit.heads),
+        "top by single ablation": alone(single.ranked()[:size]),
+        "top six by single ablation": alone(single.ranked()[:6]),
+        "nothing": alone([]),
+        "random": {
+            "circuits": RANDOM,
+            "mean": sum(accuracies) / RANDOM,
+            "median": accuracies[RANDOM // 2],
+            "most": accuracies[-1],
+        },
+        "without it": float(remaining.after([(head, "all") for head in circuit.heads])[1].mean()),
+    }
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    sys.exit(main())
