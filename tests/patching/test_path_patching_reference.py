@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from miniatures import FAMILIES, WIDE_HEADS, miniature
+from miniatures import FAMILIES, miniature
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,6 @@ from workbench.values.refs import Head, Receiver
 
 POST_NORM: dict[str, dict[str, Any]] = {
     "Gemma2": FAMILIES["Gemma2"],  # by replay: norms after attention and MLP, soft caps on scores and logits
-    "Gemma3Text": {**WIDE_HEADS, "sliding_window": 4},  # through hooks
     "Olmo2": {},  # through hooks: queries of all heads normed together
 }
 """A norm stands between attention and the residual stream."""
@@ -53,7 +52,6 @@ SWEPT = {
     "gpt2": ["queries"],
     "neox": ["values"],
     "Gemma2": ["logits"],
-    "Olmo2": ["logits"],
 }
 """Architecture -> the paths for which every head is measured on its own."""
 
@@ -238,7 +236,7 @@ def receivers_of(path: str) -> list[Receiver]:
 
 
 def test_the_replay_takes_norms_after_attention_and_leaves_the_rest_to_hooks(subject):
-    engines = {"Gemma3Text": "hooks", "Olmo2": "hooks"}
+    engines = {"Olmo2": "hooks"}
     assert subject.patchers["left"].engine == engines.get(subject.architecture, "replay")
 
 
