@@ -62,7 +62,7 @@ FORECASTS = {
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
 }
-DISCOVERIES = ("mind-teacher", "mind-student")
+DISCOVERIES = ("mind-teacher", "mind-student", "entity-teacher")
 """Subjects of `python -m docs.methods` that a page shows."""
 VARIANTS = {
     "as-it-is": "the method as it is",
@@ -313,27 +313,6 @@ def discovery(subject: str) -> str:
     return markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
 
 
-def worth() -> str:
-    """What the first heads of each method's rankings are worth for distillation."""
-    found = storage.read_json(RESULTS / "discovery/mind-worth.json")
-    methods = list(dict.fromkeys(row["method"] for row in found["rows"].values()))
-    seeds = sorted({row["seed"] for row in found["rows"].values()})
-
-    def of(method: str, arm: str, seed: int) -> float | None:
-        row = found["rows"].get(f"{method}, {arm}, seed {seed}")
-        return None if row is None else row["accuracy"]
-
-    def row(method: str) -> list[str]:
-        plain, aligned = (mean([of(method, arm, seed) for seed in seeds]) for arm in ("circuit CE", "CE + CKA"))
-        gain = DASH if plain is None or aligned is None else f"{aligned - plain:+.3f}".replace("-", MINUS)
-        cka = mean([each["cka_before"] for each in found["rows"].values() if each["method"] == method])
-        return [f"`{method}`", number(plain), number(aligned), gain, number(cka, 2)]
-
-    base = ["untrained student", number(found["base"]), DASH, DASH, DASH]
-    head = ("circuits by", "circuit CE", "CE + CKA", "difference", "pairs' CKA before")
-    return markdown(head, [base, *map(row, methods)])
-
-
 def mind_heads() -> str:
     """Theory of mind's circuit head by head: where each is needed, what it looks at, reads and writes."""
     heads = storage.read_json(RESULTS / "mind_circuit/heads.json")["heads"]
@@ -473,7 +452,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
     **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
-    "worth": worth,
     "mind-heads": mind_heads,
     "mind-carries": mind_carries,
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
