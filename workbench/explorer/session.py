@@ -226,7 +226,7 @@ class Session:
         path = self.folder / (name if name.endswith(".json") else f"{name}.json")
         if path.exists() and not path.is_file():
             raise InputError(f"{path.name} is there already and is no file; choose another name.")
-        circuit = self.state.circuits[side]
+        circuit, there = self.state.circuits[side], None
         if path.exists():
             try:
                 there = Circuit.from_json(storage.read_json(path))
@@ -234,7 +234,7 @@ class Session:
                 raise InputError(f"{path.name} is there already and holds no circuit; choose another name.") from None
         if not circuit.heads:
             raise InputError(f"the {side}'s circuit is empty; add a head to it before you save it.")
-        if path.exists() and there != circuit and command.get("overwrite") is not True:
+        if there is not None and there != circuit and command.get("overwrite") is not True:
             held = f"{len(there.heads)} head{'' if len(there.heads) == 1 else 's'}"
             raise Exists(f"{path.name} holds another circuit ({held}); overwrite it, or choose another name.")
         storage.write_json(path, circuit.to_json())

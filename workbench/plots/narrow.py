@@ -4,7 +4,7 @@ several lines. Numbers and colours stay."""
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from plotly import graph_objects as go
 
@@ -16,13 +16,15 @@ LABEL, NAME = 16, 40
 """Letters of a line of a tick's label, and of a legend's entry."""
 MANY = 12
 """Labels from which a line of ticks is set in small letters."""
+Figure: TypeAlias = Any
+"""A `go.Figure`, whose own types know no attributes of traces and axes."""
 ENTRY, LETTER, LINE = 44, 6.4, 19
 """Pixels: a legend entry's symbol, a letter, and a line of it."""
 
 
 def narrow(figure: go.Figure, width: int = WIDTH) -> go.Figure:
     """A copy for `width` pixels; its height is what it needs then."""
-    slim = go.Figure(figure)
+    slim: Figure = go.Figure(figure)
     layout = slim.layout
     wide = layout.width or 700
     margin = {side: _margin(slim, side) for side in "lrtb"}
@@ -39,24 +41,24 @@ def narrow(figure: go.Figure, width: int = WIDTH) -> go.Figure:
     return slim
 
 
-def _margin(figure: go.Figure, side: str) -> float:
+def _margin(figure: Figure, side: str) -> float:
     """As the figure or else its template has it."""
     own = figure.layout.margin[side]
     usual = figure.layout.template.layout.margin[side] if figure.layout.template else None
     return own if own is not None else usual if usual is not None else 60
 
 
-def _axis(figure: go.Figure, name: str) -> Any:
+def _axis(figure: Figure, name: str) -> Any:
     """`x2` -> the layout's `xaxis2`."""
     return figure.layout[f"{name[0]}axis{name[1:]}"]
 
 
-def _panels(figure: go.Figure) -> list[tuple[str, str]]:
+def _panels(figure: Figure) -> list[tuple[str, str]]:
     """The pairs of axes that something is drawn on, in order."""
     return list(dict.fromkeys((trace.xaxis or "x", trace.yaxis or "y") for trace in figure.data))
 
 
-def _stacked(figure: go.Figure, up: float) -> float:
+def _stacked(figure: Figure, up: float) -> float:
     """Panels that stand side by side go below one another, each as high as it was; returns the plot's height."""
     panels = _panels(figure)
     starts = [(_axis(figure, x).domain or (0, 1))[0] for x, _ in panels]
@@ -76,7 +78,7 @@ def _stacked(figure: go.Figure, up: float) -> float:
     return total
 
 
-def _wrap_ticks(figure: go.Figure) -> None:
+def _wrap_ticks(figure: Figure) -> None:
     for axis in figure.select_yaxes():
         if axis.ticktext:
             many = len(axis.ticktext) > MANY
@@ -84,7 +86,7 @@ def _wrap_ticks(figure: go.Figure) -> None:
             axis.tickfont.size = 9 if many else axis.tickfont.size
 
 
-def _room_for_labels(figure: go.Figure, across: float) -> None:
+def _room_for_labels(figure: Figure, across: float) -> None:
     """Labels beside points get smaller letters, and the room that they need on both sides of what spans 0 to 1."""
     for trace in figure.data:
         if trace.type == "scatter" and trace.textposition in ("middle left", "middle right"):
@@ -99,7 +101,7 @@ def _wrapped(text: str, letters: int) -> str:
     return "<br>".join(textwrap.wrap(text, letters, break_long_words=False)) if len(text) > letters else text
 
 
-def _bar_below(figure: go.Figure) -> int:
+def _bar_below(figure: Figure) -> int:
     """A colour bar lies under the plot; returns the pixels that it takes."""
     bars = [figure.layout.coloraxis.colorbar] if figure.layout.coloraxis.cmax is not None else []
     bars += [trace.colorbar for trace in figure.data if trace.type == "heatmap" and _has_bar(trace)]
@@ -121,7 +123,7 @@ def legend_lines(names: Sequence[str], width: float) -> int:
     return max(map(len, texts)) * math.ceil(len(names) / columns)
 
 
-def _legend_below(figure: go.Figure, width: int, below: int) -> int:
+def _legend_below(figure: Figure, width: int, below: int) -> int:
     """A legend lies under the plot, above a colour bar; returns the pixels that it takes."""
     named = [trace for trace in figure.data if trace.showlegend is not False and trace.name and trace.type != "heatmap"]
     if figure.layout.showlegend is False or (len(named) < 2 and figure.layout.showlegend is not True):
