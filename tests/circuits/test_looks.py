@@ -74,4 +74,5 @@ def test_the_figure_says_what_was_measured(load_teacher: Callable[..., Any]) -> 
     scores = attention_to_positions(load_teacher("llama"), entity_pairs(), MEMBERS)
     figure = looks_figure(scores)
     assert torch.allclose(torch.tensor(figure.data[0].z).double(), scores.mean().double())
-    assert list(figure.data[0].y) == list(scores.labels["member"])
+    shown = dict(zip(figure.layout.yaxis.tickvals, figure.layout.yaxis.ticktext, strict=True))
+    assert [shown[row] for row in figure.data[0].y] == list(scores.labels["member"])
