@@ -68,14 +68,16 @@ def run_in_processes(run: Run, arms: Sequence[Arm], workers: int) -> None:
                     row.circuit_accuracy,
                     row.random_circuit_accuracy,
                 )
-        except BrokenProcessPool:
-            raise InputError(
-                "a worker died (out of memory, or killed); what was trained is kept: go on with --resume and fewer "
-                "--workers."
-            ) from None
-        finally:
+        except BaseException as error:
             for worker in multiprocessing.active_children():
-                worker.terminate()  # nothing where all is done; a training that is cut off has its checkpoint
+                worker.terminate()  # a training that is cut off has its checkpoint
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(
+                    "a worker died (out of memory, or killed); what was trained is kept: go on with --resume and fewer "
+                    "--workers."
+                ) from None
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
 
 
