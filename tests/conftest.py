@@ -3,13 +3,16 @@
 import functools
 import os
 import random
+import socketserver
 import subprocess
 import sys
+import threading
 import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +55,26 @@ def config_of(architecture: str, **sizes: int) -> Any:
     vocabulary = len(word_tokenizer())
     layers, heads, width = sizes.get("layers", 3), sizes.get("heads", 4), sizes.get("d_model", 32)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    if architecture.startswith("llama"):
-        kv_heads = {"llama": heads // 2, "llama-mha": heads, "llama-mqa": 1}[architecture]
-        return LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            **ids,
-        )
+    grouped: dict[str, tuple[Any, dict[str, int]]] = {
+        "llama": (LlamaConfig, {}),
+        "llama-mha": (LlamaConfig, {"num_key_value_heads": heads}),
+        "llama-mqa": (LlamaConfig, {"num_key_value_heads": 1}),
+        "gemma2": (Gemma2Config, {"head_dim": 16}),
+        "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    }
+    if architecture in grouped:
+        kind, own = grouped[architecture]
+        usual = {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+        }
+        return kind(**(usual | own | ids))
     if architecture == "gpt2":
         return GPT2Config(
             vocab_size=vocabulary,
@@ -73,22 +83,6 @@ def config_of(architecture: str, **sizes: int) -> Any:
             n_head=heads,
             n_positions=256,
             initializer_range=0.2,
-            **ids,
-        )
-    if architecture in ("gemma2", "mixtral"):
-        kind, own = {"gemma2": (Gemma2Config, {"head_dim": 16}), "mixtral": (MixtralConfig, {"num_local_experts": 4})}[
-            architecture
-        ]
-        return kind(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            **own,
             **ids,
         )
     assert architecture == "neox"
@@ -232,6 +226,46 @@ def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3,
     return encode(
         task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer
     )  # pyright: ignore[reportArgumentType]
+
+
+def left_padded(pairs: PromptPairs, rows: Sequence[int], *, tokens: int = 3) -> PromptPairs:
+    """The pairs with the first tokens of some rows taken for padding."""
+    mask = pairs.mask.clone()
+    mask[list(rows), :tokens] = False
+    return PromptPairs(
+        clean=pairs.clean,
+        corrupt=pairs.corrupt,
+        mask=mask,
+        answers=pairs.answers,
+        distractors=pairs.distractors,
+        positions={name: where & mask for name, where in pairs.positions.items()},
+    )
+
+
+@pytest.fixture
+def small_recipe(model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`small_recipe(conditions=[...])` -> a recipe as plain values, on random-weight models and a cache of its own;
+    thresholds at 0, so that circuits are found in noise."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    usual = {
+        "teacher": str(model_folder("llama", seed=1)),
+        "student": str(model_folder("llama", seed=2, layers=2)),
+        "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "train_scenes": 6, "test_scenes": 5},
+        "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
+        "training": {"steps": 4, "batch": 6, "checkpoint_every": 2},
+    }
+    return lambda **changes: usual | changes
+
+
+@contextmanager
+def in_background(server: socketserver.BaseServer) -> Iterator[None]:
+    """A server at work in a thread of its own."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import entity_pairs
+from conftest import entity_pairs, left_padded
 from torch import Tensor
 
 from tests.patching.test_known_circuit import CIRCUIT, known, write  # noqa: F401 (fixtures)
@@ -32,18 +32,7 @@ QUIET = Execution(progress=False)
 @pytest.fixture(scope="module")
 def pairs() -> PromptPairs:
     """Four pairs of 3 boxes, the last one padded on the left."""
-    pairs = entity_pairs(scenes=2).rows(slice(0, 4))
-    mask = pairs.mask.clone()
-    mask[3, :3] = False
-    positions = {name: where & mask for name, where in pairs.positions.items()}
-    return PromptPairs(
-        clean=pairs.clean,
-        corrupt=pairs.corrupt,
-        mask=mask,
-        answers=pairs.answers,
-        distractors=pairs.distractors,
-        positions=positions,
-    )
+    return left_padded(entity_pairs(scenes=2).rows(slice(0, 4)), [3])
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "neox"])

@@ -35,16 +35,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def recipe(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
-    """A recipe on random-weight models; thresholds at 0 so that circuits are found in noise."""
-    value = {
-        "teacher": str(model_folder("llama", seed=1)),
-        "student": str(model_folder("llama", seed=2, layers=2)),
-        "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "train_scenes": 6, "test_scenes": 5},
-        "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
-        "training": {"steps": 4, "batch": 6, "checkpoint_every": 2},
-        "evaluation": {"edges": 3},
-        "conditions": [
+def recipe(small_recipe: Callable[..., Any], tmp_path: Path) -> Path:
+    """A small recipe, under many conditions."""
+    value = small_recipe(
+        evaluation={"edges": 3},
+        conditions=[
             "base",
             "full_ce",
             "circuit_ce",
@@ -54,7 +49,7 @@ def recipe(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
             "full_kl",
             "full_ce_cka",
         ],
-    }
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(value))
     return path

@@ -2,7 +2,6 @@
 training is that from the teacher's own logits; what a server gets wrong is refused with its remedy."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import in_background
 
 from tests.distillation.distilling import PLAIN, PROMPTS, furthest, trained, values
 from workbench.distillation.endpoint import Endpoint, endpoint_outputs
@@ -71,12 +71,8 @@ def cache(model_folder: Loader) -> TeacherCache:
 @pytest.fixture
 def stub(cache: TeacherCache) -> Iterator[Stub]:
     server = Stub(cache)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with in_background(server):
+        yield server
 
 
 def asked(stub: Stub, *, top: int, **named: Any) -> Any:

@@ -28,23 +28,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def recipe(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
-    value = {
-        "teacher": str(model_folder("llama", seed=1)),
-        "student": str(model_folder("llama", seed=2, layers=2)),
-        "data": {
-            "options": {"boxes": 3},
-            "reference_scenes": 4,
-            "discovery_scenes": 4,
-            "train_scenes": 6,
-            "test_scenes": 5,
-        },
-        "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
-        "training": {"steps": 2, "batch": 6},
-        "evaluation": {"random_circuits": 1, "curve": False},
-        "conditions": ["circuit_ce_cka"],
-    }
+def recipe(small_recipe: Callable[..., Any], tmp_path: Path) -> Path:
+    value = small_recipe(
+        training={"steps": 2, "batch": 6},
+        evaluation={"random_circuits": 1, "curve": False},
+        conditions=["circuit_ce_cka"],
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(value))
     return path

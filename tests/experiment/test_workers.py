@@ -23,18 +23,9 @@ CONDITIONS = ["base", "circuit_ce", "circuit_ce_cka"]
 
 
 @pytest.fixture
-def recipe(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
-    value = {
-        "teacher": str(model_folder("llama", seed=1)),
-        "student": str(model_folder("llama", seed=2, layers=2)),
-        "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "train_scenes": 6, "test_scenes": 5},
-        "discovery": {"heads": 2, "least_effect": 0.0, "confidence": 0.01},
-        "training": {"steps": 4, "batch": 6, "checkpoint_every": 2},
-        "conditions": CONDITIONS,
-    }
+def recipe(small_recipe: Callable[..., Any], tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(value))
+    path.write_text(yaml.safe_dump(small_recipe(conditions=CONDITIONS)))
     return path
 
 

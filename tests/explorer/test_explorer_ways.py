@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import entity_pairs
+from conftest import entity_pairs, in_background
 
 import workbench
 from workbench.errors import InputError
@@ -189,12 +189,8 @@ class TestServer:
     def server(self, load_teacher: Callable[..., Teacher]) -> Iterator[ExplorerServer]:
         session = session_of(load_teacher(), task="entity_tracking", options={"boxes": 3}, prompts=3)
         made = ExplorerServer(session)
-        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
-        made.server_close()
+        with in_background(made):
+            yield made
         session.close()
 
     def ask(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import entity_pairs
+from conftest import entity_pairs, left_padded
 
 from benchmarks.eap_ig import eap_ig
 from workbench.models.hooked_model import Teacher
@@ -23,18 +23,8 @@ QUIET = Execution(progress=False)
 
 @pytest.fixture(scope="module")
 def pairs() -> PromptPairs:
-    """Four pairs of 3 boxes, the last two padded by their own copies' first tokens."""
-    pairs = entity_pairs(scenes=2).rows(slice(0, 4))
-    mask = pairs.mask.clone()
-    mask[2:, :3] = False  # left padding
-    return PromptPairs(
-        clean=pairs.clean,
-        corrupt=pairs.corrupt,
-        mask=mask,
-        answers=pairs.answers,
-        distractors=pairs.distractors,
-        positions={name: where & mask for name, where in pairs.positions.items()},
-    )
+    """Four pairs of 3 boxes, the last two padded on the left."""
+    return left_padded(entity_pairs(scenes=2).rows(slice(0, 4)), [2, 3])
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "neox"])

@@ -11,7 +11,6 @@ does it; sizes count attention heads (MLPs and the embedding are always kept), w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablated_logits
 from workbench.patching.execution import Execution
-from workbench.patching.progress import identity, progress_bar
+from workbench.patching.progress import KnownValues, identity, progress_bar
 from workbench.patching.replacement import BATCH, Kind, Replacement, replacement_named
 from workbench.tasks.base import PromptPairs
 from workbench.values.display import Row, Shown
@@ -148,10 +147,7 @@ class Faithfulness:
         self.model, self.pairs, self.metric, self.position = model, pairs, metric_named(metric), position
         self.acting = dict(acting or {})
         self.replacement, self.execution = replacement_named(replacement), execution
-        self._known = dict[str, float]()
-        self._identity = "" if execution.path is None else self._identify()
-        if execution.path is not None and execution.path.exists():
-            self._known = self._read(execution.path)
+        self._known = KnownValues(execution.path, self._identify)
         self.full, self.empty = self._metric((), complement=False), self._metric(())
         if abs(self.full - self.empty) < 1e-9:
             raise InputError(
@@ -190,7 +186,8 @@ class Faithfulness:
     def _metric(self, heads: Sequence[Head | str], *, complement: bool = True) -> float:
         some = sorted(set(heads_named(heads)))
         key = f"{'only' if complement else 'without'} {' '.join(map(str, some))}"
-        if key not in self._known:
+
+        def measured() -> float:
             logits = ablated_logits(
                 self.model,
                 self.pairs,
@@ -199,19 +196,9 @@ class Faithfulness:
                 complement=complement,
                 batch=self.execution.batch_of(BATCH),
             )
-            self._known[key] = float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
-            if self.execution.path is not None:
-                storage.write_json(self.execution.path, {"identity": self._identity, "values": self._known})
-        return self._known[key]
+            return float(self.metric(logits, self.pairs.answers, self.pairs.distractors).mean())
 
-    def _read(self, file: Path) -> dict[str, float]:
-        described = storage.read_json(file)
-        if described.get("identity") != self._identity:
-            raise InputError(
-                f"{file} holds values of another model, other prompts, metric or ablation, or of an earlier version; "
-                "delete it, or keep these elsewhere."
-            )
-        return dict(described["values"])
+        return self._known.of(key, measured)
 
 
 def faithfulness_curve(

@@ -10,7 +10,6 @@ edges chosen by signed score and CMD by size, in MIB's table; the areas begin at
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.attribution import Edges
 from workbench.patching.edge_circuit import EdgePatcher
 from workbench.patching.execution import Execution
-from workbench.patching.progress import identity, progress_bar
+from workbench.patching.progress import KnownValues, identity, progress_bar
 from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
 from workbench.values.display import Row, Shown
@@ -103,10 +102,7 @@ class EdgeFaithfulness:
         require_pairs(pairs)
         self.model, self.pairs, self.metric = model, reading(model, pairs), metric_named(metric)
         self.execution, self.patcher = execution, EdgePatcher(model, reading(model, pairs), execution=execution)
-        self._known = dict[str, float]()
-        self._identity = "" if execution.path is None else self._identify()
-        if execution.path is not None and execution.path.exists():
-            self._known = self._read(execution.path)
+        self._known = KnownValues(execution.path, self._identify)
         there = self.patcher.there
         self.full, self.empty = self._metric(there), self._metric(there & False)
         if abs(self.full - self.empty) < NOTHING * max(1.0, abs(self.full)):
@@ -124,25 +120,15 @@ class EdgeFaithfulness:
 
     def _metric(self, present: Mask) -> float:
         present = self.edges.pruned(present)
-        key = storage.digest(present)
-        if key not in self._known:
+
+        def measured() -> float:
             logits = self.patcher.logits(present)
-            self._known[key] = float(self.metric(logits, self.pairs.answers, self.pairs.distractors).double().mean())
-            if self.execution.path is not None:
-                storage.write_json(self.execution.path, {"identity": self._identity, "values": self._known})
-        return self._known[key]
+            return float(self.metric(logits, self.pairs.answers, self.pairs.distractors).double().mean())
+
+        return self._known.of(storage.digest(present), measured)
 
     def _identify(self) -> str:
         return identity("edge faithfulness", self.model, [self.pairs], metrics=[self.metric], settings={})
-
-    def _read(self, file: Path) -> dict[str, float]:
-        described = storage.read_json(file)
-        if described.get("identity") != self._identity:
-            raise InputError(
-                f"{file} holds values of another model, other prompts or another metric; delete it, or keep these "
-                "elsewhere."
-            )
-        return dict(described["values"])
 
 
 def edge_curve(

@@ -117,6 +117,31 @@ def progress_bar(*items: Any, shown: bool = True, **settings: Any) -> "tqdm[Any]
     return bar(*items, shown=shown and _WATCHER.get() is None, **settings)
 
 
+class KnownValues:
+    """Numbers by key, each computed once; in a file as they come where there is one, so that an evaluation that was
+    interrupted goes on. Errors: `InputError` for another evaluation's file."""
+
+    def __init__(self, file: Path | None, identity: Callable[[], str]) -> None:
+        """`identity`: of all that the numbers depend on, asked for where there is a file."""
+        self._values, self._file, self._identity = dict[str, float](), file, "" if file is None else identity()
+        if file is not None and file.exists():
+            described = storage.read_json(file)
+            if described.get("identity") != self._identity:
+                raise InputError(
+                    f"{file} holds values of another model, other prompts, another metric or ablation, or of an "
+                    "earlier version; delete it, or keep these elsewhere."
+                )
+            self._values |= described["values"]
+
+    def of(self, key: str, compute: Callable[[], float]) -> float:
+        """The key's number, computed where it is not known yet."""
+        if key not in self._values:
+            self._values[key] = compute()
+            if self._file is not None:
+                storage.write_json(self._file, {"identity": self._identity, "values": self._values})
+        return self._values[key]
+
+
 class Progress:
     """Values [*entry *extra example] and which of them are found [*entry example]; a value that is not found is
     whatever it was begun with."""
