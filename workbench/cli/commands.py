@@ -179,7 +179,10 @@ def evaluate(options: argparse.Namespace) -> None:
 def _workers(options: argparse.Namespace) -> int | None:
     from workbench.experiment.workers import free_cores
 
-    return free_cores() if options.workers == "auto" else options.workers
+    if options.workers != "auto":
+        return options.workers
+    free = free_cores()
+    return free if free > 1 else None  # one worker alone has one thread, and is slower than this process
 
 
 def study(options: argparse.Namespace) -> None:

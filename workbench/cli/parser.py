@@ -352,8 +352,8 @@ def _with_workers(command_parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_workers,
         metavar="N",
-        help="train conditions and seeds on so many processes, one thread each, or `auto`: one for each free core; the "
-        "same numbers for every N (default: one after another in this process)",
+        help="train conditions and seeds on so many processes, one thread each, or `auto`: one for each free core, "
+        "none where fewer than two are free; the same numbers for every N (default: one after another in this process)",
     )
 
 
