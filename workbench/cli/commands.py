@@ -243,7 +243,13 @@ def check_model(options: argparse.Namespace) -> None:
     from workbench.patching import conformance
 
     require_device(options.device)
-    conformance_report = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
+    conformance_report = conformance.check_model(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantisation=options.quantisation,
+        device_map=options.device_map,
+    )
     print(conformance_report.text())
     conformance.require_conformance(conformance_report)
 

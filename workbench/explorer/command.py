@@ -67,7 +67,7 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     from workbench.tasks.prompts import PromptSettings
 
     def loaded(source: str) -> Teacher:
-        return Teacher.load(source, device=options.device, dtype=options.dtype)
+        return Teacher.load(source, device=options.device, dtype=options.dtype, quantisation=options.quantisation)
 
     teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
     circuits = {"teacher": Circuit.load(options.circuit)} if options.circuit else None
