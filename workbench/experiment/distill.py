@@ -1,14 +1,18 @@
 """The third stage: a fresh student trained under a condition."""
 
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from workbench import storage
 from workbench.distillation.assembly import teacher_outputs, trained_slices
+from workbench.distillation.endpoint import Endpoint, endpoint_outputs
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import TRAINING, read_log, read_training
+from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.distillation.teacher_shards import Top
 from workbench.experiment.cards import STUDENT, described
 from workbench.experiment.conditions import CONDITIONS
@@ -36,16 +40,7 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)
     names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
     with processes.main_first():
-        outputs = teacher_outputs(
-            run.recipe.teacher_outputs,
-            run.teacher,
-            run.prompts.train,
-            names,
-            sources.cache_root() / "teacher",
-            top=None
-            if run.recipe.teacher_top is None
-            else Top(k=run.recipe.teacher_top, temperature=config.temperature),
-        )
+        outputs = _outputs(run, student, names, config.temperature)
     training = Distillation(
         student,
         slices,
@@ -68,6 +63,23 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
         origin = run.condition_origin(condition, seed)
         storage.write_json(folder / TRAINING, {"steps": len(reports), KEY: origin})  # last: the training is done
     return student, slices
+
+
+def _outputs(run: Run, student: Student, names: Sequence[str], temperature: float) -> TeacherOutputs:
+    """What the teacher says of the training prompts: one that is loaded, or one that answers elsewhere."""
+    recipe, cache = run.recipe, sources.cache_root()
+    if recipe.endpoint is not None:
+        where = Endpoint(
+            url=recipe.endpoint.url,
+            model=recipe.teacher,
+            top=recipe.endpoint.top,
+            key=os.environ.get(recipe.endpoint.key_variable),
+        )
+        return endpoint_outputs(
+            where, run.prompts.train, student.tokenizer, d_vocab=student.d_vocab, folder=cache / "endpoint"
+        )
+    top = None if recipe.teacher_top is None else Top(k=recipe.teacher_top, temperature=temperature)
+    return teacher_outputs(recipe.teacher_outputs, run.teacher, run.prompts.train, names, cache / "teacher", top=top)
 
 
 def is_trained(run: Run, condition: str, seed: int) -> bool:
