@@ -1,6 +1,7 @@
 """A teacher whose matrices are held in fewer bits: what it computes beside the full one, and what refuses it; where the
 parts of a model lie, and the dtype that it was saved in."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,21 @@ def test_weights_that_were_saved_quantised_are_a_teachers_alone(kind: Any, tmp_p
         Teacher.load(saved, quantisation=kind)
     with pytest.raises(InputError, match="in fewer bits, and quantised weights do not train; leave the quantisation"):
         Student(quantised.model)
+
+
+def test_a_config_that_says_quantised_of_full_weights_is_refused(tmp_path: Path) -> None:
+    folder = miniature("Llama", {}, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for method, more in (("bitsandbytes", {"load_in_4bit": True}), ("torchao", {})):
+        stated = {"quantization_config": {"quant_method": method, **more}}
+        (folder / "config.json").write_text(json.dumps(config | stated))
+        with pytest.raises(InputError, match=r"and they are not; delete that entry"):
+            Teacher.load(folder)
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
+    )
+    with pytest.raises(InputError, match="rounds the activations too, so that heads do not add up"):
+        Teacher.load(folder)
 
 
 def test_a_student_is_never_quantised_and_names_are_checked() -> None:
