@@ -148,7 +148,7 @@ class _CircuitRows:
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
         self.scope = ours.scope if positions == "own" else dict.fromkeys(ours.heads, (positions,))
         sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
-        self.found = [
+        self.activations = [
             model.activations(side.clean, side.mask, hook_names(heads, activation))[1] for model, heads, side in sides
         ]
         self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
@@ -156,7 +156,7 @@ class _CircuitRows:
 
     def blank(self) -> Float[Tensor, "student teacher"]:
         """A matrix to fill."""
-        some = next(iter(self.found[0].values()))
+        some = next(iter(self.activations[0].values()))
         shape, dtype = (len(self.ours.heads), len(self.theirs.heads)), torch.promote_types(some.dtype, torch.float32)
         return torch.full(shape, torch.nan, dtype=dtype, device=some.device)
 
@@ -177,4 +177,6 @@ class _CircuitRows:
             )
 
     def _rows(self, side: int, heads: Sequence[Head], where: Tensor) -> Float[Tensor, "head m features"]:
-        return torch.stack([head_rows(self.weights[side], self.found[side], head, where) for head in heads]).detach()
+        return torch.stack(
+            [head_rows(self.weights[side], self.activations[side], head, where) for head in heads]
+        ).detach()

@@ -190,7 +190,7 @@ def report_html(title: str, sections: Sequence[Section], *, opening: Sequence[st
     library = f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>' if figures else ""
     drawing = f"<script>{DRAW}</script>" if figures else ""
     body = "\n".join(_section(section, place) for place, section in enumerate(sections, 1))
-    found = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in opening)
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in opening)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -204,7 +204,7 @@ def report_html(title: str, sections: Sequence[Section], *, opening: Sequence[st
 <body>
 <main>
 <h1>{escape(title)}</h1>
-{f'<div class="opening">{found}</div>' if found else ""}
+{f'<div class="opening">{paragraphs}</div>' if paragraphs else ""}
 {_contents(sections)}
 {body}
 </main>

@@ -36,13 +36,13 @@ def summarise(study: Study) -> dict[str, Any]:
         raise InputError(
             f"no cell of the study in {study.path} is finished; run `workbench study` into it with --resume."
         )
-    found = {
+    summary = {
         "title": study.config.title,
         "cells": [_cell(study, cell) for cell in cells],
         "diagnostic": _diagnostic(study, cells),
     }
-    storage.write_json(study.path / "summary.json", found)
-    return found
+    storage.write_json(study.path / "summary.json", summary)
+    return summary
 
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
         "weight": weight["weight"],
         "validation_accuracy": weight["validation_accuracy"],
         "heads_trained": _heads_trained(cell),
-        "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
+        "conditions": {name: _condition(study, cell, rows, target) for name, rows in by_condition.items() if rows},
         "comparisons": {
             other: _comparisons(study, cell, other) for other in BASELINES if other in study.config.conditions
         },
