@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from docs.tables import family_rows
 from workbench import storage
 from workbench.circuits.methods import ranked
 from workbench.cli import main
@@ -319,7 +320,7 @@ def test_variants_of_a_method_share_their_baseline_and_the_best_gets_the_control
         "cka": {"source": source, "conditions": ["circuit_ce", "circuit_ce_cka"]},
         "causal": {"source": source, "baseline": "cka", "overrides": {"alignment.loss": "interchange"}},
     }
-    family = {**value, "students": students, "seeds": [1], "anew": [], "conditions": ["circuit_ce_cka"]}
+    family = {**value, "students": students, "seeds": [1, 2], "anew": [], "conditions": ["circuit_ce_cka"]}
     path.write_text(yaml.safe_dump({**family, "best": ["circuit_ce_random_cka"]}))
     study = Study(read_study(path), tmp_path / "family")
     study.begin(resume=False)
@@ -334,8 +335,11 @@ def test_variants_of_a_method_share_their_baseline_and_the_best_gets_the_control
         assert ("circuit_ce_random_cka" in cell["conditions"]) == (name == best)
         gain = cell["comparisons"]["circuit_ce"]["circuit_ce_cka"]["full"]["over_seeds"]["mean"]
         plain = cells["cka"]["conditions"]["circuit_ce"]["full"]["mean"]
+        rows = list(family_rows(cell, name))
+        assert [row[0] for row in rows if row[0].strip("*") == name] == [f"**{name}**" if name == best else name]
+        assert len(rows) == len(cell["conditions"]) - ("teacher" in cell["conditions"])
         assert gain == pytest.approx(cell["conditions"]["circuit_ce_cka"]["full"]["mean"] - plain)
-    assert len(summarise(study)["diagnostic"]["points"]) == 3
+    assert len(summarise(study)["diagnostic"]["points"]) == 6
     for wrong, words in (
         ({"baseline": "ckas"}, "did you mean 'cka'"),
         ({"baseline": "cka", "overrides": {"data.seed": 3}}, "differ in data.seed"),
