@@ -177,13 +177,13 @@ class _CircuitRows:
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
         self.scope = own_scope(ours, positions) or dict.fromkeys(ours.heads, (positions,))
         sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
-        self.found = [read(model, side, hook_names(heads, activation), compared) for model, heads, side in sides]
+        self.activations = [read(model, side, hook_names(heads, activation), compared) for model, heads, side in sides]
         self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
         self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}
 
     def blank(self) -> Float[Tensor, "student teacher"]:
         """A matrix to fill."""
-        some = next(iter(self.found[0].values()))
+        some = next(iter(self.activations[0].values()))
         shape, dtype = (len(self.ours.heads), len(self.theirs.heads)), torch.promote_types(some.dtype, torch.float32)
         return torch.full(shape, torch.nan, dtype=dtype, device=some.device)
 
@@ -204,4 +204,6 @@ class _CircuitRows:
             )
 
     def _rows(self, side: int, heads: Sequence[Head], where: Tensor) -> Float[Tensor, "head m features"]:
-        return torch.stack([head_rows(self.weights[side], self.found[side], head, where) for head in heads]).detach()
+        return torch.stack(
+            [head_rows(self.weights[side], self.activations[side], head, where) for head in heads]
+        ).detach()

@@ -131,11 +131,11 @@ def _recipe(road: Road) -> Iterator[StageCost]:
 def _study_roads(
     study: Study, configs: Mapping[str, str], tokenizer: str | None
 ) -> tuple[dict[str, Road], tuple[str, ...]]:
-    found = {
+    roads = {
         name: _road(replace(study.recipe, student=student.source), configs, tokenizer)
         for name, student in study.config.students.items()
     }
-    return {name: road for name, (road, _) in found.items()}, next(iter(found.values()))[1]
+    return {name: road for name, (road, _) in roads.items()}, next(iter(roads.values()))[1]
 
 
 def _study(study: Study, roads: Mapping[str, Road]) -> Iterator[StageCost]:

@@ -36,13 +36,13 @@ def summarise(study: Study) -> dict[str, Any]:
         raise InputError(
             f"no cell of the study in {study.path} is finished; run `workbench study` into it with --resume."
         )
-    found = {
+    summary = {
         "title": study.config.title,
         "cells": [_cell(study, cell) for cell in cells],
         "diagnostic": _diagnostic(study, cells),
     }
-    storage.write_json(study.path / "summary.json", found)
-    return found
+    storage.write_json(study.path / "summary.json", summary)
+    return summary
 
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
         "best": study.best(cell.scenes) == cell.student,
         "baseline": study.config.students[cell.student].baseline,
         "heads_trained": _heads_trained(cell),
-        "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
+        "conditions": {name: _condition(study, cell, rows, target) for name, rows in by_condition.items() if rows},
         "comparisons": {
             other: _comparisons(study, cell, other) for other in BASELINES if _holder(study, cell, other) is not None
         },
