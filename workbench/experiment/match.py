@@ -111,6 +111,7 @@ def _matched(run: Run, config: MatchingConfig, seed: int) -> HeadMap:
             activation=activation,
             measure=config.measure,
             positions=positions,
+            compared=config.compared,
         )
         similarity = similarities(torch.arange(len(prompts)))
     return match_heads(

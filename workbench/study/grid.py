@@ -133,19 +133,35 @@ class Study:
     def run(self) -> None:
         """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all
         students first."""
+        if self.config.best:
+            self.choose()
         for cell in self.cells():
-            run_arms(cell.run, self.arms, resume=True)
+            run_arms(cell.run, self.arms(cell.student, cell.scenes), resume=True)
             if cell.scenes == self.config.train_scenes[0]:
                 for condition in self.config.anew:
                     self._find_anew(cell, condition)
 
-    @property
-    def arms(self) -> list[tuple[str, int]]:
+    def conditions(self, student: str, scenes: int) -> tuple[str, ...]:
+        """Of a cell; those for the best student are known once lambda is chosen for all."""
+        own = self.config.students[student].conditions
+        best = self.config.best if self.config.best and self.best(scenes) == student else ()
+        return tuple(dict.fromkeys((*(self.config.conditions if own is None else own), *best)))
+
+    def best(self, scenes: int) -> str | None:
+        """The student of the highest validation accuracy at its chosen lambda; None before all have chosen theirs."""
+        files = {name: self.weight_file(name, scenes) for name in self.config.students}
+        if not all(file.exists() for file in files.values()):
+            return None
+        accuracies = {name: chosen_accuracy(read_weight(file)) for name, file in files.items()}
+        known = {name: value for name, value in accuracies.items() if value is not None}
+        return max(known, key=lambda name: known[name]) if known else None
+
+    def arms(self, student: str, scenes: int) -> list[tuple[str, int]]:
         """Conditions and seeds of a cell; what is not trained has no seed, and is evaluated once."""
         return [
             (condition, seed)
             for seed in self.config.seeds
-            for condition in self.config.conditions
+            for condition in self.conditions(student, scenes)
             if CONDITIONS[condition].trains is not None or seed == self.config.seeds[0]
         ]
 
@@ -158,7 +174,7 @@ class Study:
             for name, folder in folders.items()
             if all(
                 (replace(folder, trial=f"scenes-{scenes}").condition(*arm) / "result.json").exists()
-                for arm in self.arms
+                for arm in self.arms(name, scenes)
             )
         ]
 
@@ -186,7 +202,12 @@ class Study:
         for other in self._searched.values():
             _share_results(other, run)
         log.info("student %s", name)
-        conditions = (*self.config.conditions, *([METHOD] if len(self.config.weights) > 1 else []))
+        own = self.config.students[name].conditions
+        conditions = (
+            *(self.config.conditions if own is None else own),
+            *self.config.best,
+            *([METHOD] if len(self.config.weights) > 1 else []),
+        )
         preflight(run, conditions)
         for scenes in self.config.train_scenes:
             cell = run.varied(self._at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
@@ -326,6 +347,12 @@ class ChosenWeight(TypedDict):
 
     weight: float
     validation_accuracy: dict[str, list[float]]
+
+
+def chosen_accuracy(weight: ChosenWeight) -> float | None:
+    """Mean validation accuracy at the chosen lambda; None where none was tried."""
+    values = weight["validation_accuracy"].get(str(weight["weight"]))
+    return sum(values) / len(values) if values else None
 
 
 def read_weight(file: Path) -> ChosenWeight:

@@ -59,7 +59,7 @@ def arms(study: Study) -> Iterator[Trial]:
     for scenes in study.config.train_scenes:
         for student in study.config.students:
             folder = replace(study.folder(student), trial=f"scenes-{scenes}")
-            for condition, seed in study.arms:
+            for condition, seed in study.arms(student, scenes):
                 if not (folder.condition(condition, seed) / "result.json").exists():
                     yield Trial(student=student, scenes=scenes, condition=condition, seed=seed)
 
