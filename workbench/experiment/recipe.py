@@ -110,6 +110,10 @@ class EvaluationConfig:
     edges: Annotated[int, Field(ge=0)] = 0
     """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its
     graph; 0: not."""
+    shared_prefixes: bool = False
+    """Prompts that begin alike (the questions of a scene) run as one prefix and its continuations where whole models
+    are evaluated and heads are ablated everywhere: the same answers, logits to float32 rounding. Off: prompt by prompt,
+    to the bits of before."""
     transfer: tuple[TransferConfig, ...] = ()
     """Other tasks that every trained model is evaluated on, full models only."""
 
