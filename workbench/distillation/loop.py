@@ -44,6 +44,7 @@ from workbench.distillation.tracking import require_installed, tracking
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import require_fitting
+from workbench.models.fused import attention
 from workbench.models.hooked_model import Student
 from workbench.patching.progress import progress_bar
 from workbench.similarity.measures import checked_options
@@ -87,8 +88,11 @@ class Distillation:
     def _identity(self) -> dict[str, str]:
         """Every ingredient of the training by name."""
         apart = self.validation.fingerprint() if isinstance(self.validation, PromptPairs) else ""
+        settings = asdict(self.config)
+        if settings["attention"] == "eager":  # a checkpoint from before there was a choice goes on
+            del settings["attention"]
         return {
-            "configuration": storage.digest(json.dumps(asdict(self.config), sort_keys=True)),
+            "configuration": storage.digest(json.dumps(settings, sort_keys=True)),
             "seed": str(self.seed),
             "prompts": self.prompts.fingerprint(),
             "student": self.student.fingerprint(),
@@ -157,6 +161,7 @@ class Distillation:
         is_main = self.processes.is_main
         with (
             self.slices.gradients(),
+            attention(self.student, self.config.attention),
             self.student.training(),
             (folder / LOG).open("a", buffering=1) if is_main else nullcontext() as file,
             tracking(self.config, folder, label, device=self.student.device) as trackers,
@@ -303,6 +308,8 @@ def require_settings(
         raise InputError("this run has neither a task loss nor an alignment loss; set one of `task_loss` and `weight`.")
     if config.alignment is not None:
         require_fitting(config.alignment.measure, config.alignment.activation, prompts)
+        if config.attention == "sdpa" and config.activation == "pattern" and config.weight > 0:
+            raise InputError("sdpa shows no attention probabilities to align; set `attention: eager`.")
         checked_options(config.alignment.measure, config.alignment.options)
     require_own_vocabulary(config.task_loss, prompts)
     if len(prompts) < config.batch:

@@ -43,7 +43,8 @@ def digest_of(value: Any) -> str:
 LATER: Mapping[str, Mapping[str, Any]] = {
     "recipe": {"teacher_top": None},
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
-    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False},
+    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False, "attention": "eager"},
+    "training": {"attention": "eager"},
 }
 """Keys of a recipe, and of its parts, that came later, at what they were before there was a choice."""
 
