@@ -44,7 +44,8 @@ def digest_of(value: Any) -> str:
 LATER: Mapping[str, Mapping[str, Any]] = {
     "recipe": {"teacher_top": None},
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
-    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300},
+    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False, "attention": "eager"},
+    "training": {"attention": "eager"},
     "alignment": LATER_ALIGNMENT,
     "matching": {"compared": "activations"},
 }
