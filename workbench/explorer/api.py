@@ -9,6 +9,7 @@ from typing_extensions import TypedDict, Unpack
 
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
+from workbench.explorer.budget import BUDGET
 from workbench.explorer.command import PROMPTS
 from workbench.explorer.material import PLAIN, Given, Material, key_of, material_of_pairs, material_of_task
 from workbench.explorer.session import Session
@@ -48,6 +49,8 @@ class ExploreSettings(TypedDict, total=False):
     """BOS and chat template."""
     folder: str | Path
     """Where circuits are saved."""
+    memory: int
+    """Bytes that the runs of the prompts in view may take; what would need more is cut or refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,6 +63,7 @@ class _Settings:
     circuits: Mapping[Side, Circuit] | None = None
     settings: PromptSettings = PLAIN
     folder: str | Path = "."
+    memory: int = BUDGET
 
 
 def explore(
@@ -118,7 +122,14 @@ def session_of(
     folder = Path(chosen.folder)
 
     def begun() -> Session:
-        return Session(models, material, head_map=chosen.head_map, circuits=chosen.circuits, folder=folder)
+        return Session(
+            models,
+            material,
+            head_map=chosen.head_map,
+            circuits=chosen.circuits,
+            folder=folder,
+            memory=chosen.memory,
+        )
 
     if name is None:
         return begun()

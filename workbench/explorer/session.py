@@ -18,6 +18,7 @@ from workbench import storage
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError, nearest
 from workbench.explorer import parts, script
+from workbench.explorer.budget import BUDGET, refuse_large, tokens_of, within
 from workbench.explorer.labels import METRIC_TITLES, OUTSIDE_TITLES, choices, colours
 from workbench.explorer.material import Material, text_of, typed_pair
 from workbench.explorer.state import Side, State, empty_circuit
@@ -61,10 +62,15 @@ class Session:
         circuits: Mapping[Side, Circuit] | None = None,
         folder: Path = Path(),
         patience: float = PATIENCE,
+        memory: int = BUDGET,
     ) -> None:
-        """`folder`: where circuits are saved. Errors: `InputError` for a circuit of another shape, and for prompts that
-        a model can't read."""
+        """`folder`: where circuits are saved. `memory`: bytes that the runs of the prompts in view may take. Errors:
+        `InputError` for a circuit of another shape, and for prompts that a model can't read or that take too much."""
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+            raise InputError(f"the explorer's memory is a number of bytes above 0, not {_word(memory)}.")
+        material = within(material, list(models.values()), memory)
         self.material, self.head_map, self.folder, self.patience = material, head_map, folder, patience
+        self.memory = memory
         self.subjects: dict[Side, Subject] = {side: Subject(side, model, material) for side, model in models.items()}
         begun: dict[Side, Circuit] = {side: empty_circuit(subject.shape) for side, subject in self.subjects.items()}
         for side, circuit in (circuits or {}).items():
@@ -143,6 +149,8 @@ class Session:
 
     def _type(self, command: Mapping[str, Any]) -> None:
         pair = typed_pair(command, self.subjects["teacher"].model, self.material.settings)
+        for subject in self.subjects.values():
+            refuse_large(subject.model, tokens_of(pair, subject.model, self.material.settings), self.memory)
         for subject in self.subjects.values():
             subject.pair(pair)
         known = [text_of(each) for each in self.material.shown.pairs]
