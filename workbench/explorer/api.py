@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict, Unpack
 
+from workbench import storage
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
 from workbench.explorer.budget import BUDGET
@@ -51,6 +52,8 @@ class ExploreSettings(TypedDict, total=False):
     """Where circuits are saved."""
     memory: int
     """Bytes that the runs of the prompts in view may take; what would need more is cut or refused."""
+    runs: Sequence[str | Path]
+    """Folders of runs, whose circuits can be loaded and whose matches are walked (where no `head_map` is given)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,6 +67,7 @@ class _Settings:
     settings: PromptSettings = PLAIN
     folder: str | Path = "."
     memory: int = BUDGET
+    runs: Sequence[str | Path] = ()
 
 
 def explore(
@@ -119,16 +123,18 @@ def session_of(
         material = _of_task(task, list(models.values()), chosen)
     else:
         material = _readable(material_of_pairs(pairs, chosen.reference, chosen.settings), list(models.values()))
-    folder = Path(chosen.folder)
+    folder, runs = Path(chosen.folder), _run_folders(chosen.runs)
+    head_map = chosen.head_map if chosen.head_map is not None else _matches_of(runs)
 
     def begun() -> Session:
         return Session(
             models,
             material,
-            head_map=chosen.head_map,
+            head_map=head_map,
             circuits=chosen.circuits,
             folder=folder,
             memory=chosen.memory,
+            runs=runs,
         )
 
     if name is None:
@@ -136,7 +142,7 @@ def session_of(
     identity = _identity(models, material)
     known = _SESSIONS.get(name)
     if known is not None and known[0] == identity:
-        known[1].head_map, known[1].folder = chosen.head_map, folder
+        known[1].head_map, known[1].folder = head_map, folder
         return known[1]
     forget(name)
     _SESSIONS[name] = (identity, begun())
@@ -148,6 +154,20 @@ def forget(name: str = "explorer") -> None:
     session = _SESSIONS.pop(name, None)
     if session is not None:
         session[1].close()
+
+
+def _run_folders(runs: Sequence[str | Path]) -> list[Path]:
+    folders = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder} of a run; give one that `workbench run` has written.")
+    return folders
+
+
+def _matches_of(runs: Sequence[Path]) -> HeadMap | None:
+    """The matches of the first run that has some."""
+    files = [folder / HeadMap.FILE for folder in runs]
+    return next((HeadMap.from_json(storage.read_json(file)) for file in files if file.is_file()), None)
 
 
 def _model(model: HookedModel | str | Path) -> HookedModel:

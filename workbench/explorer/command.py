@@ -41,6 +41,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
+    command.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a run's folder: its circuits can be loaded and stepped along, its matches walked",
+    )
     command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
     command.add_argument(
         "--memory",
@@ -96,6 +103,7 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         ),
         circuits=circuits,  # pyright: ignore[reportArgumentType]
         folder=options.folder,
+        runs=options.run,
         memory=int(options.memory * 2**30) if math.isfinite(options.memory) else 0,
     )
     return ExplorerServer(session, port=options.port, allowed=options.allow_host)
