@@ -71,6 +71,11 @@ class AlignmentConfig:
         return self.loss != "similarity"
 
     @property
+    def runs(self) -> int:
+        """The student's forwards in a step: on the clean prompts, on the corrupt ones, with heads interchanged."""
+        return 1 + (self.differs or self.interchanges) + self.interchanges
+
+    @property
     def differs(self) -> bool:
         """Whether the similarity is one of differences."""
         return self.similar and self.compared == "differences"
