@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -88,7 +89,7 @@ class Distillation:
         """Every ingredient of the training by name."""
         apart = self.validation.fingerprint() if isinstance(self.validation, PromptPairs) else ""
         return {
-            "configuration": storage.digest(json.dumps(asdict(self.config), sort_keys=True)),
+            "configuration": storage.digest(json.dumps(_stated(self.config), sort_keys=True)),
             "seed": str(self.seed),
             "prompts": self.prompts.fingerprint(),
             "student": self.student.fingerprint(),
@@ -255,6 +256,11 @@ class Distillation:
         """(task loss, alignment loss, CKA of each pair) of some prompts, in the autograd graph; None for a loss that is
         left out."""
         return self.objective.losses(index)
+
+
+def _stated(config: TrainingConfig) -> dict[str, Any]:
+    """The settings without one that came later, at its default: a training from before goes on."""
+    return {name: value for name, value in asdict(config).items() if (name, value) != ("answers", "whole")}
 
 
 def _not_finite(what: str, step: int) -> str:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from workbench import storage
+from workbench.distillation.answers import answered
 from workbench.distillation.assembly import teacher_outputs, trained_slices
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
@@ -36,10 +37,11 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)
     names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
     with processes.main_first():
+        prompts = answered(run.prompts.train, run.teacher, student, config)
         outputs = teacher_outputs(
             run.recipe.teacher_outputs,
             run.teacher,
-            run.prompts.train,
+            prompts,
             names,
             sources.cache_root() / "teacher",
             top=None
@@ -49,7 +51,7 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     training = Distillation(
         student,
         slices,
-        run.prompts.train,
+        prompts,
         outputs,
         pairs,
         config,

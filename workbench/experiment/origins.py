@@ -42,6 +42,7 @@ def digest_of(value: Any) -> str:
 
 LATER: Mapping[str, Mapping[str, Any]] = {
     "recipe": {"teacher_top": None},
+    "training": {"answers": "whole"},
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
     "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300},
 }

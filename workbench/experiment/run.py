@@ -152,7 +152,7 @@ class Run:
         """What the row of a condition and seed rests on."""
         recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
         recipe = stated(recipe, "recipe")
-        recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation")}
+        recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation", "training")}
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 

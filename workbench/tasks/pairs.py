@@ -18,6 +18,8 @@ from workbench.tasks.records import RowError, records_of
 Span = tuple[int, int]
 """Characters [start, end) of a prompt."""
 TEXTS = ("clean", "corrupt", "answer", "distractor")
+SETS = ("answer", "distractor")
+"""Columns that may hold a list of texts, each of which is one."""
 MOST_SHOWN = 20
 """How many bad rows an error lists; it counts them all."""
 LARGEST_FACT = 2**31 - 1
@@ -37,9 +39,23 @@ class Pair:
     text."""
     corrupt_answer: str | None = None
     """The right answer to the corrupt prompt, where it has one; None where it was made to have none."""
+    more_answers: tuple[str, ...] = ()
+    """Other right answers, each one token: with `answer` a set (all years above)."""
+    more_distractors: tuple[str, ...] = ()
+    """Other wrong answers: with `distractor` a set."""
     facts: Mapping[str, int] | None = None
     """Whole numbers that results may be broken down by (`workbench.tasks.breakdown`), such as how many operations touch
     the queried box."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers."""
+        return (self.answer, *self.more_answers)
+
+    @property
+    def distractors(self) -> tuple[str, ...]:
+        """All wrong answers."""
+        return (self.distractor, *self.more_distractors)
 
 
 def numbered_pairs(
@@ -49,7 +65,8 @@ def numbered_pairs(
 
     `source`: a JSONL file (UTF-8, one object a line), a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with
     the columns clean, corrupt, answer, distractor and (optionally) positions, corrupt_answer and facts (positions and
-    facts as JSON text in a CSV file). A position is a token's number (0 is the first token, without
+    facts as JSON text in a CSV file). An answer or a distractor is a text, or a list of texts that are each one (JSON
+    text in a CSV file too). A position is a token's number (0 is the first token, without
     BOS; -1 the last), a list of them, a piece of the clean prompt (meant is the last token of its last occurrence), or
     a list of character spans [[start, end], ...]. `problems` takes up the bad rows, which are left out. Errors:
     `InputError` for a source that can't be read, and, without `problems`, listing all bad rows with their reasons.
@@ -92,21 +109,36 @@ def bad_rows(problems: Iterable[RowError], *, of: int, source: str) -> InputErro
 def _pair(number: int, record: Any) -> Pair:
     if not isinstance(record, Mapping):
         raise RowError(number, f"not an object with the columns {', '.join(TEXTS)}.")
-    for column in TEXTS:
-        if not isinstance(record.get(column), str):
-            what = "no column" if column not in record else f"{type(record[column]).__name__}, not text, in column"
-            raise RowError(number, f"{what} {column!r}; {nearest(column, map(str, record))}")
-        refuse_broken_text(number, f"column {column!r}", record[column])
+    texts = {column: _texts(number, record, column) for column in TEXTS}
     corrupt_answer = record.get("corrupt_answer")
     if not isinstance(corrupt_answer, str | None):
         raise RowError(number, f"corrupt_answer is {corrupt_answer!r}; write a text, or leave it out.")
     refuse_broken_text(number, "corrupt_answer", corrupt_answer or "")
     return Pair(
-        **{column: record[column] for column in TEXTS},
+        **{column: values[0] for column, values in texts.items()},
+        more_answers=texts["answer"][1:],
+        more_distractors=texts["distractor"][1:],
         positions=_mapping(number, record, "positions"),
         corrupt_answer=corrupt_answer or None,
         facts=_facts(number, record),
     )
+
+
+def _texts(number: int, record: Mapping[Any, Any], column: str) -> tuple[str, ...]:
+    """The text of a column; of an answer or a distractor, all texts of a list."""
+    value = record.get(column)
+    if isinstance(value, list | tuple) and column in SETS:
+        if not value:
+            raise RowError(number, f"column {column!r} is an empty list; give one text or several.")
+        texts = tuple(value)
+    else:
+        texts = (value,)
+    for text in texts:
+        if not isinstance(text, str):
+            what = "no column" if column not in record else f"{type(text).__name__}, not text, in column"
+            raise RowError(number, f"{what} {column!r}; {nearest(column, map(str, record))}")
+        refuse_broken_text(number, f"column {column!r}", text)
+    return texts
 
 
 def refuse_broken_text(number: int, what: str, text: str) -> None:

@@ -104,13 +104,24 @@ def _csv(path: Path) -> Iterator["Record | RowError"]:
             raise InputError(f"{path} names a column twice in its first line ({', '.join(names)}); name each once.")
         for number, cells in enumerate((cells for cells in rows if cells), 1):
             if len(cells) == len(names):
-                yield number, dict(zip(names, cells, strict=True))
+                yield number, {name: _list_or_text(name, cell) for name, cell in zip(names, cells, strict=True)}
             else:
                 yield RowError(
                     number, f"{len(cells)} cells where the first line names {len(names)} columns; mind quotes."
                 )
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: not CSV ({error}); mind quotes and commas.") from None
+
+
+def _list_or_text(column: str, cell: str) -> Any:
+    """A cell; of an answer or a distractor that is a JSON list, the list."""
+    if column not in ("answer", "distractor") or not cell.startswith("["):
+        return cell
+    try:
+        value = json_value(cell)
+    except ValueError:
+        return cell
+    return value if isinstance(value, list) else cell
 
 
 def _parquet(path: Path) -> Iterator["Record | RowError"]:
