@@ -44,6 +44,7 @@ def member_by_member(metric: str, logits: torch.Tensor, answers: list[int], dist
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_set_counts_by_its_mass(metric: str) -> None:
     logits = 3 * torch.randn(6, 9, generator=seeds.generator(0, "sets"))
+    logits[0, 1] += 20  # not the first member, and it alone is the likeliest
     answers = torch.tensor([[0, 1, 2], [3, -1, -1], [4, 5, -1], [8, 0, -1], [7, -1, -1], [1, 2, 3]])
     distractors = torch.tensor([[3, 4], [0, -1], [1, 2], [1, 2], [3, 4], [8, 7]])
     values = METRICS[metric](logits, answers, distractors)

@@ -49,9 +49,12 @@ class Origin:
     """The stages of the circuit that the task declares; empty where none are known."""
     chance: float | None = None
     """Accuracy of guessing."""
+    left_out: int = 0
+    """Of a file: how many bad rows were left out."""
 
     def __str__(self) -> str:
-        return self.name if self.split is None else f"{self.name}, {self.split} split"
+        rows = f", {self.left_out} bad rows left out" if self.left_out else ""
+        return f"{self.name}{rows}" if self.split is None else f"{self.name}, {self.split} split"
 
 
 @runtime_checkable
@@ -310,6 +313,7 @@ def _refuse_other_columns(number: int, row: Mapping[str, Any], first: Mapping[st
             number,
             f"names the positions {sorted(row['positions'])}, the first good row {sorted(first['positions'])}; name "
             "the same in each.",
+            "positions",
         )
     if row.keys() != first.keys() or set(row.get("facts", ())) != set(first.get("facts", ())):
         raise RowError(
@@ -334,25 +338,28 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
     """A pair as a row with token positions. Errors: `RowError` with the row's number."""
     for column, texts in _texts(pair).items():
         for text in texts:
-            refuse_broken_text(number, column, text)
+            refuse_broken_text(number, column, text, column)
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
     corrupt, *endings = read_endings(pair, tokenizer)
     length, other = len(encoded["input_ids"]), len(corrupt)
     if not length or not other:
-        raise RowError(number, "a prompt is empty; write prompts that end where the answer should follow.")
+        raise RowError(number, "a prompt is empty; write prompts that end where the answer should follow.", "clean")
     if length != other:
         raise RowError(
             number,
             f"the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. "
-            "Reword one.",
+            "Reword one (its named positions would be other tokens in the other prompt), or leave such rows out.",
+            "corrupt",
         )
     if both := [word for word in pair.answers if word in pair.distractors]:
-        raise RowError(number, f"answer and distractor are both {both[0]!r}; the distractor must be a wrong answer.")
+        raise RowError(
+            number, f"answer and distractor are both {both[0]!r}; the distractor must be a wrong answer.", "distractor"
+        )
     _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"], endings, multi_token)
     try:
         positions = named_positions(pair, encoded["offset_mapping"])
     except InputError as error:
-        raise RowError(number, str(error)) from None
+        raise RowError(number, str(error), "positions") from None
     return {
         "clean": pair.clean,
         "corrupt": pair.corrupt,
@@ -390,6 +397,7 @@ def _refuse_unscorable(
             number,
             "a set of answers holds answers of one token; give one answer and one distractor, or leave "
             "`multi_token` out.",
+            "answer" if pair.more_answers else "distractor",
         )
     named = [(column, word) for column in SETS for word in _texts(pair)[column]]
     first: dict[int, tuple[str, str]] = {}
@@ -400,30 +408,34 @@ def _refuse_unscorable(
                 number,
                 f"the {column} {word!r} {wrong}; it must be one known token. Choose another word (mind the space "
                 "before it), or set `multi_token`.",
+                column,
             )
         if not ids or tokenizer.unk_token_id in ids:
             raise RowError(
                 number,
                 f"the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another word.",
+                column,
             )
         if whole != [*prompt, *ids]:
             raise RowError(
                 number,
                 f"the {column} {word!r} merges with the end of the prompt into other tokens. Mind the space between "
                 "them.",
+                column,
             )
         before = first.setdefault(ids[0], (column, word))
         if before[0] != column:
             raise RowError(
                 number,
                 f"answer {before[1]!r} and distractor {word!r} begin with the same token; choose another distractor.",
+                "distractor",
             )
         if before[1] != word:
-            raise RowError(number, f"the {column}s {before[1]!r} and {word!r} are one token; give it once.")
+            raise RowError(number, f"the {column}s {before[1]!r} and {word!r} are one token; give it once.", column)
     for column in SETS:
         words = _texts(pair)[column]
         if len(set(words)) < len(words):
-            raise RowError(number, f"column {column!r} names an {column} twice; give each once.")
+            raise RowError(number, f"column {column!r} names one of its words twice; give each once.", column)
 
 
 def encode(

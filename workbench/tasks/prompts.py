@@ -115,7 +115,7 @@ def _moved(number: int, pair: Pair, tokenizer: Any, start: int) -> dict[str, Any
     try:
         places = named_positions(pair, offsets)
     except InputError as error:
-        raise RowError(number, str(error)) from None
+        raise RowError(number, str(error), "positions") from None
     moved = {name: [offsets[index] for index in tokens] for name, tokens in places.items()}
     return {
         name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans)

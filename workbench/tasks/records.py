@@ -18,11 +18,16 @@ Record = tuple[int, Any]
 
 
 class RowError(InputError):
-    """A row that can't be used: its number, counted from 1, and the reason with its remedy."""
+    """A row that can't be used: its number, counted from 1, the column that is wrong (empty where it is the whole row),
+    and the reason with its remedy."""
 
-    def __init__(self, number: int, reason: str) -> None:
+    def __init__(self, number: int, reason: str, field: str = "") -> None:
         super().__init__(f"row {number}: {reason}")
-        self.number, self.reason = number, reason
+        self.number, self.reason, self.field = number, reason, field
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"row": self.number, "field": self.field, "reason": self.reason}
 
 
 def records_of(source: str | Path | Dataset, *, split: str = "train") -> Iterator["Record | RowError"]:
@@ -49,8 +54,10 @@ def records_of(source: str | Path | Dataset, *, split: str = "train") -> Iterato
 
 
 def _hub(name: str, split: str) -> Iterator["Record | RowError"]:
+    """A dataset of the hub: `owner/name`, or `owner/name:configuration`."""
+    repository, _, configuration = name.partition(":")
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(repository, configuration or None, split=split)
     except Exception as error:  # of the hub's client, of the network, of the dataset's own files
         raise InputError(
             f"{name!r} is neither a file nor a dataset that can be loaded ({type(error).__name__}: {error}); give a "
