@@ -33,12 +33,12 @@ from workbench.tasks.vocabulary import word_level_tokenizer
 from workbench.tasks.wording import split_by_hash
 
 FOLDER = Path(__file__).parents[1] / "assets/results/two_tokens"
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1, 2)
 KEYS = tuple("fox owl ant elk bee cat dog hen pig rat ape cow".split())
 FIRST = tuple("red big old raw wet dry hot icy new sad shy sly".split())
 SECOND = tuple("cup hat key map pen box bag jar pot lid net rod".split())
 SETTINGS = PromptSettings(multi_token=True)
-TRAIN, DISCOVERY, TEST = 96, 96, 600
+TRAIN, DISCOVERY, TEST = 96, 64, 400
 QUERIES = 6
 """After each scene that a model is trained on."""
 log = logging.getLogger("two_tokens")
@@ -101,7 +101,10 @@ CONDITIONS: Mapping[str, Condition] = {
         title="CE on all answer tokens + CKA at all answer tokens", weight=0.3, positions="answering"
     ),
 }
-STEPS: Mapping[str, int] = {"teacher": 2500, "student": 700, "distillation": 150}
+UNTIL: Mapping[str, float] = {"teacher": 0.98, "student": 0.4}
+"""Share of whole answers right in the last 20 batches at which a model's own training ends: a student knows some."""
+MOST, STEPS = 4000, 150
+"""At most so many steps of that, and the steps of a distillation."""
 SIZES: Mapping[str, tuple[int, int]] = {"teacher": (3, 64), "student": (2, 48)}
 """Layers and width."""
 
@@ -139,7 +142,8 @@ def row(seed: int) -> None:
             "command": "python -m docs.two_tokens",
             "seed": seed,
             "commit": provenance()["commit"],
-            "steps": dict(STEPS),
+            "steps": STEPS,
+            "trained_until": dict(UNTIL),
             "prompts": {"train": len(train), "discovery": DISCOVERY, "test": len(test)},
         }
         storage.write_json(file, {**about, "rows": rows})
@@ -159,7 +163,7 @@ def distilled(
     student: wb.Student, teacher: wb.Teacher, matching: Any, train: PromptPairs, condition: Condition, seed: int
 ) -> wb.Student:
     """The student after a condition: the matched heads train, on the teacher's own answers."""
-    settings: dict[str, Any] = {"answers": condition.answers, "steps": STEPS["distillation"], "batch": 32}
+    settings: dict[str, Any] = {"answers": condition.answers, "steps": STEPS, "batch": 32}
     return wb.distill(
         student,
         teacher,
@@ -195,7 +199,7 @@ def share(right: Tensor) -> float:
 
 def trained(part: Literal["teacher", "student"], seed: int) -> Path:
     """The folder of a model that is trained on the task, made where it is not there."""
-    folder = sources.cache_root() / "two_tokens" / f"{part}-{seed}-{STEPS[part]}"
+    folder = sources.cache_root() / "two_tokens" / f"{part}-{seed}-{UNTIL[part]:g}"
     if (folder / "config.json").exists():
         return folder
     log.info("training %s %d", part, seed)
@@ -216,7 +220,7 @@ def trained(part: Literal["teacher", "student"], seed: int) -> Path:
     )
     with seeds.local(seed, "two tokens", part):
         model = LlamaForCausalLM(config)
-    learn(model, tokenizer, STEPS[part], seed, part)
+    learn(model, tokenizer, seed, part)
 
     def fill(temporary: Path) -> None:
         model.save_pretrained(temporary)
@@ -226,24 +230,26 @@ def trained(part: Literal["teacher", "student"], seed: int) -> Path:
     return folder
 
 
-def learn(model: nn.Module, tokenizer: Any, steps: int, seed: int, part: str) -> None:
+def learn(model: nn.Module, tokenizer: Any, seed: int, part: Literal["teacher", "student"]) -> None:
     """Cross-entropy on both words of every key that is asked, of scenes of the train split, new ones in each step."""
     draw = seeds.chooser(seed, "two tokens, scenes", part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50, 2 - 2 * step / steps))
     number, scene = tokenizer.get_vocab(), 4 * Lookup().entries
-    asked = torch.arange(scene, scene + 4 * QUERIES)
-    asked = asked[(asked - scene) % 4 < 2]  # a key predicts the first word, that the second
-    for step in range(steps):
+    asked = torch.arange(scene, scene + 4 * QUERIES).unflatten(0, (QUERIES, 4))[:, :2]  # key -> first -> second
+    recent: list[float] = []
+    for step in range(MOST):
         tokens = torch.tensor([[number[word] for word in sequence(draw)] for _ in range(32)])
-        logits = model(input_ids=tokens).logits
-        loss = nn.functional.cross_entropy(logits[:, asked].flatten(0, 1), tokens[:, asked + 1].flatten())
+        logits, targets = model(input_ids=tokens).logits[:, asked], tokens[:, asked + 1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
-        if step % 250 == 0:
-            log.info("  step %d: loss %.3f", step, loss.item())
+        recent = [*recent[-19:], share((logits.argmax(-1) == targets).all(-1))]
+        if step % 100 == 0:
+            log.info("  step %d: loss %.3f, right %.3f", step, loss.item(), recent[-1])
+        if len(recent) == 20 and sum(recent) / 20 >= UNTIL[part]:
+            break
+    log.info("  %d steps", step + 1)
     model.eval()
 
 
