@@ -42,9 +42,9 @@ def test_another_counterfactual_and_rows_without_one() -> None:
     assert (pair.answer, pair.distractor, pair.corrupt_answer) == (" book", " card", " book")
     with pytest.raises(InputError, match=r"row 1: .*no counterfactual 'abd_counterfactual'.*abc_counterfactual"):
         numbered_pairs(ROWS / "ioi.jsonl", counterfactual="abd_counterfactual")
-    with pytest.raises(InputError, match=r"1 of 2 rows.*\n  row 2: random_counterfactual .*None, no object"):
+    with pytest.raises(InputError, match=r"\n  row 2: random_counterfactual is None, no object.*\[random_counter"):
         numbered_pairs(ROWS / "arithmetic.jsonl")
-    with pytest.raises(InputError, match=r"row 2: answerKey  answerKey is 9"):
+    with pytest.raises(InputError, match=r"row 2: answerKey is 9"):
         numbered_pairs(ROWS / "arc.jsonl")
 
 

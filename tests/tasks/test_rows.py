@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +174,9 @@ def test_all_bad_rows_are_listed_and_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load_pairs(jsonl(tmp_path, GOOD, *bad, GOOD), TOKENIZER)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith(f"5 of 7 rows of {tmp_path / 'rows.jsonl'} can't be used (rows count from 1)")
+    assert lines[0].startswith(f"5 of 7 rows of {tmp_path / 'rows.jsonl'} can't be used (rows count from 1")
     assert [line.split(":")[0].strip() for line in lines[1:6]] == [f"row {number}" for number in range(2, 7)]
-    fields = [line.split(":")[1].split()[0] for line in lines[2:5]]
-    assert fields == ["answer", "clean", "positions"], "the column that is wrong stands before the reason"
+    assert [line.rpartition(" [")[2] for line in lines[2:5]] == ["answer]", "clean]", "positions]"]
     assert "skip_bad_rows" in lines[-1]
     with pytest.raises(InputError) as error:
         load_pairs(jsonl(tmp_path, GOOD, *[b"x"] * 50), TOKENIZER)
@@ -192,7 +190,7 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, caplog: pytest
         read = load_pairs(file, TOKENIZER, skip_bad_rows=True)
     assert read["distractor"][:] == [" book", " cup"]
     assert "2 rows are left out, 2 are used" in caplog.text
-    assert re.search(r"row 2: +not JSON", caplog.text)
+    assert "row 2: not JSON" in caplog.text
     with pytest.raises(InputError, match=r"2 of 2 rows"):
         load_pairs(jsonl(tmp_path, b"x", b"y"), TOKENIZER, skip_bad_rows=True)
 

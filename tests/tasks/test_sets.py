@@ -103,8 +103,8 @@ def test_every_method_takes_sets_or_says_that_it_does_not(tmp_path: Path) -> Non
     """Path patching, ablation, attribution, a circuit's report; what needs one token says so."""
     teacher = wb.Teacher.load("teacher", check=False)
     pairs = wb.read_pairs(jsonl(tmp_path, *SETS), teacher)
-    plain = wb.path_patch(teacher, pairs.first_members(), metric="probability_difference", execution=QUIET)
-    scores = wb.path_patch(teacher, pairs, metric="probability_difference", execution=QUIET)
+    plain = wb.path_patch(teacher, pairs.first_members(), metric="logit_difference", execution=QUIET)
+    scores = wb.path_patch(teacher, pairs, metric="logit_difference", execution=QUIET)
     assert scores.values.isfinite().all()
     assert (scores.values - plain.values).abs().max() > 1e-4
     with torch.no_grad():

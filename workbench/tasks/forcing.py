@@ -48,12 +48,12 @@ def forced(pairs: PromptPairs, tokens: Int[Tensor, "batch token"] | None = None)
     `answer_tokens` are then what the position `answering` predicts. Errors: as `require_continuable`, and for pairs
     that are forced already or have a position `answering` of their own.
     """
-    right = require_continuable(pairs)
     if ANSWERING in pairs.positions:
         raise InputError(
             f"these prompts have a position {ANSWERING!r}, the name of the tokens that an answer is read from; give "
             "yours another name, and append answers once."
         )
+    right = require_continuable(pairs)
     ids = right if tokens is None else tokens.to(right.device)
     real, before = ids >= 0, pairs.clean.shape[1] - 1
     read, inside = ids[:, :-1].clamp(min=0), real[:, :-1]

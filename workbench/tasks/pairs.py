@@ -101,20 +101,16 @@ def named(source: Any) -> str:
 
 
 def bad_rows(problems: Iterable[RowError], *, of: int, source: str) -> InputError:
-    """One error for all bad rows of a source: how many, a table of the first twenty (row, field, reason), and the
+    """One error for all bad rows of a source: how many, the first twenty with row, reason and column, and the
     remedies."""
     ordered = sorted(problems, key=lambda problem: problem.number)
-    shown = ordered[:MOST_SHOWN]
-    row = max(len(str(problem.number)) for problem in shown)
-    field = max(len(problem.field) for problem in shown)
-    named_fields = [f"{problem.field:<{field}}  " if field else "" for problem in shown]
     lines = [
-        f"  row {problem.number:>{row}}: {name}{problem.reason}"
-        for problem, name in zip(shown, named_fields, strict=True)
+        f"  row {problem.number}: {problem.reason}" + (f" [{problem.field}]" if problem.field else "")
+        for problem in ordered[:MOST_SHOWN]
     ]
     more = len(ordered) - len(lines)
     return InputError(
-        f"{len(ordered)} of {of} rows of {source} can't be used (rows count from 1):\n"
+        f"{len(ordered)} of {of} rows of {source} can't be used (rows count from 1; in brackets the column):\n"
         + "\n".join(lines)
         + (f"\n  ... and {more} more" if more else "")
         + "\nMend them, or leave them out: `skip_bad_rows=True`, in a recipe `data.skip_bad_rows: true`, of a command "
