@@ -77,6 +77,15 @@ VARIANTS = {
     "paper-matching": "the paper's matching by impact",
 }
 
+FAMILY = {
+    "cka": "CKA of activations",
+    "procrustes": "Procrustes of activations",
+    "differences": "CKA of differences",
+    "interchange": "interchange (DIITO)",
+    "interchange-cka": "interchange + CKA of activations",
+}
+"""Students of `study_mind_family`: one model, each aligned by another member of the family."""
+
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
@@ -236,6 +245,40 @@ def boxes_row() -> list[str]:
     ]
     data = storage.read_json(folder / "run.json")["recipe"]["data"]
     return ["[SmolLM2-135M, boxes][boxes]", f"{data['train_scenes'] * data['boxes']}", *accuracies, *parts]
+
+
+def family(name: str, scenes: int) -> str:
+    """A row a member of the family of alignments, the one that validation chose in bold; dashes where the study has not
+    come to it yet."""
+    less = "minus circuit / CE"
+    head = ("what is aligned", "lambda", "validation", "full", less, "circuit alone", less)
+    cells = summary(name) if (RESULTS / name / "summary.json").exists() else {}
+    rows: list[list[str]] = []
+    for student, words in FAMILY.items():
+        cell = cells.get((student, scenes))
+        rows += [[words, *[DASH] * (len(head) - 1)]] if cell is None else family_rows(cell, words)
+    return markdown(head, rows)
+
+
+def family_rows(cell: Mapping[str, Any], words: str) -> Iterable[list[str]]:
+    """The rows of one member: what was trained without alignment, where it stands in this cell, the member itself, and
+    its random partners where they were trained."""
+
+    def row(title: str, condition: str, *tried: str) -> list[str]:
+        of, against = cell["conditions"][condition], cell["comparisons"].get("circuit_ce", {}).get(condition)
+        cells = [
+            entry
+            for part in ("full", "circuit")
+            for entry in (with_interval(of[part]), DASH if against is None else difference(against[part]["over_seeds"]))
+        ]
+        return [title, *(tried or (DASH, DASH)), *cells]
+
+    there, weight = cell["conditions"], cell["weight"]
+    yield from (row(titled(plain), plain) for plain in ("base", "full_ce", "circuit_ce") if plain in there)
+    validated = number(mean(cell["validation_accuracy"].get(str(weight), [])))
+    yield row(f"**{words}**" if cell["best"] else words, METHOD, f"{weight:g}", validated)
+    if RANDOM in there:
+        yield row("the same with random partners", RANDOM, f"{weight:g}", DASH)
 
 
 def forecast() -> str:
@@ -460,6 +503,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
+    "study-mind-family": partial(family, "study_mind_family", 300),
     **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
     "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
     "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),

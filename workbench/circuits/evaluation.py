@@ -67,10 +67,10 @@ class CircuitReport(Shown):
 
     def line(self) -> str:
         """All of it that a log needs, with its scope and ablation."""
-        kept = "at their own positions" if self.scope == "positions" else "at all positions"
+        places = "at their own positions" if self.scope == "positions" else "at all positions"
         recovered = self.logit_difference_recovered
         parts = [
-            f"{self.heads} of {self.total_heads} heads alone, kept {kept}, the others ablated ({self.ablation}), on "
+            f"{self.heads} of {self.total_heads} heads alone, kept {places}, the others ablated ({self.ablation}), on "
             f"{self.prompts} test prompts: accuracy {self.circuit_accuracy:.3f} of {self.full_accuracy:.3f} over the "
             f"vocabulary (random circuits {self.random_circuit_accuracy:.3f}, no head {self.empty_accuracy:.3f})"
         ]
@@ -80,8 +80,8 @@ class CircuitReport(Shown):
                 f"{among['circuit']:.3f} of {among['full']:.3f} among the candidates (random {among['random']:.3f}, no "
                 f"head {among['empty']:.3f})"
             )
-        told = "undefined" if recovered is None else f"{recovered:.2f} recovered"
-        return ", ".join([*parts, f"logit difference {told}"])
+        share = "undefined" if recovered is None else f"{recovered:.2f} recovered"
+        return ", ".join([*parts, f"logit difference {share}"])
 
     def _title(self) -> str:
         faithful = "undefined" if self.faithfulness is None else f"{self.faithfulness:.3f}"

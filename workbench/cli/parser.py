@@ -136,7 +136,11 @@ def _declare_study(commands: Any) -> None:
         help="one training after another, or spread over Ray (default: %(default)s)",
     )
     command_parser.add_argument(
-        "--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)"
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="spread the trainings over so many processes, one thread each, or `auto`: one for each free core; the "
+        "same numbers for every N (default: one after another in this process; on Ray one for each --threads cores)",
     )
 
 
@@ -197,7 +201,15 @@ def _declare_check_model(commands: Any) -> None:
         "hooked forwards",
         description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
     )
-    command_parser.add_argument("model", help="a directory, hub id, adapter or GGUF file")
+    command_parser.add_argument(
+        "model", nargs="+", help="a directory, hub id, adapter or GGUF file; several are checked one after another"
+    )
+    command_parser.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="check several models on so many processes, one thread each, or `auto`: one for each free core",
+    )
     _on_a_device(command_parser, device="cpu", dtype="float32")
     _common(command_parser, run.check_model)
 

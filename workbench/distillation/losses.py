@@ -124,9 +124,10 @@ def alignment_loss(
     measure: Measure = "linear_cka",
     options: Options = NONE,
     pairs: Pairs = "sum",
+    weights: Sequence[float] | None = None,
 ) -> tuple[Scalar, Float[Tensor, " pairs"]]:
-    """SUM (or mean) over pairs of (1 - similarity), and each pair's similarity. `rows`: (student, teacher) of each
-    pair, rows of the same prompts in the same order.
+    """SUM (or mean) over pairs of weight * (1 - similarity), and each pair's similarity. `rows`: (student, teacher) of
+    each pair, rows of the same prompts in the same order. `weights`: of the pairs; None: all 1.
 
     Pairs of equal shape are computed in one batch.
     """
@@ -140,4 +141,7 @@ def alignment_loss(
         for place, index in enumerate(members):
             values[index] = batched[place]
     ckas = torch.stack(values)
-    return (1 - ckas).sum() if pairs == "sum" else (1 - ckas).mean(), ckas.detach()
+    parts = 1 - ckas
+    if weights is not None and any(weight != 1 for weight in weights):
+        parts = parts * parts.new_tensor(weights)
+    return parts.sum() if pairs == "sum" else parts.mean(), ckas.detach()

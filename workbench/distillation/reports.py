@@ -12,6 +12,7 @@ from workbench import storage
 from workbench.distillation.config import TrainingConfig
 from workbench.errors import InputError
 from workbench.models.hooked_model import Student
+from workbench.patching.ablation import plain_logits
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.forcing import whole_answers_right
 from workbench.values import metrics
@@ -126,7 +127,7 @@ def _accuracy(student: Student, prompts: PromptPairs, batch: int) -> float:
     if prompts.answer_tokens is not None and prompts.answer_tokens.shape[1] > 1:
         return float(whole_answers_right(student, prompts, batch=batch).double().mean())
     right = [
-        metrics.accuracy(student.final_logits(part.clean, part.mask), part.answers, part.distractors).sum()
+        metrics.accuracy(plain_logits(student, part), part.answers, part.distractors).sum()
         for part in prompts.batches(batch)
     ]
     return float(sum(map(float, right)) / len(prompts))

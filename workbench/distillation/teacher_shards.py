@@ -207,8 +207,8 @@ def _written(path: Path, cache: TeacherCache, top: Top | None) -> dict[str, str]
 def _logits(logits: Float[Tensor, "batch *token d_vocab"], top: Top | None) -> dict[str, Tensor]:
     if top is None:
         return {LOGITS: logits}
-    kept = top_logits(logits, top.k, temperature=top.temperature)
-    return {LOGITS: kept.logits, TOKENS: kept.tokens, REST: kept.rest}
+    largest = top_logits(logits, top.k, temperature=top.temperature)
+    return {LOGITS: largest.logits, TOKENS: largest.tokens, REST: largest.rest}
 
 
 def _is_sound(folder: Path, entry: dict[str, Any]) -> bool:

@@ -66,11 +66,11 @@ def over_outcomes(
         )
     tokens, scaled = teacher.tokens.long(), student.float() / temperature
     target = teacher.logits.float() / temperature
-    kept = scaled.gather(-1, tokens)
+    chosen = scaled.gather(-1, tokens)
     if tokens.shape[1] < teacher.d_vocab:
-        kept = torch.cat([kept, _others(scaled, tokens)[:, None]], -1)
+        chosen = torch.cat([chosen, _others(scaled, tokens)[:, None]], -1)
         target = torch.cat([target, teacher.rest[:, None].float()], -1)
-    return kept.log_softmax(-1), target.log_softmax(-1)
+    return chosen.log_softmax(-1), target.log_softmax(-1)
 
 
 def _others(

@@ -19,6 +19,7 @@ from workbench.experiment.results import OUTCOMES, ConditionResult, collect, rea
 from workbench.experiment.run import Run
 from workbench.experiment.transfer import record_transfer
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.shared import shared_prefixes
 from workbench.tasks.forcing import whole_answers_right
 from workbench.tasks.scoring import sequence_preference
 
@@ -64,7 +65,8 @@ def run_arms(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False)
             run_condition(run, condition, seed, resume=resume, records=processes.is_main)
     processes.wait()
     if processes.is_main and not _has_row(run, TEACHER, 0):
-        _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
+        with shared_prefixes(run.recipe.evaluation.shared_prefixes):
+            _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
     with processes.main_first():
         rows = collect(folder)
         if processes.is_main:
@@ -80,10 +82,11 @@ def _has_row(run: Run, condition: str, seed: int) -> bool:
 
 def run_condition(run: Run, condition: str, seed: int, *, resume: bool, records: bool = True) -> None:
     """Train one student under a condition and, where this process `records`, evaluate it and write its row."""
-    student, slices = distill(run, condition, seed, resume=resume)
-    if records:  # under `accelerate launch` all processes train, one evaluates
-        steps = len(read_training(run.folder.condition(condition, seed))) if slices.count else 0
-        _record(run, condition, seed, student, trained=slices.count, steps=steps)
+    with shared_prefixes(run.recipe.evaluation.shared_prefixes):
+        student, slices = distill(run, condition, seed, resume=resume)
+        if records:  # under `accelerate launch` all processes train, one evaluates
+            steps = len(read_training(run.folder.condition(condition, seed))) if slices.count else 0
+            _record(run, condition, seed, student, trained=slices.count, steps=steps)
 
 
 def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:

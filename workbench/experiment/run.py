@@ -146,13 +146,16 @@ class Run:
     def head_map_origin(self) -> Origin:
         """What a head map is made of."""
         circuits = {f"{name} circuit": digest_of(self.circuit(name).to_json()) for name in ("student", "teacher")}
-        return {**circuits, "matching": digest_of(to_plain(self.recipe.matching))}
+        return {**circuits, "matching": digest_of(stated(to_plain(self.recipe.matching), "matching"))}
 
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
         recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
         recipe = stated(recipe, "recipe")
-        recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation", "training")}
+        recipe |= {
+            name: stated(recipe[name], name)
+            for name in ("discovery", "evaluation", "training", "alignment", "matching")
+        }
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 

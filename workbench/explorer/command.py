@@ -1,6 +1,7 @@
 """`workbench explore`: the models and prompts of the command line -> a session on a loopback page."""
 
 import argparse
+import math
 import webbrowser
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 BUNDLED = ("teacher", "student")
 PROMPTS = 24
 """How many pairs are drawn of a task."""
+MEMORY = 4.0
+"""GB that the runs of the prompts in view may take."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -43,7 +46,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
+    command.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a run's folder: its circuits can be loaded and stepped along, its matches walked",
+    )
     command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
+    command.add_argument(
+        "--memory",
+        type=float,
+        default=MEMORY,
+        metavar="GB",
+        help="what the runs of the prompts in view may take (default: %(default)s)",
+    )
     command.add_argument("--prepend-bos", action="store_true", help="put the BOS token before every prompt")
     command.add_argument(
         "--chat", choices=("none", "user", "assistant"), default="none", help="put prompts into the chat template"
@@ -99,6 +116,8 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         ),
         circuits=circuits,  # pyright: ignore[reportArgumentType]
         folder=options.folder,
+        runs=options.run,
+        memory=int(options.memory * 2**30) if math.isfinite(options.memory) else 0,
     )
     return ExplorerServer(session, port=options.port, allowed=options.allow_host)
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.matching.config import Activation
+from workbench.matching.config import Activation, Compared
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.similarity.measures import Measure
@@ -20,8 +20,15 @@ from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Position
 
 
-def require_fitting(measure: Measure, activation: Activation, prompts: PromptPairs) -> None:
+def require_fitting(
+    measure: Measure, activation: Activation, prompts: PromptPairs, compared: Compared = "activations"
+) -> None:
     """Refuse attention KL on anything but attention patterns, and these where the models read different tokens."""
+    if measure == "attention_kl" and compared == "differences":
+        raise InputError(
+            "measure attention_kl compares attention patterns, and a difference of two is none; set `compared: "
+            "activations`, or another measure."
+        )
     if activation == "pattern" and prompts.teacher is not None:
         raise InputError(
             "attention patterns are over the tokens of a prompt, which differ with the tokenizer; align z or result."
@@ -49,6 +56,11 @@ def hook_names(heads: Sequence[Head], activation: Activation = "z") -> list[str]
     """The hooks that heads are read from, in layer order."""
     name = hooks.pattern if activation == "pattern" else hooks.z
     return [name(layer) for layer in sorted({head.layer for head in heads})]
+
+
+def difference(clean: Mapping[str, Tensor], corrupt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """h(clean) - h(corrupt) by hook name: whatever both runs hold alike drops out."""
+    return {name: value - corrupt[name] for name, value in clean.items()}
 
 
 def head_rows(

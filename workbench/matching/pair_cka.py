@@ -163,10 +163,10 @@ def aligned_influence(
 
     `student`, `teacher`: ablation impacts. Errors: as `circuit_alignment`.
     """
-    found, floor = (
+    measured, floor = (
         circuit_alignment(
             head_map, {(each.pair.student, each.pair.teacher): getattr(each, name) for each in ckas}, student, teacher
         )
         for name in ("cka", "floor")
     )
-    return found, floor.value
+    return measured, floor.value

@@ -174,10 +174,10 @@ class Road:
         peak = memory.patching_bytes(shape, count, tokens, self.width_of(shape), batch=path.BATCH)
         for stage in self.prompts.stages:
             if stage.into is None or stage.composition is None:
-                found, target = sweeps.to_logits(shape, pairs, batch=path.BATCH), "logits"
+                sweep, target = sweeps.to_logits(shape, pairs, batch=path.BATCH), "logits"
             else:
                 everywhere = sweeps.receivers_everywhere(shape, heads, stage.composition)
-                found = sweeps.into_heads(
+                sweep = sweeps.into_heads(
                     shape, pairs, everywhere, stage.position, receiver_position(stage, positions), batch=path.BATCH
                 )
                 target = f"{stage.into}'s {stage.composition}, at most"
@@ -185,7 +185,7 @@ class Road:
             yield self.cost(
                 f"discover {name}: path {stage.name}",
                 f"{stage.position} -> {target}, {count} prompts{times}",
-                repeats * (found + shared),
+                repeats * (sweep + shared),
                 shape,
                 pairs,
                 peak,

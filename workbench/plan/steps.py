@@ -61,8 +61,8 @@ def cache_bytes(
     if top is not None:
         logits = min(top, shape.d_vocab) * (width + TOKEN) + MASS
     values = prompts * (layers * each * width + logits)
-    kept = 0 if activation == "pattern" else layers * shape.query_weights * width
-    return values + (prompts * LABEL + kept if shards else 0)
+    patterns = 0 if activation == "pattern" else layers * shape.query_weights * width
+    return values + (prompts * LABEL + patterns if shards else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
