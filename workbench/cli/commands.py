@@ -66,9 +66,10 @@ def _finetuning_config(options: argparse.Namespace) -> "FinetuningConfig":
     return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides={**_overrides(options.set), **placement})
 
 
-def _placement(options: argparse.Namespace) -> dict[str, str]:
-    """`--device` and `--dtype` as keys of a recipe, where they are given."""
-    return {key: value for key in ("device", "dtype") if (value := getattr(options, key, None)) is not None}
+def _placement(options: argparse.Namespace) -> dict[str, Any]:
+    """`--device`, `--dtype` and `--skip-bad-rows` as keys of a recipe, where they are given."""
+    placed = {key: value for key in ("device", "dtype") if (value := getattr(options, key, None)) is not None}
+    return {**placed, "data.skip_bad_rows": True} if getattr(options, "skip_bad_rows", False) else placed
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -202,12 +203,15 @@ def study(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """What a recipe costs, without loading a weight."""
+    from workbench.experiment.recipe import read_yaml
     from workbench.plan.road import plan_of
     from workbench.storage import located
 
+    is_study = "students" in read_yaml(options.recipe)
+    placed = {f"overrides.{key}" if is_study else key: value for key, value in _placement(options).items()}
     forecast = plan_of(
         options.recipe,
-        overrides=_overrides(options.set),
+        overrides={**_overrides(options.set), **placed},
         configs={name: located(place) for name, place in _pairs(options.config, "--config").items()},
         tokenizer=options.tokenizer,
         flops=options.flops,

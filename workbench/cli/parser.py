@@ -180,6 +180,7 @@ def _declare_plan(commands: Any) -> None:
         "--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)"
     )
     command_parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    _skipping(command_parser)
     _common(command_parser, run.plan, check=run.check_plan)
 
 
@@ -346,9 +347,18 @@ def _command(
         metavar="KEY=VALUE",
         help="override a recipe key, e.g. training.steps=20 or student=PATH",
     )
+    _skipping(command_parser)
     _on_a_device(command_parser)
     _common(command_parser, command, check=check, after=RESUMED)
     return command_parser
+
+
+def _skipping(command_parser: argparse.ArgumentParser) -> None:
+    command_parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="of a file of pairs (data.pairs): leave bad rows out, with a table of them, in place of refusing the file",
+    )
 
 
 def _workers(word: str) -> int | str:

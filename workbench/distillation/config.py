@@ -102,6 +102,11 @@ class TrainingConfig:
     labels, among the prompts' answers as words."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the KL and Jensen-Shannon losses."""
+    answers: Literal["whole", "first"] = "whole"
+    """Of prompts whose answers have several tokens (`multi_token`): the task loss over the whole answer, each token
+    given the prompt and those before it, or over its first token alone. The answer is the right one; with `ce_teacher`
+    the teacher's own, by greedy decoding. Heads are aligned where they are matched; `last` is the prompt's last token,
+    `answering` (as a position, or `broadened: {last: answering}`) every token that predicts one of the answer's."""
     alignment: AlignmentConfig | None = None
     """What is aligned and how; None leaves the alignment out. In a recipe it is the `alignment` beside this."""
     weight_schedule: WeightSchedule = "constant"

@@ -264,8 +264,9 @@ def _stated(config: TrainingConfig) -> dict[str, Any]:
     """The settings by which a training is known: later ones, its alignment's too, only where they are set, so that a
     checkpoint from before there was a choice goes on."""
     settings = asdict(config)
-    if settings["attention"] == "eager":
-        del settings["attention"]
+    for name, before in (("attention", "eager"), ("answers", "whole")):
+        if settings[name] == before:
+            del settings[name]
     if settings["alignment"] is not None:
         settings["alignment"] = {
             name: value for name, value in settings["alignment"].items() if name not in LATER or value != LATER[name]

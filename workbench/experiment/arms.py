@@ -20,6 +20,7 @@ from workbench.experiment.run import Run
 from workbench.experiment.transfer import record_transfer
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.shared import shared_prefixes
+from workbench.tasks.forcing import whole_answers_right
 from workbench.tasks.scoring import sequence_preference
 
 log = logging.getLogger("workbench")
@@ -108,7 +109,7 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
         trained_fraction=trained / total,
         steps=steps,
         mcnemar={},
-        whole_answers=_whole_answers(run, model),
+        **_whole_answers(run, model),
         origin=origin,
     )
     storage.write_tensors(folder / OUTCOMES, outcomes, metadata=to_metadata(origin))
@@ -124,10 +125,15 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
     )
 
 
-def _whole_answers(run: Run, model: HookedModel) -> float | None:
+def _whole_answers(run: Run, model: HookedModel) -> dict[str, float]:
+    """With answers of several tokens: how often the whole answer is preferred, and how often decoding gives it."""
     if not run.recipe.data.prompts.multi_token:
-        return None
-    return float((sequence_preference(model, run.read_by(model, run.prompts.test)) > 0).float().mean())
+        return {}
+    prompts = run.read_by(model, run.prompts.test)
+    return {
+        "whole_answers": float((sequence_preference(model, prompts) > 0).float().mean()),
+        "whole_accuracy": float(whole_answers_right(model, prompts).float().mean()),
+    }
 
 
 def _accuracies(report: CircuitReport) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from workbench import storage
+from workbench.distillation.answers import answered
 from workbench.distillation.assembly import teacher_outputs, trained_slices
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.counterfactual import teacher_alignment_outputs
@@ -44,13 +45,14 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
         pairs = weighted_by_impact(pairs, profiles(run, "student", run.student)[run.recipe.matching.metric])
     processes = launched(student.device)
     with processes.main_first():
+        prompts = answered(run.prompts.train, run.teacher, student, config)
         outputs = teacher_alignment_outputs(
-            partial(_teacher_outputs, run, config), run.teacher, run.prompts.train, pairs, config.alignment
+            partial(_teacher_outputs, run, config), run.teacher, prompts, pairs, config.alignment
         )
     training = Distillation(
         student,
         slices,
-        run.prompts.train,
+        prompts,
         outputs,
         pairs,
         config,

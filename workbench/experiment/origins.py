@@ -45,7 +45,7 @@ LATER: Mapping[str, Mapping[str, Any]] = {
     "recipe": {"teacher_top": None},
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
     "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False, "attention": "eager"},
-    "training": {"attention": "eager"},
+    "training": {"attention": "eager", "answers": "whole"},
     "alignment": LATER_ALIGNMENT,
     "matching": {"compared": "activations"},
 }

@@ -26,9 +26,11 @@ from workbench.tasks.tokenizers import require_same_words
 
 def preflight(run: Run, conditions: Iterable[str] = ()) -> None:
     """Refuse what the stages of a run (and the training of these conditions) would refuse later. Errors: `InputError`
-    with the remedy."""
+    with the remedy. Bad rows that the recipe leaves out are recorded in the run folder (`left_out.json`)."""
     trained = training_conditions(conditions)
     require_recipe(run.recipe, run.prompts, trained, processes=launched(run.recipe.device).count)
+    if run.prompts.left_out:
+        run.folder.record_left_out(run.prompts.data.pairs or "", run.prompts.left_out)
     if not trained:
         return
     require_same_logits(run.recipe, run.prompts, trained, teacher=run.teacher.d_vocab, student=run.student.d_vocab)
