@@ -9,7 +9,7 @@ from torch import Tensor
 from workbench import seeds
 from workbench.circuits.circuit import Circuit
 from workbench.matching.distances import Similarities
-from workbench.matching.head_rows import Activation, head_rows, hook_names, output_weights, place, require_fitting
+from workbench.matching.head_rows import Activation, head_rows, hook_names, output_weights, place, read, require_fitting
 from workbench.models.hooked_model import HookedModel
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, pairwise_similarity, similarity_scores, unit
@@ -148,9 +148,7 @@ class _CircuitRows:
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
         self.scope = ours.scope if positions == "own" else dict.fromkeys(ours.heads, (positions,))
         sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
-        self.found = [
-            model.activations(side.clean, side.mask, hook_names(heads, activation))[1] for model, heads, side in sides
-        ]
+        self.found = [read(model, side, hook_names(heads, activation)) for model, heads, side in sides]
         self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
         self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}
 
