@@ -18,6 +18,7 @@ from workbench.experiment.preflight import preflight
 from workbench.experiment.results import OUTCOMES, ConditionResult, collect, read_row
 from workbench.experiment.run import Run
 from workbench.experiment.transfer import record_transfer
+from workbench.matching.head_rows import Readings, reading_once
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.shared import shared_prefixes
 from workbench.tasks.forcing import whole_answers_right
@@ -94,9 +95,11 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
     folder, is_teacher = run.folder.condition(condition, seed), condition == TEACHER
     origin = run.condition_origin(condition, seed)
     report, outcomes = evaluate(run, model, run.circuit("teacher" if is_teacher else "student"))
-    ckas = [] if is_teacher else aligned_ckas(run, model, run.head_map(), run.prompts.test)
+    ckas = []
     if not is_teacher:
-        all_ckas(run, model, run.prompts.test).save(folder / "circuit_ckas.safetensors")
+        with reading_once(run.models.readings(run.teacher), Readings(model)):  # all heads first, then some of them
+            all_ckas(run, model, run.prompts.test).save(folder / "circuit_ckas.safetensors")
+            ckas = aligned_ckas(run, model, run.head_map(), run.prompts.test)
     cka, floor = mean_cka_and_floor(ckas)
     total = sum(parameter.numel() for parameter in model.parameters().values())
     result = ConditionResult(

@@ -14,6 +14,7 @@ from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import Recipe, to_plain
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
+from workbench.matching.head_rows import Readings
 from workbench.models.hooked_model import Dtype, HookedModel, Student, Teacher
 from workbench.patching.replacement import (
     ReferenceMeans,
@@ -39,6 +40,7 @@ class Models:
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, str, str, Dtype], HookedModel] = {}
         self._fingerprints: dict[int, str] = {}
+        self._readings: dict[int, Readings] = {}
 
     def get(self, kind: type[Kind], source: str, *, device: str, dtype: Dtype) -> Kind:
         """The model of a source, as a teacher or a student."""
@@ -48,6 +50,10 @@ class Models:
         model = self._loaded[key]
         assert isinstance(model, kind)
         return model
+
+    def readings(self, model: HookedModel) -> Readings:
+        """What is kept of a model that does not change, for all runs that share these models."""
+        return self._readings.setdefault(id(model), Readings(model))
 
     def fingerprint(self, model: HookedModel) -> str:
         """Of a model's weights, taken once."""
