@@ -33,6 +33,8 @@ def preflight(run: Run, conditions: Iterable[str] = ()) -> None:
         run.folder.record_left_out(run.prompts.data.pairs or "", run.prompts.left_out)
     if not trained:
         return
+    if run.recipe.dtype == "auto":
+        require_wide(run.student.dtype)
     require_same_logits(run.recipe, run.prompts, trained, teacher=run.teacher.d_vocab, student=run.student.d_vocab)
     if run.recipe.save_students:
         try:
@@ -54,7 +56,7 @@ def require_recipe(recipe: Recipe, prompts: Prompts, trained: Sequence[Condition
         require_alignable(recipe, prompts)
     elif trained:
         raise InputError(NO_STUDENT)
-    if trained:
+    if trained and recipe.dtype != "auto":
         require_wide(getattr(torch, recipe.dtype))
     for condition in trained:
         require_settings(recipe.training_of(condition), prompts.train, prompts.validation, processes=processes)

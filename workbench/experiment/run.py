@@ -1,8 +1,9 @@
 """A run: a recipe at work in a run folder, with its prompts and its models, which are loaded when first asked for."""
 
 import functools
+import json
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
@@ -38,15 +39,15 @@ class Models:
     """Models by what they were loaded from and as; each is loaded, and checked, once. Runs of one study share them."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str, str, Dtype], HookedModel] = {}
+        self._loaded: dict[tuple[str, ...], HookedModel] = {}
         self._fingerprints: dict[int, str] = {}
         self._readings: dict[int, Readings] = {}
 
-    def get(self, kind: type[Kind], source: str, *, device: str, dtype: Dtype) -> Kind:
-        """The model of a source, as a teacher or a student."""
-        key = (kind.__name__, source, device, dtype)
+    def get(self, kind: type[Kind], source: str, *, device: str, dtype: Dtype, **placing: Any) -> Kind:
+        """The model of a source, as a teacher or a student; `placing` as in `HookedModel.load`."""
+        key = (kind.__name__, source, device, dtype, json.dumps(placing, sort_keys=True))
         if key not in self._loaded:
-            self._loaded[key] = kind.load(located(source), device=device, dtype=dtype)
+            self._loaded[key] = kind.load(located(source), device=device, dtype=dtype, **placing)
         model = self._loaded[key]
         assert isinstance(model, kind)
         return model
@@ -85,8 +86,15 @@ class Run:
     @property
     def teacher(self) -> Teacher:
         """The teacher, self-checked."""
-        dtype = self.recipe.teacher_dtype or self.recipe.dtype
-        return self.models.get(Teacher, self.recipe.teacher, device=self.recipe.device, dtype=dtype)
+        recipe = self.recipe
+        return self.models.get(
+            Teacher,
+            recipe.teacher,
+            device=recipe.device if recipe.teacher_device_map is None else "cpu",
+            dtype=recipe.teacher_dtype or recipe.dtype,
+            quantisation=recipe.teacher_quantisation,
+            device_map=recipe.teacher_device_map,
+        )
 
     @property
     def student(self) -> Student:

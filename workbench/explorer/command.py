@@ -91,7 +91,7 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     from workbench.tasks.prompts import PromptSettings
 
     def loaded(source: str) -> Teacher:
-        return Teacher.load(source, device=options.device, dtype=options.dtype)
+        return Teacher.load(source, device=options.device, dtype=options.dtype, quantisation=options.quantisation)
 
     def rows(source: str | None) -> Any:
         if source is None or not options.skip_bad_rows:
