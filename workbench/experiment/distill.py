@@ -1,14 +1,20 @@
 """The third stage: a fresh student trained under a condition."""
 
 import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from workbench import storage
+from workbench.distillation.answers import answered
 from workbench.distillation.assembly import teacher_outputs, trained_slices
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.counterfactual import teacher_alignment_outputs
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
 from workbench.distillation.reports import TRAINING, read_log, read_training
+from workbench.distillation.teacher_cache import TeacherOutputs
 from workbench.distillation.teacher_shards import Top
 from workbench.experiment.cards import STUDENT, described
 from workbench.experiment.conditions import CONDITIONS
@@ -16,10 +22,11 @@ from workbench.experiment.discover import profiles
 from workbench.experiment.match import aligned, head_map_of
 from workbench.experiment.origins import KEY, require_origin
 from workbench.experiment.run import Run
-from workbench.matching.head_rows import hook_names
+from workbench.matching.aligned_pairs import weighted_by_impact
 from workbench.models import sources
 from workbench.models.hooked_model import Student
 from workbench.storage import checkpoint
+from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head
 
 log = logging.getLogger("workbench")
@@ -34,22 +41,18 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     heads = None if spec.trains == "all" else trained_heads(run)
     slices = trained_slices(student, heads, config, train_kv=run.recipe.train_kv, seed=seed)
     log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)
-    names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
+    if config.alignment is not None and config.alignment.pair_weights == "impact":
+        pairs = weighted_by_impact(pairs, profiles(run, "student", run.student)[run.recipe.matching.metric])
+    processes = launched(student.device)
     with processes.main_first():
-        outputs = teacher_outputs(
-            run.recipe.teacher_outputs,
-            run.teacher,
-            run.prompts.train,
-            names,
-            sources.cache_root() / "teacher",
-            top=None
-            if run.recipe.teacher_top is None
-            else Top(k=run.recipe.teacher_top, temperature=config.temperature),
+        prompts = answered(run.prompts.train, run.teacher, student, config)
+        outputs = teacher_alignment_outputs(
+            partial(_teacher_outputs, run, config), run.teacher, prompts, pairs, config.alignment
         )
     training = Distillation(
         student,
         slices,
-        run.prompts.train,
+        prompts,
         outputs,
         pairs,
         config,
@@ -68,6 +71,13 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
         origin = run.condition_origin(condition, seed)
         storage.write_json(folder / TRAINING, {"steps": len(reports), KEY: origin})  # last: the training is done
     return student, slices
+
+
+def _teacher_outputs(run: Run, config: TrainingConfig, prompts: PromptPairs, names: Sequence[str]) -> TeacherOutputs:
+    """The teacher's outputs on some prompts as the recipe keeps them."""
+    top = None if run.recipe.teacher_top is None else Top(k=run.recipe.teacher_top, temperature=config.temperature)
+    folder = sources.cache_root() / "teacher"
+    return teacher_outputs(run.recipe.teacher_outputs, run.teacher, prompts, names, folder, top=top)
 
 
 def is_trained(run: Run, condition: str, seed: int) -> bool:

@@ -17,6 +17,7 @@ from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import TABLE, Condition, ConditionName
 from workbench.experiment.upgrades import SCENES, upgraded_recipe
 from workbench.matching.config import MatchingConfig
+from workbench.models.names import Attention
 from workbench.storage import yaml
 from workbench.storage.yaml import Settings, overridden, parse_config
 from workbench.tasks.allotment import USES, Use
@@ -26,6 +27,7 @@ from workbench.tasks.stages import Stage, require_stages
 __all__ = ["Recipe", "parse_config", "parse_recipe", "read_recipe", "read_yaml", "to_plain", "written_recipe"]
 
 STRICT = ConfigDict(extra="forbid")
+Dtype = Literal["float32", "float64", "bfloat16", "float16", "auto"]
 RECIPES = Path(__file__).parents[1] / "recipes"
 """The bundled recipes, in folders by what reads them: `runs`, `studies`, `finetunings`."""
 
@@ -110,6 +112,12 @@ class EvaluationConfig:
     edges: Annotated[int, Field(ge=0)] = 0
     """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its
     graph; 0: not."""
+    shared_prefixes: bool = False
+    """Prompts that begin alike (the questions of a scene) run as one prefix and its continuations where whole models
+    are evaluated and heads are ablated everywhere: the same answers, logits to float32 rounding. Off: prompt by prompt,
+    to the bits of before."""
+    attention: Attention = "eager"
+    """Of whole models and ablated ones on the test prompts; see `training.attention`."""
     transfer: tuple[TransferConfig, ...] = ()
     """Other tasks that every trained model is evaluated on, full models only."""
 
@@ -121,9 +129,16 @@ class Recipe:
     title: str = "Circuit distillation"
     teacher: str
     student: str | None = None
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    teacher_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    dtype: Dtype = "float32"
+    """`auto`: as each model's weights were saved."""
+    teacher_dtype: Dtype | None = None
     """Of the teacher, which never trains; None: `dtype`."""
+    teacher_quantisation: Literal["int8", "nf4"] | None = None
+    """Hold the teacher's matrices in 8 bits (torchao) or 4 (bitsandbytes), which the student's, that train, can't be.
+    A folder of weights that are quantised already needs no setting."""
+    teacher_device_map: str | dict[str, str | int] | None = None
+    """Where the parts of the teacher lie, as `accelerate` takes it: `auto` or `balanced` spread it over several
+    accelerators. None: on `device`, where the student and the prompts are."""
     device: str = "cpu"
     data: DataConfig = Field(default_factory=DataConfig)
     stages: tuple[Stage, ...] | None = None

@@ -37,6 +37,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pairs", help="your own pairs instead: a JSONL, CSV or Parquet file")
     command.add_argument("--reference", help="pairs for the means of mean ablation, with --pairs")
     command.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave bad rows of these files out, with a table of them, in place of refusing the files",
+    )
+    command.add_argument(
         "--prompts", type=int, default=PROMPTS, help="how many pairs are drawn of a task (default: %(default)s)"
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
@@ -82,21 +87,29 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     from workbench.explorer.api import session_of
     from workbench.explorer.server import ExplorerServer
     from workbench.models.hooked_model import Teacher
+    from workbench.storage import located
+    from workbench.tasks.base import load_pairs
     from workbench.tasks.prompts import PromptSettings
 
     def loaded(source: str) -> Teacher:
-        return Teacher.load(source, device=options.device, dtype=options.dtype)
+        return Teacher.load(source, device=options.device, dtype=options.dtype, quantisation=options.quantisation)
+
+    def rows(source: str | None) -> Any:
+        if source is None or not options.skip_bad_rows:
+            return source
+        return load_pairs(located(source), first.tokenizer, skip_bad_rows=True)
 
     teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
+    first = loaded(teacher)
     circuits = {"teacher": Circuit.load(options.circuit)} if options.circuit else None
     session = session_of(
-        loaded(teacher),
+        first,
         loaded(student) if student else None,
         after=loaded(options.after) if options.after else None,
         task=options.task,
         options=settings,
-        pairs=options.pairs,
-        reference=options.reference,
+        pairs=rows(options.pairs),
+        reference=rows(options.reference),
         prompts=options.prompts,
         seed=options.seed,
         settings=PromptSettings(

@@ -13,6 +13,7 @@ from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import CircuitReport, Ends, circuit_ends, evaluate_circuit
 from workbench.errors import InputError
 from workbench.explorer.estimate import estimated
+from workbench.explorer.labels import METRIC_TITLES
 from workbench.explorer.material import Key, Material, encoded, key_of
 from workbench.explorer.state import Method, Outside, Side, State
 from workbench.matching.head_similarity import all_head_similarity
@@ -29,7 +30,7 @@ from workbench.readouts.text import token_texts
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.pairs import Pair
 from workbench.tasks.tokenizers import same_vocabulary
-from workbench.values.metrics import METRICS, metric_named
+from workbench.values.metrics import METRICS, mass, metric_named
 from workbench.values.refs import Composition, Head, Position, Receiver
 from workbench.values.scores import Scores
 
@@ -118,9 +119,13 @@ class Subject:
         likely = logits[0].softmax(-1)
         best, kinds = (
             likely.topk(min(TOP, len(likely))),
-            {int(pairs.answers[0]): "answer", int(pairs.distractors[0]): "distractor"},
+            {
+                **dict.fromkeys(pairs.answers[0].reshape(-1).tolist(), "answer"),
+                **dict.fromkeys(pairs.distractors[0].reshape(-1).tolist(), "distractor"),
+            },
         )
-        rank = int((likely > likely[pairs.answers[0]]).sum()) + 1
+        answers = pairs.answers[0].reshape(-1)
+        rank = int((likely > likely[answers[answers >= 0]].max()).sum()) + 1  # of a set, its likeliest member's
         return {
             "tokens": token_texts(self.model, pairs.clean[0]),
             "ids": pairs.clean[0].tolist(),
@@ -133,10 +138,10 @@ class Subject:
             "metrics": {
                 name: float(metric(logits, pairs.answers, pairs.distractors)[0])
                 for name, metric in METRICS.items()
-                if name != "accuracy"
+                if name in METRIC_TITLES
             },
-            "answer": {"probability": float(likely[pairs.answers[0]]), "rank": rank},
-            "distractor": {"probability": float(likely[pairs.distractors[0]])},
+            "answer": {"probability": float(mass(logits, pairs.answers)[0]), "rank": rank},
+            "distractor": {"probability": float(mass(logits, pairs.distractors)[0])},
         }
 
     def heat_map(self, state: State) -> Scores:
