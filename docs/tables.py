@@ -77,6 +77,15 @@ VARIANTS = {
     "paper-matching": "the paper's matching by impact",
 }
 
+FAMILY = {
+    "cka": "CKA of activations",
+    "procrustes": "Procrustes of activations",
+    "differences": "CKA of differences",
+    "interchange": "interchange (DIITO)",
+    "interchange-cka": "interchange + CKA of activations",
+}
+"""Students of `study_mind_family`: one model, each aligned by another member of the family."""
+
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
@@ -238,6 +247,40 @@ def boxes_row() -> list[str]:
     return ["[SmolLM2-135M, boxes][boxes]", f"{data['train_scenes'] * data['boxes']}", *accuracies, *parts]
 
 
+def family(name: str, scenes: int) -> str:
+    """A row a member of the family of alignments, the one that validation chose in bold; dashes where the study has not
+    come to it yet."""
+    less = "minus circuit / CE"
+    head = ("what is aligned", "lambda", "validation", "full", less, "circuit alone", less)
+    cells = summary(name) if (RESULTS / name / "summary.json").exists() else {}
+    rows: list[list[str]] = []
+    for student, words in FAMILY.items():
+        cell = cells.get((student, scenes))
+        rows += [[words, *[DASH] * (len(head) - 1)]] if cell is None else family_rows(cell, words)
+    return markdown(head, rows)
+
+
+def family_rows(cell: Mapping[str, Any], words: str) -> Iterable[list[str]]:
+    """The rows of one member: what was trained without alignment, where it stands in this cell, the member itself, and
+    its random partners where they were trained."""
+
+    def row(title: str, condition: str, *tried: str) -> list[str]:
+        of, against = cell["conditions"][condition], cell["comparisons"].get("circuit_ce", {}).get(condition)
+        cells = [
+            entry
+            for part in ("full", "circuit")
+            for entry in (with_interval(of[part]), DASH if against is None else difference(against[part]["over_seeds"]))
+        ]
+        return [title, *(tried or (DASH, DASH)), *cells]
+
+    there, weight = cell["conditions"], cell["weight"]
+    yield from (row(titled(plain), plain) for plain in ("base", "full_ce", "circuit_ce") if plain in there)
+    validated = number(mean(cell["validation_accuracy"].get(str(weight), [])))
+    yield row(f"**{words}**" if cell["best"] else words, METHOD, f"{weight:g}", validated)
+    if RANDOM in there:
+        yield row("the same with random partners", RANDOM, f"{weight:g}", DASH)
+
+
 def forecast() -> str:
     """How the pairs' CKA before training ranks the gains of every study: over all its trainings, as stored, and over
     those of the matched arm alone."""
@@ -311,6 +354,30 @@ def discovery(subject: str) -> str:
     titles = [f"{float(share):.0%} ({sizes[share]})".replace("%", f"{HARD}%") for share in shares]
     head = ("method", *titles, "CPR", "CMD", "circuit's heads (f)", "cost", "runs at most")
     return markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
+
+
+TWO_TOKENS = {
+    "teacher": "the teacher",
+    "before": "the student before",
+    "first": "CE on the first token",
+    "whole": "CE on all answer tokens",
+    "whole_cka_last": "the same + CKA at the prompt's last token",
+    "whole_cka": "the same + CKA at all answer tokens",
+}
+
+
+def two_tokens() -> str:
+    """Answers of two tokens: what a student learns of the first, the second and the whole, over seeds."""
+    seeds = [storage.read_json(path)["rows"] for path in sorted((RESULTS / "two_tokens").glob("seed_*.json"))]
+
+    def row(name: str) -> list[str]:
+        cells = [[rows[name][part] for rows in seeds] for part in ("first", "second", "whole")]
+        one = name == "teacher"  # the same for every seed
+        return [TWO_TOKENS[name], *(number(values[0]) if one else over_seeds(values) for values in cells)]
+
+    return markdown(
+        ("trained on", "first token", "second, after the right first", "whole answer"), map(row, TWO_TOKENS)
+    )
 
 
 def mind_heads() -> str:
@@ -436,6 +503,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
+    "study-mind-family": partial(family, "study_mind_family", 300),
     **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
     "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
     "study-lineage": lambda: gains("study_lineage", {(name, 70): words for name, words in LINEAGE.items()}, "student"),
@@ -458,6 +526,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
     "two-tokenizers": lambda: run("smollm2_to_bundled"),
+    "two-tokens": two_tokens,
     "mixture": mixture,
     "benchmarks": benchmarks,
 }

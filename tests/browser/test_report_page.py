@@ -50,6 +50,12 @@ def test_the_report_of_a_run(
     figures = page.locator("figure").count()
     assert figures >= 6
     assert page.locator("figure:has(.main-svg)").count() == figures
+    switched = page.locator("figure:has(.switch)").first
+    ends = "figure => ['', 2].map(each => figure.querySelector('.js-plotly-plot').layout[`coloraxis${each}`].cmax)"
+    assert len(set(switched.evaluate(ends))) == 2
+    switched.get_by_role("button", name="Both on one scale").press("Enter")
+    assert len(set(switched.evaluate(ends))) == 1
+    assert switched.locator("figcaption p:visible").count() == 1
     with capsys.disabled():
         sys.stdout.write(f"\nreport of {figures} figures: loaded after {seconds:.2f} s\n")
     assert watched.errors == []

@@ -172,9 +172,12 @@ def test_a_student_of_permuted_heads_is_matched_back(load_teacher: Callable[...,
     ]
     everyone = Circuit.of((Member(head, "A", "last") for head in teacher.heads), shape=(2, 4), method="all")
     similarity = head_similarity(student, teacher, prompts, everyone, everyone)
-    for rule in ("similarity", "paper", "own_baseline", "profile"):
-        config: Any = MatchingConfig(rule=rule, metric="log_probability")
-        head_map = match_heads(*impacts, everyone, everyone, config, similarity=similarity)
+    differences = head_similarity(student, teacher, prompts, everyone, everyone, compared="differences")
+    assert (differences.values - similarity.values).abs().max() > 1e-2, "another evidence"
+    for rule in ("similarity", "similarity of differences", "paper", "own_baseline", "profile"):
+        config: Any = MatchingConfig(rule=rule.split()[0], metric="log_probability")
+        evidence = differences if "differences" in rule else similarity
+        head_map = match_heads(*impacts, everyone, everyone, config, similarity=evidence)
         assert all(theirs == Head(ours.layer, order[ours.layer][ours.index]) for ours, theirs in head_map.pairs), rule
         assert min(m.margin or 0 for m in head_map.matches) > 100 * max(m.distance or 0 for m in head_map.matches), (
             "the margins have teeth"

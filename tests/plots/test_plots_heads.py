@@ -40,10 +40,24 @@ class TestHeads:
             Scores.of_heads(torch.tensor([[0.5, -0.25]]), unit=UNIT),
             Scores.of_heads(torch.tensor([[0.25, -3.0]]), unit=UNIT),
         )
-        axis = head_importance({"weak": weak, "strong": strong}).layout.coloraxis
-        assert (axis.cmin, axis.cmid, axis.cmax) == (-3, 0, 3)
-        assert axis.colorscale[3] == (0.5, "#ffffff")
-        assert all(trace.coloraxis == "coloraxis" for trace in head_importance({"weak": weak, "strong": strong}).data)
+        layout = head_importance({"weak": weak, "strong": strong}).layout
+        for axis in (layout.coloraxis, layout.coloraxis2):
+            assert (axis.cmin, axis.cmid, axis.cmax) == (-3, 0, 3)
+            assert axis.colorscale[3] == (0.5, "#ffffff")
+        assert layout.coloraxis.colorbar.ticktext is None
+
+    def test_a_scale_of_its_own_for_each_panel_says_where_it_ends(self) -> None:
+        weak, strong = (
+            Scores.of_heads(torch.tensor([[0.5, -0.25]]), unit=UNIT),
+            Scores.of_heads(torch.tensor([[0.25, -3.0]]), unit=UNIT),
+        )
+        figure = head_importance({"weak": weak, "strong": strong}, scale="own")
+        assert [trace.coloraxis for trace in figure.data] == ["coloraxis", "coloraxis2"]
+        assert (figure.layout.coloraxis.cmax, figure.layout.coloraxis2.cmax) == (0.5, 3)
+        assert list(figure.layout.coloraxis.colorbar.tickvals) == [-0.5, -0.25, 0, 0.25, 0.5]
+        assert "1 is 0.5 in weak, 3 in strong" in everything(figure).replace("<br>", " ")
+        alone = head_importance({"weak": weak}, scale="own")
+        assert alone.layout.coloraxis.colorbar.ticktext is None, "a single map has the unit's own numbers"
 
     def test_a_few_far_heads_are_marked_and_leave_the_scale_to_the_others(self) -> None:
         values = torch.linspace(0.1, 1.0, 32).reshape(4, 8)

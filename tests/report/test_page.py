@@ -3,20 +3,28 @@
 import json
 import re
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plotly import graph_objects as go
 
 from tests.plots.plot_results import STUDENT, TEACHER, figures, looks, results
+from workbench.plots.importance import Scale, head_importance
 from workbench.plots.narrow import WIDTH, narrow
 from workbench.plots.table import results_chart
-from workbench.plots.theme import DARK, LIGHT, untitled
-from workbench.report.page import Section, report_html
+from workbench.plots.theme import DARK, LIGHT, Theme, untitled
+from workbench.report.page import Section, Switch, report_html
 from workbench.report.roles import Roles
+from workbench.report.study_findings import cell_html, study_opening
 from workbench.report.variants import applied, differences
+from workbench.study.written import read_summary
+from workbench.values.scores import Scores
 
+RESULTS = Path(__file__).parents[2] / "assets/results"
 DRAWN = figures()
 STAGES = (
     {"name": "A", "title": "value fetcher", "position": "last", "into": None, "composition": None},
@@ -48,6 +56,42 @@ def test_a_figure_of_the_theme_has_its_dark_colours_and_no_other_numbers() -> No
     assert [trace["x"] for trace in dark["data"]] == [trace["x"] for trace in spec["data"]]
     assert all(path[0] != "data" or isinstance(value, str) for path, value in spec["dark"]), "colours alone"
     assert specification(report_html("t", [Section(heading="h", figure=DRAWN["results"])]))["dark"] == []
+
+
+def test_a_switch_turns_a_figure_into_its_other_look_in_both_themes() -> None:
+    weak, strong = (Scores.of_heads(scale * torch.ones(2, 3), unit="u") for scale in (0.1, 1.0))
+
+    def drawn(theme: Theme, scale: Scale = "own") -> go.Figure:
+        return head_importance({"weak": weak, "strong": strong}, scale=scale, theme=theme)
+
+    switch = Switch(names=("Each", "<Both>"), figure=partial(drawn, scale="common"))
+    page = report_html("t", [Section(heading="h", figure=drawn, switch=switch)])
+    spec = specification(page)
+    first, looks = {"data": spec["data"], "layout": spec["layout"]}, spec["other"]
+    assert [first["layout"][axis]["cmax"] for axis in ("coloraxis", "coloraxis2")] == [pytest.approx(0.1), 1.0]
+    light = applied(deepcopy(first), looks["light"])
+    dark = applied(applied(deepcopy(first), spec["dark"]), looks["dark"])
+    for look, theme in ((light, LIGHT), (dark, DARK)):
+        assert [look["layout"][axis]["cmax"] for axis in ("coloraxis", "coloraxis2")] == [1.0, 1.0]
+        assert look["layout"]["template"]["layout"]["paper_bgcolor"] == theme.background
+        assert "ticktext" not in look["layout"]["coloraxis"]["colorbar"]
+    assert page.count("<button") == 2
+    assert "&lt;Both&gt;" in page
+    assert re.search(r'data-look="1" hidden>(?!.*1 is 0.1)', page), "each look has its own remarks"
+
+
+def test_a_study_opens_with_its_gains_its_control_and_whether_they_could_be_known() -> None:
+    summary = read_summary(RESULTS / "study_mind_whole" / "summary.json")
+    gain, control, foresight = study_opening(summary)
+    assert "sibling, 300 scenes: full model +0.010 [-0.009, +0.029], which could be none" in gain
+    assert "circuit alone +0.025 [+0.003, +0.047], a gain" in gain
+    assert "random CKA" in control
+    assert "0.38 over 30 trainings" in foresight
+    many, *_ = study_opening(read_summary(RESULTS / "study_entity" / "summary.json"))
+    assert "full model, 2 gains and 1 loss in 3 cells (from -0.064 [-0.086, -0.041] in unrelated, 10 scenes" in many
+    html = cell_html(summary["cells"][0])
+    assert html.count("<tr") == 1 + len(summary["cells"][0]["conditions"])
+    assert "+0.025 [+0.003, +0.047]" in html
 
 
 def test_the_page_opens_with_what_was_found_and_links_to_each_section() -> None:

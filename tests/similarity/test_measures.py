@@ -26,6 +26,7 @@ SETTINGS: list[Any] = [
     ("linear_cka", {}),
     ("rbf_cka", {}),
     ("procrustes", {}),
+    ("gram", {}),
     ("rsa", {}),
     ("rsa", {"distance": "correlation"}),
     ("svcca", {"keep": 0.9}),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from docs.tables import family_rows
 from workbench import storage
 from workbench.circuits.methods import ranked
 from workbench.cli import main
@@ -309,3 +310,44 @@ def test_overlap_by_lineage_counts_the_kept_layers_alone() -> None:
     ours, theirs = (Head(0, 1), Head(1, 3)), (Head(0, 1), Head(1, 0), Head(2, 0), Head(2, 3))
     assert lineage_overlap(ours, theirs, (0, 2)) == pytest.approx(2 / 3)
     assert lineage_overlap((), (Head(1, 0),), (0, 2)) == 1.0
+
+
+def test_variants_of_a_method_share_their_baseline_and_the_best_gets_the_control(
+    value: dict[str, Any], tmp_path: Path
+) -> None:
+    source, path = value["students"]["short"]["source"], tmp_path / "family.yaml"
+    students = {
+        "cka": {"source": source, "conditions": ["circuit_ce", "circuit_ce_cka"]},
+        "causal": {"source": source, "baseline": "cka", "overrides": {"alignment.loss": "interchange"}},
+    }
+    family = {**value, "students": students, "seeds": [1, 2], "anew": [], "conditions": ["circuit_ce_cka"]}
+    path.write_text(yaml.safe_dump({**family, "best": ["circuit_ce_random_cka"]}))
+    study = Study(read_study(path), tmp_path / "family")
+    study.begin(resume=False)
+    assert study.best(6) is None
+    study.run()
+    cells = {cell["student"]: cell for cell in summarise(study)["cells"]}
+    ends = {name: max(map(max, cell["validation_accuracy"].values())) for name, cell in cells.items()}
+    (best,) = [name for name, cell in cells.items() if cell["best"]]
+    assert ends[best] == max(ends.values())
+    for name, cell in cells.items():
+        assert ("circuit_ce" in cell["conditions"]) == (name == "cka")
+        assert ("circuit_ce_random_cka" in cell["conditions"]) == (name == best)
+        gain = cell["comparisons"]["circuit_ce"]["circuit_ce_cka"]["full"]["over_seeds"]["mean"]
+        plain = cells["cka"]["conditions"]["circuit_ce"]["full"]["mean"]
+        rows = list(family_rows(cell, name))
+        assert [row[0] for row in rows if row[0].strip("*") == name] == [f"**{name}**" if name == best else name]
+        assert len(rows) == len(cell["conditions"]) - ("teacher" in cell["conditions"])
+        assert gain == pytest.approx(cell["conditions"]["circuit_ce_cka"]["full"]["mean"] - plain)
+    assert len(summarise(study)["diagnostic"]["points"]) == 6
+    for wrong, words in (
+        ({"baseline": "ckas"}, "did you mean 'cka'"),
+        ({"baseline": "cka", "overrides": {"data.seed": 3}}, "differ in data.seed"),
+        ({"baseline": "cka", "source": "elsewhere"}, "different models"),
+    ):
+        path.write_text(yaml.safe_dump({**family, "students": {**students, "causal": {**students["causal"], **wrong}}}))
+        with pytest.raises(InputError, match=words):
+            read_study(path)
+    path.write_text(yaml.safe_dump({**family, "best": ["circuit_ce_random_cka"], "weights": [1.0]}))
+    with pytest.raises(InputError, match="several `weights`"):
+        read_study(path)

@@ -189,11 +189,11 @@ class Circuit(Shown, Artefact):
     @classmethod
     def from_json(cls, value: Any) -> "Circuit":
         """Read what `to_json` gave. Errors: `InputError` on anything else."""
-        found = read_typed(value, _Written, what="a circuit (members with head, role, position; shape; method)")
-        members = [Member(member.head, member.role, member.position) for member in found.members]
-        mlps = None if found.mlps is None else [_mlp_named(name) for name in found.mlps]
-        edges = None if found.edges is None else [Edge.read(edge) for edge in found.edges]
-        return cls.of(members, shape=found.shape, method=found.method, mlps=mlps, edges=edges)
+        written = read_typed(value, _Written, what="a circuit (members with head, role, position; shape; method)")
+        members = [Member(member.head, member.role, member.position) for member in written.members]
+        mlps = None if written.mlps is None else [_mlp_named(name) for name in written.mlps]
+        edges = None if written.edges is None else [Edge.read(edge) for edge in written.edges]
+        return cls.of(members, shape=written.shape, method=written.method, mlps=mlps, edges=edges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,11 +146,11 @@ def stable(scores: Scores, *, resamples: int, level: float = 0.95, seed: int = 0
     draws = torch.randint(0, examples, (resamples, examples), generator=seeds.generator(seed, "bootstrap of edges"))
     weights = torch.zeros(resamples, examples).scatter_add_(1, draws, torch.ones(draws.shape)) / examples
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2])
-    kept = []
+    selected = []
     for part in flat.float().split(EDGES_AT_ONCE):
         low, high = (part @ weights.T).quantile(tails, dim=1)
-        kept.append((low > 0) | (high < 0))
-    return torch.cat(kept).view(scores.values.shape[:2])
+        selected.append((low > 0) | (high < 0))
+    return torch.cat(selected).view(scores.values.shape[:2])
 
 
 def edges_of(scores: Scores) -> Edges:

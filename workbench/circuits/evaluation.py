@@ -57,8 +57,8 @@ class CircuitReport(Shown):
     faithfulness: float | None
     """Circuit accuracy over full accuracy; None when the full model is never right."""
     logit_differences: Mapping[str, float]
-    """Mean logit of the answer minus that of the distractor: `full`, `circuit`, `random` (mean over the draws),
-    `empty`."""
+    """Mean logit of the answer minus that of the distractor (of sets, the log of the ratio of their masses): `full`,
+    `circuit`, `random` (mean over the draws), `empty`."""
     logit_difference_recovered: float | None
     """(circuit - empty) / (full - empty) logit difference; None when the two ends are equal."""
     candidate_accuracies: Mapping[str, float] = field(default_factory=dict)
@@ -67,10 +67,10 @@ class CircuitReport(Shown):
 
     def line(self) -> str:
         """All of it that a log needs, with its scope and ablation."""
-        kept = "at their own positions" if self.scope == "positions" else "at all positions"
+        places = "at their own positions" if self.scope == "positions" else "at all positions"
         recovered = self.logit_difference_recovered
         parts = [
-            f"{self.heads} of {self.total_heads} heads alone, kept {kept}, the others ablated ({self.ablation}), on "
+            f"{self.heads} of {self.total_heads} heads alone, kept {places}, the others ablated ({self.ablation}), on "
             f"{self.prompts} test prompts: accuracy {self.circuit_accuracy:.3f} of {self.full_accuracy:.3f} over the "
             f"vocabulary (random circuits {self.random_circuit_accuracy:.3f}, no head {self.empty_accuracy:.3f})"
         ]
@@ -80,8 +80,8 @@ class CircuitReport(Shown):
                 f"{among['circuit']:.3f} of {among['full']:.3f} among the candidates (random {among['random']:.3f}, no "
                 f"head {among['empty']:.3f})"
             )
-        told = "undefined" if recovered is None else f"{recovered:.2f} recovered"
-        return ", ".join([*parts, f"logit difference {told}"])
+        share = "undefined" if recovered is None else f"{recovered:.2f} recovered"
+        return ", ".join([*parts, f"logit difference {share}"])
 
     def _title(self) -> str:
         faithful = "undefined" if self.faithfulness is None else f"{self.faithfulness:.3f}"
@@ -231,8 +231,9 @@ def evaluate_with_outcomes(
 
 def _among_candidates(runs: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
     """Mean accuracy where only tokens that are answer or distractor of some prompt can win."""
-    known = torch.cat([pairs.answers, pairs.distractors]).unique()
-    values = [float((known[logits[:, known].argmax(-1)] == pairs.answers).float().mean()) for logits in runs]
+    known = torch.cat([pairs.answers.flatten(), pairs.distractors.flatten()]).unique()
+    known = known[known >= 0]
+    values = [float(metrics.among(known[logits[:, known].argmax(-1)], pairs.answers).float().mean()) for logits in runs]
     return sum(values) / len(values)
 
 

@@ -69,13 +69,13 @@ def _exchanged(remaining: Remaining, sites: Sequence[Site], current: Sequence[Si
     return after
 
 
-def _measured(remaining: Remaining, sites: Sequence[Site], kept: Sequence[Site]) -> Tensor:
-    return remaining.after([(site.part, site.position) for site in sites if site not in set(kept)])
+def _measured(remaining: Remaining, sites: Sequence[Site], rest: Sequence[Site]) -> Tensor:
+    return remaining.after([(site.part, site.position) for site in sites if site not in set(rest)])
 
 
-def _without_cheapest(remaining: Remaining, sites: Sequence[Site], kept: Sequence[Site]) -> list[Site]:
+def _without_cheapest(remaining: Remaining, sites: Sequence[Site], rest: Sequence[Site]) -> list[Site]:
     remaining.restart()
-    remaining.remove([(site.part, site.position) for site in sites if site not in set(kept)])
-    values = remaining.without_each([(site.part, site.position) for site in kept]).mean(1)
-    cheapest = kept[int(values.argmax())]
-    return [site for site in kept if site != cheapest]
+    remaining.remove([(site.part, site.position) for site in sites if site not in set(rest)])
+    values = remaining.without_each([(site.part, site.position) for site in rest]).mean(1)
+    cheapest = rest[int(values.argmax())]
+    return [site for site in rest if site != cheapest]

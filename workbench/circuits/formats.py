@@ -184,10 +184,10 @@ def write_mib_submission(folder: str | Path, graphs: Mapping[tuple[str, str], Ea
 def read_mib_submission(folder: str | Path) -> dict[tuple[str, str], EapGraph]:
     """(task, model) -> graph, of every `TASK_MODEL/importances.json` in a folder. Errors: `InputError` where there is
     none."""
-    found = {}
+    graphs = {}
     for file in sorted(Path(folder).glob(f"*_*/{IMPORTANCES}")):
         task, _, model = file.parent.name.rpartition("_")
-        found[task, model] = read_eap_graph(file)
-    if not found:
+        graphs[task, model] = read_eap_graph(file)
+    if not graphs:
         raise InputError(f"{folder} holds no submission to MIB; it should have folders TASK_MODEL with {IMPORTANCES}.")
-    return found
+    return graphs

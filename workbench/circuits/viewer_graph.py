@@ -95,7 +95,7 @@ class _Drawn:
         self.tokens = [str(model.tokenizer.decode([token])) for token in ids]
         self.prompt = str(model.tokenizer.decode(ids))
         self.last = real.index(int(last_position(pairs.mask)[0]))
-        self.answer = int(pairs.answers[0])
+        self.answer = int(pairs.first_members().answers[0])
         self.first_token = ids[0]
         self.place: dict[Node, int] = {}
         for node in circuit.nodes:
@@ -164,9 +164,9 @@ class _Drawn:
 
     def links(self) -> list[dict[str, Any]]:
         """One object for each two nodes that edges join."""
-        found: dict[tuple[str, str], list[Edge]] = {}
+        bundles: dict[tuple[str, str], list[Edge]] = {}
         for edge in self.circuit.edges or ():
-            found.setdefault((self.ids[edge.sender], self.ids[self._reader(edge)]), []).append(edge)
+            bundles.setdefault((self.ids[edge.sender], self.ids[self._reader(edge)]), []).append(edge)
         return [
             {
                 "source": source,
@@ -174,7 +174,7 @@ class _Drawn:
                 "weight": sum(edge.score or 0.0 for edge in edges),
                 "parts": [edge.to_json() for edge in edges],
             }
-            for (source, target), edges in found.items()
+            for (source, target), edges in bundles.items()
         ]
 
     def _reader(self, edge: Edge) -> Node:

@@ -137,7 +137,11 @@ def _declare_study(commands: Any) -> None:
         help="one training after another, or spread over Ray (default: %(default)s)",
     )
     command_parser.add_argument(
-        "--workers", type=int, help="processes of a Ray that is started here (default: one for each --threads cores)"
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="spread the trainings over so many processes, one thread each, or `auto`: one for each free core; the "
+        "same numbers for every N (default: one after another in this process; on Ray one for each --threads cores)",
     )
 
 
@@ -177,6 +181,7 @@ def _declare_plan(commands: Any) -> None:
         "--utilisation", type=float, default=0.3, help="share of the peak that is reached (default: %(default)s)"
     )
     command_parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    _skipping(command_parser)
     _common(command_parser, run.plan, check=run.check_plan)
 
 
@@ -197,7 +202,15 @@ def _declare_check_model(commands: Any) -> None:
         "hooked forwards",
         description="Load a model, check it, and patch it: what is supported of it, or why it is refused.",
     )
-    command_parser.add_argument("model", help="a directory, hub id, adapter or GGUF file")
+    command_parser.add_argument(
+        "model", nargs="+", help="a directory, hub id, adapter or GGUF file; several are checked one after another"
+    )
+    command_parser.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N",
+        help="check several models on so many processes, one thread each, or `auto`: one for each free core",
+    )
     _on_a_device(command_parser, device="cpu", dtype="float32")
     _quantised(command_parser, "the model's")
     command_parser.add_argument(
@@ -347,9 +360,18 @@ def _command(
         metavar="KEY=VALUE",
         help="override a recipe key, e.g. training.steps=20 or student=PATH",
     )
+    _skipping(command_parser)
     _on_a_device(command_parser)
     _common(command_parser, command, check=check, after=RESUMED)
     return command_parser
+
+
+def _skipping(command_parser: argparse.ArgumentParser) -> None:
+    command_parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="of a file of pairs (data.pairs): leave bad rows out, with a table of them, in place of refusing the file",
+    )
 
 
 def _workers(word: str) -> int | str:

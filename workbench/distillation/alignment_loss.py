@@ -273,6 +273,7 @@ class CircuitAlignmentLoss(nn.Module):
                 measure=config.measure,
                 options=config.options,
                 pairs=config.pairs,
+                weights=[pair.weight for pair in self.pairs],
             )
         total = total + (processes - 1) * (total - total.detach())
         return self.weight * total, dict(zip(map(str, self.pairs), similarities, strict=True))

@@ -10,7 +10,8 @@ rounding, at the price of a forward up to the last aligned layer, which a proces
 its first graph.
 
 What cannot be equal: dropout, whose masks are drawn piece by piece (the same in both passes). `alignment_batch: micro`
-skips the first pass and averages the pieces' own alignment losses: cheaper, and another objective.
+skips the first pass and averages the pieces' own alignment losses: cheaper, and another objective. The loss of
+interchanges is a mean over prompts, and needs no first pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def backward(objective: Objective, index: Index, weight: float, processes: Proce
         return losses.detached()
     first = processes.index * objective.config.accumulate
     mine = range(first, first + objective.config.accumulate)
-    if objective.aligned and objective.config.alignment_batch == "whole":
+    if objective.similar and objective.config.alignment_batch == "whole":
         return _by_chain_rule(objective, pieces, mine, weight, processes, dropout)
     return _averaged(objective, pieces, mine, weight, processes, dropout)
 

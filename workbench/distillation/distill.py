@@ -5,22 +5,34 @@ import json
 import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from typing_extensions import TypedDict, Unpack
 
+from workbench.distillation.answers import answered
 from workbench.distillation.assembly import trained_slices
-from workbench.distillation.config import AlignmentConfig, Pairs, TaskLoss, Tracker, TrainingConfig, WeightSchedule
+from workbench.distillation.config import (
+    AlignmentConfig,
+    AlignmentLoss,
+    Pairs,
+    TaskLoss,
+    Tracker,
+    TrainingConfig,
+    WeightSchedule,
+)
+from workbench.distillation.counterfactual import teacher_alignment_outputs
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.reports import StepReport, Validation, training_facts
 from workbench.distillation.teacher_cache import computed
 from workbench.errors import InputError, nearest
-from workbench.matching.aligned_pairs import AlignedPair
+from workbench.matching.aligned_pairs import AlignedPair, weighted_by_impact
+from workbench.matching.config import Compared
 from workbench.matching.head_map import HeadMap
-from workbench.matching.head_rows import Activation, hook_names
+from workbench.matching.head_rows import Activation
 from workbench.matching.match import Matching, pairs_of
 from workbench.models.card import StudentDescription
 from workbench.models.hooked_model import Student, Teacher
@@ -38,6 +50,11 @@ ALIGNMENT = {
     "measure_options": "options",
     "pair_losses": "pairs",
     "activation": "activation",
+    "compared": "compared",
+    "alignment_loss": "loss",
+    "interchange_weight": "interchange_weight",
+    "interchanged": "interchanged",
+    "pair_weights": "pair_weights",
 }
 """Settings of the alignment by name -> their name in `AlignmentConfig`."""
 ALWAYS = ("weight", "positions", "seed", "out")
@@ -58,6 +75,8 @@ class DistillSettings(TypedDict, total=False):
     """With grouped-query attention: whether a matched head's shared key-value group trains too (True)."""
     validation: Validation
     """With `evaluate_every`: prompts that are neither trained nor tested on."""
+    answers: Literal["whole", "first"]
+    """Of answers of several tokens: the loss over all of them, or over the first."""
     temperature: float
     weight_schedule: WeightSchedule
     weight_steps: int | None
@@ -67,6 +86,13 @@ class DistillSettings(TypedDict, total=False):
     pair_losses: Pairs
     """`sum` (the paper) or `mean` over the matched pairs."""
     activation: Activation
+    compared: Compared
+    """`activations` (the paper) or `differences` between the clean and the corrupt run."""
+    alignment_loss: AlignmentLoss
+    """`similarity` (the paper), `interchange` (causal alignment) or `both`."""
+    interchange_weight: float
+    interchanged: Literal["all", "one"]
+    pair_weights: Literal["equal", "impact"]
     lora_rank: int | None
     lora_alpha: float
     accumulate: int
@@ -142,7 +168,8 @@ def distill(
     """Train a copy of the student on `task loss + weight * SUM over matched pairs (1 - CKA)` (eq 7).
 
     Only the matched student heads train (`trains="all"`: every parameter), on the pairs' clean prompts; the task loss
-    is cross-entropy on the teacher's labels. `weight=0` leaves the alignment out: the control at equal budget.
+    is cross-entropy on the teacher's labels (over whole answers, where pairs were made with
+    `multi_token`). `weight=0` leaves the alignment out: the control at equal budget.
     `positions`: where pairs are read, None = as they were matched (of a bare `HeadMap`: `last`), or a named position
     for all. `out`: a folder for log and checkpoint, from which the same call goes on after an interruption to the same
     bits; without it nothing is written. Errors: `InputError` for an unknown setting, too few pairs, a loss that is not
@@ -158,14 +185,18 @@ def distill(
         raise InputError("no heads are matched, so there is nothing to train; match circuits that hold heads.")
     config, trains, train_kv, validation = _settings(dict(settings), weight, len(pairs))
     aligned = pairs_of(matching, pairs, positions) if config.weight > 0 else ()
-    activation = (config.alignment or AlignmentConfig()).activation
+    if config.alignment is not None and config.alignment.pair_weights == "impact":
+        if not isinstance(matching, Matching):
+            raise InputError("a bare HeadMap holds no impacts to weight its pairs by; give what `match` returns.")
+        aligned = weighted_by_impact(aligned, matching.impacts["student"])
     trained = student.copy()
     for ours, theirs in head_map.pairs:
         trained.checked(ours)
         teacher.checked(theirs)
     heads = None if trains == "all" else [ours for ours, _ in head_map.pairs]
     slices = trained_slices(trained, heads, config, train_kv=train_kv, seed=seed)
-    outputs = computed(teacher, pairs, hook_names([pair.teacher for pair in aligned], activation))
+    pairs = answered(pairs, teacher, trained, config)
+    outputs = teacher_alignment_outputs(partial(computed, teacher), teacher, pairs, aligned, config.alignment)
     run = Distillation(trained, slices, pairs, outputs, aligned, config, seed=seed, validation=validation)
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:
         reports = run.run(Path(folder), resume=True)

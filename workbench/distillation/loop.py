@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ from workbench import seeds, storage
 from workbench.distillation import schedules
 from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.backward import backward
-from workbench.distillation.config import TrainingConfig
+from workbench.distillation.config import LATER, AlignmentConfig, TrainingConfig, interchanges
 from workbench.distillation.losses import DIVERGENCES
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.objective import Objective
@@ -44,6 +45,7 @@ from workbench.distillation.tracking import require_installed, tracking
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import require_fitting
+from workbench.models.fused import attention
 from workbench.models.hooked_model import Student
 from workbench.patching.progress import progress_bar
 from workbench.similarity.measures import checked_options
@@ -88,12 +90,12 @@ class Distillation:
         """Every ingredient of the training by name."""
         apart = self.validation.fingerprint() if isinstance(self.validation, PromptPairs) else ""
         return {
-            "configuration": storage.digest(json.dumps(asdict(self.config), sort_keys=True)),
+            "configuration": storage.digest(json.dumps(_stated(self.config), sort_keys=True)),
             "seed": str(self.seed),
             "prompts": self.prompts.fingerprint(),
             "student": self.student.fingerprint(),
             "teacher": self.objective.teacher.fingerprint,
-            "pairs": storage.digest(*map(repr, self.pairs)),
+            "pairs": storage.digest(*map(repr, self.pairs), *_weights(self.pairs)),
             "trained parts": storage.digest(*self.slices.leaves),
             "validation prompts": apart,
         }
@@ -157,6 +159,7 @@ class Distillation:
         is_main = self.processes.is_main
         with (
             self.slices.gradients(),
+            attention(self.student, self.config.attention),
             self.student.training(),
             (folder / LOG).open("a", buffering=1) if is_main else nullcontext() as file,
             tracking(self.config, folder, label, device=self.student.device) as trackers,
@@ -212,7 +215,7 @@ class Distillation:
             task_loss=None if gradients.task is None else gradients.task.item(),
             alignment_loss=None if gradients.alignment is None else gradients.alignment.item(),
             ckas=dict(zip(map(str, self.pairs), gradients.ckas.tolist(), strict=True))
-            if gradients.alignment is not None
+            if self.objective.similar
             else {},
             gradient_norm=norm,
             learning_rate=rate,
@@ -257,6 +260,25 @@ class Distillation:
         return self.objective.losses(index)
 
 
+def _stated(config: TrainingConfig) -> dict[str, Any]:
+    """The settings by which a training is known: later ones, its alignment's too, only where they are set, so that a
+    checkpoint from before there was a choice goes on."""
+    settings = asdict(config)
+    for name, before in (("attention", "eager"), ("answers", "whole")):
+        if settings[name] == before:
+            del settings[name]
+    if settings["alignment"] is not None:
+        settings["alignment"] = {
+            name: value for name, value in settings["alignment"].items() if name not in LATER or value != LATER[name]
+        }
+    return settings
+
+
+def _weights(pairs: Sequence[AlignedPair]) -> list[str]:
+    weights = [pair.weight for pair in pairs]
+    return [repr(weights)] if any(weight != 1 for weight in weights) else []
+
+
 def _not_finite(what: str, step: int) -> str:
     return f"the {what} at step {step}: lower `learning_rate` or `weight`; the last checkpoint is kept."
 
@@ -276,7 +298,8 @@ def _require_sound(
     require_settings(config, prompts, validation, processes=processes.count)
     for pair in pairs:
         require_same_words(prompts, pair.student_positions, pair.teacher_positions)
-    if config.task_loss in DIVERGENCES and prompts.teacher is None:
+    compares = config.task_loss in DIVERGENCES or interchanges(config)
+    if compares and prompts.teacher is None:
         logits = teacher.logits_of(torch.zeros(1, dtype=torch.long))
         _require_width(logits.d_vocab if isinstance(logits, TopLogits) else logits.shape[-1], student.d_vocab)
     if len(teacher) != len(prompts):
@@ -302,8 +325,12 @@ def require_settings(
     if config.weight == 0 and config.task_loss == "none":
         raise InputError("this run has neither a task loss nor an alignment loss; set one of `task_loss` and `weight`.")
     if config.alignment is not None:
-        require_fitting(config.alignment.measure, config.alignment.activation, prompts)
-        checked_options(config.alignment.measure, config.alignment.options)
+        alignment = config.alignment
+        require_fitting(alignment.measure, alignment.activation, prompts, alignment.compared)
+        if config.attention == "sdpa" and config.activation == "pattern" and config.weight > 0:
+            raise InputError("sdpa shows no attention probabilities to align; set `attention: eager`.")
+        checked_options(alignment.measure, alignment.options)
+        _require_interchangeable(config, alignment, prompts, pieces=processes * config.accumulate)
     require_own_vocabulary(config.task_loss, prompts)
     if len(prompts) < config.batch:
         raise InputError(
@@ -313,6 +340,23 @@ def require_settings(
     schedules.require_divisible(config.batch, accumulate=config.accumulate, processes=processes)
     require_installed(config.trackers)
     _require_evaluations(config, prompts, validation)
+
+
+def _require_interchangeable(
+    config: TrainingConfig, alignment: AlignmentConfig, prompts: PromptPairs, *, pieces: int
+) -> None:
+    if not alignment.interchanges:
+        return
+    if prompts.teacher is not None:
+        raise InputError(
+            "interchanges compare the models' outputs, which two tokenizers make incomparable; set alignment.loss: "
+            "similarity."
+        )
+    if alignment.loss == "both" and pieces > 1 and config.alignment_batch == "whole":
+        raise InputError(
+            "a batch in pieces aligns the whole one for similarity alone; set `alignment_batch: micro`, `accumulate: "
+            "1` on one process, or alignment.loss: interchange."
+        )
 
 
 def require_wide(dtype: torch.dtype) -> None:

@@ -3,10 +3,14 @@
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from workbench import storage
+from workbench.distillation.answers import answered
 from workbench.distillation.assembly import teacher_outputs, trained_slices
+from workbench.distillation.config import TrainingConfig
+from workbench.distillation.counterfactual import teacher_alignment_outputs
 from workbench.distillation.endpoint import Endpoint, endpoint_outputs
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
@@ -20,10 +24,11 @@ from workbench.experiment.discover import profiles
 from workbench.experiment.match import aligned, head_map_of
 from workbench.experiment.origins import KEY, require_origin
 from workbench.experiment.run import Run
-from workbench.matching.head_rows import hook_names
+from workbench.matching.aligned_pairs import weighted_by_impact
 from workbench.models import sources
 from workbench.models.hooked_model import Student
 from workbench.storage import checkpoint
+from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head
 
 log = logging.getLogger("workbench")
@@ -38,13 +43,21 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     heads = None if spec.trains == "all" else trained_heads(run)
     slices = trained_slices(student, heads, config, train_kv=run.recipe.train_kv, seed=seed)
     log.info("  %s of %s parameters train (%.1f %%)", f"{slices.count:,}", f"{slices.total:,}", 100 * slices.fraction)
-    names, processes = hook_names([pair.teacher for pair in pairs], config.activation), launched(student.device)
+    if config.alignment is not None and config.alignment.pair_weights == "impact":
+        pairs = weighted_by_impact(pairs, profiles(run, "student", run.student)[run.recipe.matching.metric])
+    processes = launched(student.device)
     with processes.main_first():
-        outputs = _outputs(run, student, names, config.temperature)
+        if run.recipe.endpoint is not None:
+            prompts, outputs = run.prompts.train, _endpoint_outputs(run, student)
+        else:
+            prompts = answered(run.prompts.train, run.teacher, student, config)
+            outputs = teacher_alignment_outputs(
+                partial(_teacher_outputs, run, config), run.teacher, prompts, pairs, config.alignment
+            )
     training = Distillation(
         student,
         slices,
-        run.prompts.train,
+        prompts,
         outputs,
         pairs,
         config,
@@ -65,21 +78,21 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
     return student, slices
 
 
-def _outputs(run: Run, student: Student, names: Sequence[str], temperature: float) -> TeacherOutputs:
-    """What the teacher says of the training prompts: one that is loaded, or one that answers elsewhere."""
-    recipe, cache = run.recipe, sources.cache_root()
-    if recipe.endpoint is not None:
-        where = Endpoint(
-            url=recipe.endpoint.url,
-            model=recipe.teacher,
-            top=recipe.endpoint.top,
-            key=os.environ.get(recipe.endpoint.key_variable),
-        )
-        return endpoint_outputs(
-            where, run.prompts.train, student.tokenizer, d_vocab=student.d_vocab, folder=cache / "endpoint"
-        )
-    top = None if recipe.teacher_top is None else Top(k=recipe.teacher_top, temperature=temperature)
-    return teacher_outputs(recipe.teacher_outputs, run.teacher, run.prompts.train, names, cache / "teacher", top=top)
+def _teacher_outputs(run: Run, config: TrainingConfig, prompts: PromptPairs, names: Sequence[str]) -> TeacherOutputs:
+    """The teacher's outputs on some prompts as the recipe keeps them."""
+    top = None if run.recipe.teacher_top is None else Top(k=run.recipe.teacher_top, temperature=config.temperature)
+    folder = sources.cache_root() / "teacher"
+    return teacher_outputs(run.recipe.teacher_outputs, run.teacher, prompts, names, folder, top=top)
+
+
+def _endpoint_outputs(run: Run, student: Student) -> TeacherOutputs:
+    """What a teacher that answers elsewhere says of the training prompts."""
+    endpoint = run.recipe.endpoint
+    assert endpoint is not None
+    key = os.environ.get(endpoint.key_variable)
+    where = Endpoint(url=endpoint.url, model=run.recipe.teacher, top=endpoint.top, key=key)
+    folder = sources.cache_root() / "endpoint"
+    return endpoint_outputs(where, run.prompts.train, student.tokenizer, d_vocab=student.d_vocab, folder=folder)
 
 
 def is_trained(run: Run, condition: str, seed: int) -> bool:

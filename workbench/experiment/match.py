@@ -32,9 +32,9 @@ def match(run: Run) -> HeadMap:
     preflight(run)
     discover(run)
     if not run.folder.head_map_file.exists():
-        made = _matched(run, run.recipe.matching, 0)
+        matching = _matched(run, run.recipe.matching, 0)
         circuits = [run.folder.circuit_file(model) for model in run.both()]
-        written = {**made.to_json(), KEY: run.head_map_origin()}
+        written = {**matching.to_json(), KEY: run.head_map_origin()}
         storage.write_json(run.folder.head_map_file, written, made_from=circuits)
     head_map = run.head_map()
     pairs = aligned_ckas(run, run.student, head_map, run.prompts.discovery)
@@ -111,6 +111,7 @@ def _matched(run: Run, config: MatchingConfig, seed: int) -> HeadMap:
             activation=activation,
             measure=config.measure,
             positions=positions,
+            compared=config.compared,
         )
         similarity = similarities(torch.arange(len(prompts)))
     return match_heads(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench import storage
+from workbench.distillation.config import LATER as LATER_ALIGNMENT
 from workbench.errors import InputError
 from workbench.storage.hub import ORIGIN
 
@@ -43,7 +44,10 @@ def digest_of(value: Any) -> str:
 LATER: Mapping[str, Mapping[str, Any]] = {
     "recipe": {"teacher_top": None, "teacher_quantisation": None, "teacher_device_map": None, "endpoint": None},
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
-    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300},
+    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False, "attention": "eager"},
+    "training": {"attention": "eager", "answers": "whole"},
+    "alignment": LATER_ALIGNMENT,
+    "matching": {"compared": "activations"},
 }
 """Keys of a recipe, and of its parts, that came later, at what they were before there was a choice."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from workbench.circuits.methods.registry import method_named
+from workbench.distillation.config import interchanges
 from workbench.distillation.loop import require_settings, require_wide
 from workbench.distillation.losses import DIVERGENCES
 from workbench.distillation.processes import launched
@@ -17,6 +18,7 @@ from workbench.experiment.conditions import CONDITIONS, Condition
 from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import Recipe
 from workbench.experiment.run import NO_STUDENT, Run
+from workbench.matching.aligned_pairs import is_own
 from workbench.matching.head_rows import require_fitting
 from workbench.models.export import require_savable
 from workbench.tasks.tokenizers import require_same_words
@@ -24,9 +26,11 @@ from workbench.tasks.tokenizers import require_same_words
 
 def preflight(run: Run, conditions: Iterable[str] = ()) -> None:
     """Refuse what the stages of a run (and the training of these conditions) would refuse later. Errors: `InputError`
-    with the remedy."""
+    with the remedy. Bad rows that the recipe leaves out are recorded in the run folder (`left_out.json`)."""
     trained = training_conditions(conditions)
     require_recipe(run.recipe, run.prompts, trained, processes=launched(run.recipe.device).count)
+    if run.prompts.left_out:
+        run.folder.record_left_out(run.prompts.data.pairs or "", run.prompts.left_out)
     if not trained:
         return
     if run.recipe.dtype == "auto":
@@ -68,10 +72,11 @@ def require_alignable(recipe: Recipe, prompts: Prompts) -> None:
     """Where the models have different tokenizers: refuse, before anything is searched, what could not be aligned
     afterwards."""
     alignment = recipe.alignment
-    require_fitting(alignment.measure, alignment.activation, prompts.discovery)
+    require_fitting(alignment.measure, alignment.activation, prompts.discovery, alignment.compared)
     acts = method_named(recipe.discovery.method, recipe.discovery.options).acts_at(prompts.stages)
     own = [*acts, *(alignment.broadened.get(name, name) for name in acts)]
-    for name in own if alignment.positions == "own" else [alignment.positions]:
+    beside = alignment.positions.split("+")[1:]
+    for name in [*own, *beside] if is_own(alignment.positions) else [alignment.positions]:
         require_same_words(prompts.discovery, [name], [name])
 
 
@@ -82,9 +87,10 @@ def require_same_logits(
     if prompts.teacher is not None or teacher == student:
         return
     for condition in trained:
-        if recipe.training_of(condition).task_loss in DIVERGENCES:
+        if recipe.training_of(condition).task_loss in DIVERGENCES or interchanges(recipe.training_of(condition)):
             raise InputError(
                 f"the teacher has {teacher} logits and the student {student}, though they share a tokenizer (one pads "
                 f"its vocabulary), so {condition.title} can't compare them: leave the condition {condition.name} out, "
-                "use task loss ce_teacher or ce_truth, or resize the embeddings of one of the models."
+                "use task loss ce_teacher or ce_truth (and no interchange), or resize the embeddings of one of the "
+                "models."
             )

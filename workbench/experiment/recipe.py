@@ -17,6 +17,7 @@ from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import CONDITIONS, TABLE, Condition, ConditionName
 from workbench.experiment.upgrades import SCENES, upgraded_recipe
 from workbench.matching.config import MatchingConfig
+from workbench.models.names import Attention
 from workbench.storage import yaml
 from workbench.storage.yaml import Settings, overridden, parse_config
 from workbench.tasks.allotment import USES, Use
@@ -111,6 +112,12 @@ class EvaluationConfig:
     edges: Annotated[int, Field(ge=0)] = 0
     """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its
     graph; 0: not."""
+    shared_prefixes: bool = False
+    """Prompts that begin alike (the questions of a scene) run as one prefix and its continuations where whole models
+    are evaluated and heads are ablated everywhere: the same answers, logits to float32 rounding. Off: prompt by prompt,
+    to the bits of before."""
+    attention: Attention = "eager"
+    """Of whole models and ablated ones on the test prompts; see `training.attention`."""
     transfer: tuple[TransferConfig, ...] = ()
     """Other tasks that every trained model is evaluated on, full models only."""
 

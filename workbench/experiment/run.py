@@ -15,6 +15,7 @@ from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import Recipe, to_plain
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
+from workbench.matching.head_rows import Readings
 from workbench.models.hooked_model import Dtype, HookedModel, Student, Teacher
 from workbench.patching.replacement import (
     ReferenceMeans,
@@ -40,6 +41,7 @@ class Models:
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, ...], HookedModel] = {}
         self._fingerprints: dict[int, str] = {}
+        self._readings: dict[int, Readings] = {}
 
     def get(self, kind: type[Kind], source: str, *, device: str, dtype: Dtype, **placing: Any) -> Kind:
         """The model of a source, as a teacher or a student; `placing` as in `HookedModel.load`."""
@@ -49,6 +51,10 @@ class Models:
         model = self._loaded[key]
         assert isinstance(model, kind)
         return model
+
+    def readings(self, model: HookedModel) -> Readings:
+        """What is kept of a model that does not change, for all runs that share these models."""
+        return self._readings.setdefault(id(model), Readings(model))
 
     def fingerprint(self, model: HookedModel) -> str:
         """Of a model's weights, taken once."""
@@ -166,13 +172,16 @@ class Run:
     def head_map_origin(self) -> Origin:
         """What a head map is made of."""
         circuits = {f"{name} circuit": digest_of(self.circuit(name).to_json()) for name in ("student", "teacher")}
-        return {**circuits, "matching": digest_of(to_plain(self.recipe.matching))}
+        return {**circuits, "matching": digest_of(stated(to_plain(self.recipe.matching), "matching"))}
 
     def condition_origin(self, condition: str, seed: int) -> Origin:
         """What the row of a condition and seed rests on."""
         recipe = {name: part for name, part in to_plain(self.recipe).items() if name not in BESIDE}
         recipe = stated(recipe, "recipe")
-        recipe |= {name: stated(recipe[name], name) for name in ("discovery", "evaluation")}
+        recipe |= {
+            name: stated(recipe[name], name)
+            for name in ("discovery", "evaluation", "training", "alignment", "matching")
+        }
         weights = {name: self.models.fingerprint(model) for name, model in self.both().items()}
         return {"condition": condition, "seed": str(seed), "recipe": digest_of(recipe), **weights}
 

@@ -67,8 +67,8 @@ def upgraded_recipe(value: Mapping[str, Any], *, written: bool = False, set_last
     if isinstance(recipe.get("training"), dict):
         for name, other in ALIGNED.items():
             if name in recipe["training"]:
-                found = recipe["training"].pop(name)
-                if not written and found != DEFAULTS[name]:
+                setting = recipe["training"].pop(name)
+                if not written and setting != DEFAULTS[name]:
                     raise InputError(f"recipe key training.{name} has no effect; set alignment.{other} in its place.")
     return recipe
 

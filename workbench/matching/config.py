@@ -13,6 +13,9 @@ from workbench.values.metric_names import require_metric
 Activation = Literal["z", "result", "pattern"]
 """`hook_z` [d_head], what the head writes to the residual stream [d_model], or its attention probabilities over the
 keys [pos]."""
+Compared = Literal["activations", "differences"]
+"""Of a head's clean run, or clean minus corrupt run: what the two prompts share (the template above all) drops out
+(arXiv 2606.16897)."""
 Distance = Literal["paper", "own_baseline", "normalised", "profile", "similarity"]
 """Rules that measure a distance between a student head and a teacher head."""
 Rule = Literal["paper", "own_baseline", "normalised", "profile", "similarity", "role", "combined", "random", "shuffled"]
@@ -41,6 +44,8 @@ class MatchingConfig:
     1 (largest)."""
     measure: Measure = "linear_cka"
     """What `similarity` measures the heads' outputs by; CKA is the debiased one here."""
+    compared: Compared = "activations"
+    """What of the heads `similarity` measures: their outputs on the clean prompts, or clean minus corrupt."""
     noise: Literal["flag", "drop", "refuse"] = "flag"
     """Heads whose ablation impact can't be told from 0: flag their matches, leave the heads out of the matching, or
     refuse to match."""

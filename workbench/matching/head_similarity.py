@@ -5,11 +5,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from workbench import seeds
 from workbench.circuits.circuit import Circuit
+from workbench.matching.aligned_pairs import own_scope
+from workbench.matching.config import Compared
 from workbench.matching.distances import Similarities
-from workbench.matching.head_rows import Activation, head_rows, hook_names, output_weights, place, require_fitting
+from workbench.matching.head_rows import (
+    Activation,
+    difference,
+    head_rows,
+    hook_names,
+    output_weights,
+    place,
+    read,
+    require_fitting,
+)
 from workbench.models.hooked_model import HookedModel
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, pairwise_similarity, similarity_scores, unit
@@ -19,6 +31,17 @@ from workbench.values.refs import Head, Position
 from workbench.values.scores import Scores
 
 
+class Reading(TypedDict, total=False):
+    """What of the heads is read, and where."""
+
+    activation: Activation
+    """`z` unless set."""
+    positions: str
+    """`own` unless set: where the student's head acts."""
+    compared: Compared
+    """`activations` of the clean prompts unless set."""
+
+
 def head_similarity(
     student: HookedModel,
     teacher: HookedModel,
@@ -26,9 +49,8 @@ def head_similarity(
     student_circuit: Circuit,
     teacher_circuit: Circuit,
     *,
-    activation: Activation = "z",
     measure: Measure = "linear_cka",
-    positions: str = "own",
+    **reading: Unpack[Reading],
 ) -> Scores:
     """Similarity (debiased, where it is CKA) of every circuit head of the student with every one of the teacher:
     [student teacher].
@@ -37,9 +59,7 @@ def head_similarity(
     position.
     """
     circuits = student_circuit, teacher_circuit
-    on = head_similarities(
-        student, teacher, prompts, *circuits, activation=activation, measure=measure, positions=positions
-    )
+    on = head_similarities(student, teacher, prompts, *circuits, measure=measure, **reading)
     return on(torch.arange(len(prompts)))
 
 
@@ -77,13 +97,12 @@ def head_similarities(
     student_circuit: Circuit,
     teacher_circuit: Circuit,
     *,
-    activation: Activation = "z",
     measure: Measure = "linear_cka",
-    positions: str = "own",
+    **reading: Unpack[Reading],
 ) -> Similarities:
     """Prompts (by index) -> `head_similarity` on them alone; the models run once, on all prompts."""
-    require_fitting(measure, activation, prompts)
-    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation, positions)
+    require_fitting(measure, reading.get("activation", "z"), prompts, reading.get("compared", "activations"))
+    rows = _CircuitRows(student, teacher, prompts, (student_circuit, teacher_circuit), **reading)
 
     def on(some: Int[Tensor, " rows"]) -> Scores:
         values = rows.blank()
@@ -111,7 +130,8 @@ def circuit_ckas(
     The first draw (`paired`) is the CKA, the others are the same with the teacher's rows shuffled. Read where the
     student's head acts, as `head_similarity`.
     """
-    rows = _CircuitRows(student, teacher, prompts, student_circuit, teacher_circuit, activation, positions)
+    circuits = student_circuit, teacher_circuit
+    rows = _CircuitRows(student, teacher, prompts, circuits, activation=activation, positions=positions)
     values = torch.stack([rows.blank() for _ in range(shuffles + 1)], -1)
     for places, x, y in rows.by_scope(torch.arange(len(prompts))):
         orders = [
@@ -130,6 +150,16 @@ def circuit_ckas(
     )
 
 
+def _read(model: HookedModel, prompts: PromptPairs, names: Sequence[str], compared: Compared) -> dict[str, Tensor]:
+    """Activations of the clean prompts by hook name, or clean minus corrupt."""
+    clean = read(model, prompts, names)
+    return (
+        clean
+        if compared == "activations"
+        else difference(clean, model.early_activations(prompts.corrupt, prompts.mask, names))
+    )
+
+
 class _CircuitRows:
     """The activations of two circuits' heads on the same prompts, read where the student's heads act or at one
     position; the models run once."""
@@ -139,24 +169,24 @@ class _CircuitRows:
         student: HookedModel,
         teacher: HookedModel,
         prompts: PromptPairs,
-        ours: Circuit,
-        theirs: Circuit,
-        activation: Activation,
-        positions: str,
+        circuits: tuple[Circuit, Circuit],
+        *,
+        activation: Activation = "z",
+        positions: str = "own",
+        compared: Compared = "activations",
     ) -> None:
         require_readings(prompts, student.tokenizer, teacher.tokenizer)
+        ours, theirs = circuits
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
-        self.scope = ours.scope if positions == "own" else dict.fromkeys(ours.heads, (positions,))
+        self.scope = own_scope(ours, positions) or dict.fromkeys(ours.heads, (positions,))
         sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
-        self.found = [
-            model.activations(side.clean, side.mask, hook_names(heads, activation))[1] for model, heads, side in sides
-        ]
+        self.activations = [_read(model, side, hook_names(heads, activation), compared) for model, heads, side in sides]
         self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
         self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}
 
     def blank(self) -> Float[Tensor, "student teacher"]:
         """A matrix to fill."""
-        some = next(iter(self.found[0].values()))
+        some = next(iter(self.activations[0].values()))
         shape, dtype = (len(self.ours.heads), len(self.theirs.heads)), torch.promote_types(some.dtype, torch.float32)
         return torch.full(shape, torch.nan, dtype=dtype, device=some.device)
 
@@ -177,4 +207,6 @@ class _CircuitRows:
             )
 
     def _rows(self, side: int, heads: Sequence[Head], where: Tensor) -> Float[Tensor, "head m features"]:
-        return torch.stack([head_rows(self.weights[side], self.found[side], head, where) for head in heads]).detach()
+        return torch.stack(
+            [head_rows(self.weights[side], self.activations[side], head, where) for head in heads]
+        ).detach()

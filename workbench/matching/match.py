@@ -10,8 +10,8 @@ from typing_extensions import TypedDict, Unpack
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.search_result import CircuitSearch, circuit_of
 from workbench.errors import InputError, nearest
-from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs
-from workbench.matching.config import Distance, MatchingConfig, Rule
+from workbench.matching.aligned_pairs import AlignedPair, aligned_pairs, is_own
+from workbench.matching.config import Compared, Distance, MatchingConfig, Rule
 from workbench.matching.head_map import HeadMap
 from workbench.matching.head_similarity import head_similarities
 from workbench.matching.pair_cka import PairCka, floor_warning, pair_ckas
@@ -37,6 +37,7 @@ class MatchSettings(TypedDict, total=False):
     combine: dict[Distance, float]
     scale: Literal["rank", "minmax"]
     measure: Measure
+    compared: Compared
     noise: Literal["flag", "drop", "refuse"]
     confidence: float
     resamples: int
@@ -84,7 +85,8 @@ class Matching:
 
     @property
     def _title(self) -> str:
-        place = "at their own positions" if self.positions == "own" else f"at {self.positions}"
+        own, *beside = self.positions.split("+")
+        place = " and ".join(["at their own positions", *beside]) if own == "own" else f"at {self.positions}"
         return f"{self.head_map.summary()}; read {place}"
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
@@ -137,10 +139,10 @@ def match(
 
     `rule`: `paper` (eq 5: equal ablated performance), `similarity` (CKA of the heads' outputs), ..., and the controls
     `random` and `shuffled`; see `MatchingConfig`. Impacts are of mean ablation over the pairs' corrupt prompts.
-    `positions`: where pairs are read, `own` (where each head acts in its circuit) or a named position (`last` is the
-    paper's). None: `own`, but `last` where a head acts at all positions (circuits of mean ablation), for over whole
-    prompts CKA sees mostly what all prompts share. Errors: `InputError` for an unknown rule, setting or position, an
-    empty circuit, one of another model, and pairs in one model's tokens alone.
+    `positions`: where pairs are read, `own` (where each head acts in its circuit), `own+last` (there and at a named
+    position), or a named position (`last` is the paper's). None: `own`, but `last` where a head acts at all positions
+    (circuits of mean ablation), for over whole prompts CKA sees mostly what all prompts share. Errors: `InputError` for
+    an unknown rule, setting or position, an empty circuit, one of another model, and pairs in one model's tokens alone.
     """
     require_model(student, Student, role="student")
     require_model(teacher, Teacher, role="teacher")
@@ -150,8 +152,9 @@ def match(
     if positions is None:
         everywhere = any(member.position == "all" for each in circuits for member in each.members)
         positions = "last" if everywhere else "own"
-    if positions != "own":
-        pairs.position(positions)
+    named = positions.removeprefix("own").removeprefix("+") if is_own(positions) else positions
+    if named:
+        pairs.position(named)
     empty = next((name for name, each in zip(("student", "teacher"), circuits, strict=True) if not each.heads), None)
     if empty is not None:
         raise InputError(f"the {empty}'s circuit is empty: lower `least_effect` of find_circuit, or use more pairs.")
@@ -162,7 +165,7 @@ def match(
     similarities = None
     if "similarity" in config.distances:
         similarities = head_similarities(
-            student, teacher, pairs, *circuits, measure=config.measure, positions=positions
+            student, teacher, pairs, *circuits, measure=config.measure, positions=positions, compared=config.compared
         )
     head_map = match_heads(
         impacts["student"],
@@ -207,7 +210,7 @@ def pairs_of(matching: Matching | HeadMap, prompts: PromptPairs, positions: str 
         if positions is None:
             return matching.pairs
         return aligned_pairs(matching.head_map, matching.ours, matching.theirs, prompts, positions=positions)
-    if positions == "own":
+    if positions is not None and is_own(positions):
         raise InputError("a bare HeadMap does not know where its heads act; give what `match` returns, or a position.")
     place = positions or "last"
     require_same_words(prompts, [place], [place])

@@ -243,6 +243,15 @@ class HookedModel:
             )  # also when all are real: 3.9 would guess the padding from the tokens
         return logits[:, 0]
 
+    def last_logits(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], columns: int
+    ) -> Float[Tensor, "batch column d_vocab"]:
+        """Logits at the last columns, real tokens or not, the only ones that are computed: what predicts the tokens of
+        answers that were appended (`workbench.tasks.forcing`)."""
+        self.require_prompts(tokens, mask)
+        with hooks.locked(self.model), _only_columns(self.model.unembed, columns):
+            return self.model(tokens, attention_mask=mask.long())
+
     def activations(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -250,10 +259,12 @@ class HookedModel:
         names: Sequence[str],
         *,
         gradients: bool = False,
-    ) -> tuple[Float[Tensor, "batch d_vocab"], dict[str, Tensor]]:
-        """Final logits and activations by hook name; with `gradients=True` both stay in the autograd graph."""
+        columns: int | None = None,
+    ) -> tuple[Float[Tensor, "batch *column d_vocab"], dict[str, Tensor]]:
+        """Final logits and activations by hook name; with `gradients=True` both stay in the autograd graph. `columns`:
+        logits as `last_logits` in place of those at the last real token."""
         with torch.set_grad_enabled(gradients), hooks.capture(self.model, names, detach=not gradients) as captured:
-            logits = self.final_logits(tokens, mask)
+            logits = self.final_logits(tokens, mask) if columns is None else self.last_logits(tokens, mask, columns)
         return logits, captured
 
     @torch.no_grad()
@@ -450,6 +461,16 @@ def _only_last(unembed: nn.Module, mask: Bool[Tensor, "batch pos"]) -> Iterator[
     forward, and most of its memory."""
     rows, last = torch.arange(len(mask), device=mask.device), last_position(mask)
     handle = unembed.register_forward_pre_hook(lambda _, arguments: (arguments[0][rows, last][:, None], *arguments[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _only_columns(unembed: nn.Module, columns: int) -> Iterator[None]:
+    """Unembed the last columns alone."""
+    handle = unembed.register_forward_pre_hook(lambda _, arguments: (arguments[0][:, -columns:], *arguments[1:]))
     try:
         yield
     finally:

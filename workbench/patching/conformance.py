@@ -180,8 +180,8 @@ def random_pairs(model: HookedModel, *, prompts: int = 4, length: int = 12, seed
 def _everything(patcher: PathPatcher) -> Check:
     model = patcher.model
     senders = [Embedding(), *model.heads, *map(Mlp, range(model.n_layers))]
-    found = patcher.logits(senders)
-    return _check("patching everything gives the corrupt run", found, patcher.corrupt_logits, patcher.clean_logits)
+    logits = patcher.logits(senders)
+    return _check("patching everything gives the corrupt run", logits, patcher.corrupt_logits, patcher.clean_logits)
 
 
 def _ablated(slow: HookedPatcher) -> Check:
@@ -215,8 +215,8 @@ def _paths(patcher: PathPatcher, slow: HookedPatcher, *, seed: int) -> Iterator[
 
     def compare(sender: Head, receivers: list[Receiver]) -> Check:
         end = str(receivers[0]) if receivers else "logits"
-        found, expected = (way.logits([sender], receivers=receivers) for way in (patcher, slow))
-        return _check(f"path {sender} -> {end} equals hooked forwards", found, expected, patcher.clean_logits)
+        logits, expected = (way.logits([sender], receivers=receivers) for way in (patcher, slow))
+        return _check(f"path {sender} -> {end} equals hooked forwards", logits, expected, patcher.clean_logits)
 
     for heads in (low, high):
         yield _first_with_evidence(heads, lambda head: compare(head, []))
@@ -243,22 +243,21 @@ def _first_with_evidence(candidates: Iterable[Any], compare: Callable[[Any], Che
     return max(checks, key=lambda check: check.effect)
 
 
-def _check(what: str, found: Tensor, expected: Tensor, clean: Tensor) -> Check:
+def _check(what: str, logits: Tensor, expected: Tensor, clean: Tensor) -> Check:
     scale = max(1.0, float(expected.abs().max()))
-    rounding = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
     return Check(
         what=what,
-        difference=float((found - expected).abs().max()),
+        difference=float((logits - expected).abs().max()),
         allowed=ROUNDINGS * rounding * scale,
         effect=float((expected - clean).abs().max()),
     )
 
 
-def require_conformance(found: Conformance) -> None:
+def require_conformance(report: Conformance) -> None:
     """Raise `InputError` naming the checks that found a difference; a check without evidence is no fault."""
-    if found.wrong:
+    if report.wrong:
         raise InputError(
-            f"{found.model} is not supported exactly: {'; '.join(found.wrong)}. Report it with the model's config; do "
-            "not "
-            "patch it meanwhile."
+            f"{report.model} is not supported exactly: {'; '.join(report.wrong)}. Report it with the model's "
+            "config; do not patch it meanwhile."
         )

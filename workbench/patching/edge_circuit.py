@@ -102,11 +102,11 @@ class EdgePatcher:
         """Whether the whole graph gives the first prompts' logits to rounding."""
         few = self.pairs.rows(slice(0, 2))
         expected = self.model.final_logits(few.clean, few.mask)
-        found = self._run(self.there, few)
+        logits = self._run(self.there, few)
         inside = torch.float32 if self.parts.blocks[0].softmax_in_float32 else expected.dtype
         rounding = max(torch.finfo(expected.dtype).eps, torch.finfo(inside).eps)
         allowed = min(PRECISION * rounding, 0.1) * max(1.0, float(expected.abs().max()))
-        return found.shape == expected.shape and float((found - expected).abs().max()) <= allowed
+        return logits.shape == expected.shape and float((logits - expected).abs().max()) <= allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -172,17 +172,17 @@ class _Run:
         own = {"q": heads, "k": sorted({head // self.group for head in heads})}
         own["v"] = own["k"]
         place, column = layer * self.span, 0
-        found: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         for (name, count), kind in zip(counts.items(), (hooks.q, hooks.k, hooks.v), strict=True):
-            found[name] = self.corrupt[kind(layer)][:, :, own[name]].clone()
+            inputs[name] = self.corrupt[kind(layer)][:, :, own[name]].clone()
             read = [head for head in own[name] if bool(self.into[:, place + head].any())]
             if read:
-                inputs = self._inputs(self.corrupt[hooks.residual_pre(layer)], [place + head for head in read])
+                streams = self._inputs(self.corrupt[hooks.residual_pre(layer)], [place + head for head in read])
                 columns = [column + head * self.parts.d_head for head in read]
-                value = self._projected(layer, part.norm_attention(inputs), columns)
-                found[name][:, :, [own[name].index(head) for head in read]] = value
+                value = self._projected(layer, part.norm_attention(streams), columns)
+                inputs[name][:, :, [own[name].index(head) for head in read]] = value
             place, column = place + count, column + count * self.parts.d_head
-        z = self._attended(layer, found, [own["k"].index(head // self.group) for head in heads])
+        z = self._attended(layer, inputs, [own["k"].index(head // self.group) for head in heads])
         change = z - self.corrupt[hooks.z(layer)][:, :, heads]
         written = torch.einsum("bphw,hwd->hbpd", change, part.weight_o[heads])
         self.changes[[self.rows[first + head] for head in heads]] = written
@@ -199,18 +199,18 @@ class _Run:
             value = value + bias[:, None, None]
         return value.permute(1, 2, 0, 3)
 
-    def _attended(self, layer: int, found: dict[str, Tensor], kv: list[int]) -> Float[Tensor, "batch pos head d_head"]:
+    def _attended(self, layer: int, inputs: dict[str, Tensor], kv: list[int]) -> Float[Tensor, "batch pos head d_head"]:
         """z of some heads from their q and the k and v that each reads."""
         part, mask = self.parts.blocks[layer], self.ends.mask
         cos, sin = (
             self.corrupt[kind(layer)].expand(len(mask), -1, -1) if self.ends.rotary else None
             for kind in (hooks.rotary_cos, hooks.rotary_sin)
         )
-        q, k = ready(found["q"], part.q_norm, cos, sin), ready(found["k"], part.k_norm, cos, sin)
+        q, k = ready(inputs["q"], part.q_norm, cos, sin), ready(inputs["k"], part.k_norm, cos, sin)
         length = mask.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None]
         visible = visible | torch.eye(length, dtype=torch.bool, device=mask.device)  # no softmax over nothing
-        keys = Keys(k=k[None, :, :, kv], v=found["v"][None, :, :, kv], visible=visible)
+        keys = Keys(k=k[None, :, :, kv], v=inputs["v"][None, :, :, kv], visible=visible)
         return attend(q[None], None, keys, part.scale, part.softmax_in_float32)[0]
 
     def _mlp(self, layer: int) -> None:

@@ -125,7 +125,7 @@ class Gradients:
             values = metric(logits, pairs.answers, pairs.distractors)
             unused = rule == "relp"  # constant patterns: nothing goes through queries and keys
             leaves = [taps[name] for name in wanted]
-            found = torch.autograd.grad(values.sum(), leaves, allow_unused=unused, materialize_grads=unused)
+            gradients = torch.autograd.grad(values.sum(), leaves, allow_unused=unused, materialize_grads=unused)
         seen[hooks.residual_pre(0)] = embedded
         pre = [seen[hooks.residual_pre(layer)] for layer in layers]
         middle = [
@@ -135,7 +135,7 @@ class Gradients:
         return cls(
             model=model,
             parts=parts,
-            at=dict(zip(wanted, found, strict=True)),
+            at=dict(zip(wanted, gradients, strict=True)),
             pre=tuple(pre),
             middle=tuple(middle),
             rule=rule,
@@ -227,15 +227,15 @@ def through_norm(
     (g - mean g - n mean(g n)) / s, without mean g for RMSNorm. Other norms, and half precision, take autograd's way.
     `frozen`: s is a constant, and n mean(g n) falls away.
     """
-    kind, told = getattr(norm, "func", None), getattr(norm, "keywords", {})
+    kind, settings = getattr(norm, "func", None), getattr(norm, "keywords", {})
     if kind not in (nn.functional.layer_norm, nn.functional.rms_norm) or gradient.dtype not in FULL or frozen:
         with torch.enable_grad():
             leaf = residual[:, None].expand_as(gradient).clone().requires_grad_()
             return torch.autograd.grad((frozen_norm(norm, leaf) if frozen else norm)(leaf), leaf, gradient)[0]
     centred = residual - residual.mean(-1, keepdim=True) if kind is nn.functional.layer_norm else residual
-    scale = (centred.square().mean(-1, keepdim=True) + told["eps"]).rsqrt()
+    scale = (centred.square().mean(-1, keepdim=True) + settings["eps"]).rsqrt()
     normed = centred * scale
-    g = gradient * told["weight"]
+    g = gradient * settings["weight"]
     along = torch.einsum("brpd,bpd->brp", g, normed)[..., None] / g.shape[-1]
     if kind is nn.functional.layer_norm:
         g.sub_(g.mean(-1, keepdim=True))

@@ -150,8 +150,8 @@ class PathPatcher:
         """
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
         progress = Progress.of((len(variants),), len(clean)) if progress is None else progress
-        values = progress.values.copy_(torch.where(progress.found, progress.values, clean.to(progress.values)))
-        done(int(progress.found.sum()))
+        values = progress.values.copy_(torch.where(progress.present, progress.values, clean.to(progress.values)))
+        done(int(progress.present.sum()))
         for variant, rows, logits in self.patched(variants, route, progress=progress):
             values[variant, rows.cpu()] = metric(logits, self.pairs.answers[rows], self.pairs.distractors[rows]).to(
                 values
@@ -194,10 +194,10 @@ class PathPatcher:
                 def work(chunk: list[int], first: Level = first, passage: Passage = passage) -> Tensor:
                     return passage.through(first, [variants[n] for n in chunk])
 
-                for chunk, found in in_chunks(
+                for chunk, results in in_chunks(
                     group, size, work, skip=lambda chunk, rows=rows: progress.has(chunk, rows)
                 ):
-                    yield from ((number, rows, logits) for number, logits in zip(chunk, found, strict=True))
+                    yield from ((number, rows, logits) for number, logits in zip(chunk, results, strict=True))
                     progress.mark(chunk, rows)
 
     @torch.no_grad()
@@ -226,7 +226,7 @@ class PathPatcher:
         if progress is None:
             progress = Progress.of((len(variants), len(layers)), len(clean), extra=(count,))
         values = progress.values.copy_(
-            torch.where(progress.found[:, :, None], progress.values, clean.to(progress.values))
+            torch.where(progress.present[:, :, None], progress.values, clean.to(progress.values))
         )
         order = sorted(range(len(variants)), key=lambda number: entry(variants[number]))
         if not order or not len(layers):
@@ -250,8 +250,8 @@ class PathPatcher:
                 def known(chunk: list[int], rows: Tensor = rows, columns: Sequence[int] = columns) -> bool:
                     return progress.has(chunk, columns, rows)
 
-                for chunk, found in in_chunks(order, max(1, fit // len(group)), work, skip=known):
-                    for layer, place, logits in found:
+                for chunk, results in in_chunks(order, max(1, fit // len(group)), work, skip=known):
+                    for layer, place, logits in results:
                         for receiver in range(count):
                             patched = metric(logits[receiver], self.pairs.answers[rows], self.pairs.distractors[rows])
                             values[chunk[place], list(layers).index(layer), receiver, rows.cpu()] = patched.to(values)
@@ -319,7 +319,7 @@ class PathPatcher:
         spots = Spots(index=last, real=torch.ones_like(last, dtype=torch.bool))
         runs, at_last = FrozenRuns(replay, self._corrupt), sending.gather(1, last)
 
-        def found(chunk: list[int]) -> Tensor:
+        def work(chunk: list[int]) -> Tensor:
             run = runs.run(
                 [variants[n] for n in chunk],
                 spots,
@@ -331,7 +331,7 @@ class PathPatcher:
 
         unembedding = len(rows) * replay.unembedding * self.clean_logits.element_size()
         size = max(1, self.memory // max(unembedding, runs.variant_bytes(spots, [self.model.n_layers])))
-        for chunk, logits in in_chunks(order, size, found, skip=lambda chunk: progress.has(chunk, rows)):
+        for chunk, logits in in_chunks(order, size, work, skip=lambda chunk: progress.has(chunk, rows)):
             yield from ((number, rows, part) for number, part in zip(chunk, logits, strict=True))
             progress.mark(chunk, rows)
 

@@ -1,5 +1,5 @@
-"""What a sweep has found so far, written to a file as it goes, so that an interrupted sweep resumes where it stopped,
-to the same bits.
+"""What a sweep has computed so far, written to a file as it goes, so that an interrupted sweep resumes where it
+stopped, to the same bits.
 
 A sweep fills an array of entries (variants, heads, layers) by examples. What is computed together, a chunk, is marked
 as found together, and a chunk of which anything is missing is computed again whole: batched arithmetic rounds by the
@@ -81,7 +81,7 @@ def load_or_sweep_all(
     identify: Callable[[], str],
     sweep: Callable[["PartialFile | None"], dict[str, Scores]],
 ) -> dict[str, Scores]:
-    """`load_or_sweep` for one sweep that gives several scores, each with its file; what is found so far stands beside
+    """`load_or_sweep` for one sweep that gives several scores, each with its file; what there is so far stands beside
     the first."""
     if files is None:
         return sweep(None)
@@ -97,13 +97,13 @@ def load_or_sweep_all(
 
 
 Tell = Callable[[float], object]
-"""Is told what share of a sweep is found (0 to 1)."""
+"""Is told what share of a sweep is done (0 to 1)."""
 _WATCHER: ContextVar[Tell | None] = ContextVar("watcher of sweeps", default=None)
 
 
 @contextmanager
 def watched(tell: Tell) -> Iterator[None]:
-    """Inside, and in this thread alone, `tell` hears of every chunk that a sweep has found; what it raises ends the
+    """Inside, and in this thread alone, `tell` hears of every chunk that a sweep has done; what it raises ends the
     sweep between two chunks."""
     token = _WATCHER.set(tell)
     try:
@@ -143,51 +143,51 @@ class KnownValues:
 
 
 class Progress:
-    """Values [*entry *extra example] and which of them are found [*entry example]; a value that is not found is
+    """Values [*entry *extra example] and which of them are present [*entry example]; a value that is not present is
     whatever it was begun with."""
 
     def __init__(
         self,
         values: Tensor,
-        found: Bool[Tensor, "*entry example"],
+        present: Bool[Tensor, "*entry example"],
         keep: Callable[[], object] | None = None,
         *,
         whole: "Progress | None" = None,
     ) -> None:
-        self.values, self.found, self._keep = values, found, keep
+        self.values, self.present, self._keep = values, present, keep
         self._whole = whole or self
 
     @classmethod
     def of(
         cls, entries: tuple[int, ...], examples: int, *, extra: tuple[int, ...] = (), file: "PartialFile | None" = None
     ) -> "Progress":
-        """Nothing found yet, or what `file` holds. Values are kept in float64, which holds every metric's own. Errors:
+        """Nothing yet, or what `file` holds. Values are kept in float64, which holds every metric's own. Errors:
         `InputError` when the file is another sweep's."""
-        values, found = (
+        values, present = (
             torch.zeros(*entries, *extra, examples, dtype=torch.float64),
             torch.zeros(*entries, examples, dtype=torch.bool),
         )
         if file is None:
-            return cls(values, found)
-        file.read_into(values, found)
-        return cls(values, found, lambda: file.keep(values, found))
+            return cls(values, present)
+        file.read_into(values, present)
+        return cls(values, present, lambda: file.keep(values, present))
 
     def examples(self, start: int, stop: int) -> "Progress":
         """The part of some examples; it shares the values and the file."""
-        return Progress(self.values[..., start:stop], self.found[..., start:stop], self._keep, whole=self._whole)
+        return Progress(self.values[..., start:stop], self.present[..., start:stop], self._keep, whole=self._whole)
 
     def has(self, *places: Places) -> bool:
-        """Whether all entries at these places of each axis are found."""
-        return bool(self.found[_block(places)].all())
+        """Whether all entries at these places of each axis are present."""
+        return bool(self.present[_block(places)].all())
 
     def mark(self, *places: Places) -> None:
-        """Say that the entries at these places of each axis are found now; the file is written when that is due, and a
+        """Say that the entries at these places of each axis are there now; the file is written when that is due, and a
         watcher is told."""
-        self.found[_block(places)] = True
+        self.present[_block(places)] = True
         if self._keep is not None:
             self._keep()
         if (tell := _WATCHER.get()) is not None:
-            tell(float(self._whole.found.float().mean()))
+            tell(float(self._whole.present.float().mean()))
 
 
 def _block(places: Sequence[Places]) -> tuple[Tensor, ...]:
@@ -200,7 +200,7 @@ def _block(places: Sequence[Places]) -> tuple[Tensor, ...]:
 
 
 class PartialFile:
-    """A sweep's file of what is found so far, beside the file that its scores will have."""
+    """A sweep's file of what there is so far, beside the file that its scores will have."""
 
     def __init__(self, scores: Path, identity: str) -> None:
         self.scores, self.path, self.identity = scores, scores.with_name(f"{scores.stem}.partial"), identity
@@ -217,8 +217,8 @@ class PartialFile:
         for file in (self, *self._others):
             file.path.unlink(missing_ok=True)
 
-    def read_into(self, values: Tensor, found: Tensor) -> None:
-        """Fill in what was found before the interruption."""
+    def read_into(self, values: Tensor, present: Tensor) -> None:
+        """Fill in what there was before the interruption."""
         if not self.path.exists():
             return
         tensors, metadata = storage.read_tensors(self.path)
@@ -228,10 +228,10 @@ class PartialFile:
                 "the workbench began it); delete it, or keep these scores elsewhere."
             )
         values.copy_(tensors["values"])
-        found.copy_(tensors["found"])
+        present.copy_(tensors["found"])
 
-    def keep(self, values: Tensor, found: Tensor) -> None:
+    def keep(self, values: Tensor, present: Tensor) -> None:
         """Write, unless that was done a moment ago."""
         if time.monotonic() - self._written >= SECONDS:
-            storage.write_tensors(self.path, {"values": values, "found": found}, metadata={"identity": self.identity})
+            storage.write_tensors(self.path, {"values": values, "found": present}, metadata={"identity": self.identity})
             self._written = time.monotonic()

@@ -152,11 +152,11 @@ def _recipe(road: Road) -> Iterator[StageCost]:
 def _study_roads(
     study: Study, configs: Mapping[str, str], tokenizer: str | None
 ) -> tuple[dict[str, Road], tuple[str, ...]]:
-    found = {
+    roads = {
         name: _road(replace(study.recipe, student=student.source), configs, tokenizer)
         for name, student in study.config.students.items()
     }
-    return {name: road for name, (road, _) in found.items()}, next(iter(found.values()))[1]
+    return {name: road for name, (road, _) in roads.items()}, next(iter(roads.values()))[1]
 
 
 def _study(study: Study, roads: Mapping[str, Road]) -> Iterator[StageCost]:
@@ -179,14 +179,15 @@ def _cell(study: Study, name: str, road: Road, scenes: int) -> Iterator[StageCos
     prompts = Prompts(replace(recipe, device="cpu"), road.prompts.tokenizer, teacher=road.prompts.teacher)
     at = replace(road, recipe=recipe, prompts=prompts)
     where, seeds = f"{name}, {scenes} scenes", len(config.seeds)
-    yield from at.caches(config.conditions, seeds, title=f"{where}: teacher outputs")
+    conditions = study.conditions(name, scenes)
+    yield from at.caches(conditions, seeds, title=f"{where}: teacher outputs")
     chosen = at.training(METHOD, len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda")
     assert chosen is not None
     yield chosen
-    for condition in config.conditions:
+    for condition in conditions:
         cost = at.training(condition, seeds, title=f"{where}: {condition}")
         if cost is not None:
             yield cost
-    yield at.evaluation(len(study.arms), title=f"{where}: evaluate")
+    yield at.evaluation(len(study.arms(name, scenes)), title=f"{where}: evaluate")
     if scenes == config.train_scenes[0] and config.anew and at.student is not None:
         yield from at.search(f"{name} anew", at.student, repeats=len(config.anew))

@@ -9,6 +9,7 @@ from workbench.circuits.discovery import receiver_position
 from workbench.circuits.methods.registry import method_named
 from workbench.experiment import CONDITIONS, Prompts
 from workbench.experiment.recipe import Recipe
+from workbench.matching.aligned_pairs import is_own
 from workbench.patching import ablation as ablating
 from workbench.patching import path
 from workbench.plan import memory, sweeps
@@ -187,10 +188,10 @@ class Road:
         peak = memory.patching_bytes(shape, count, tokens, self.width_of(shape), batch=path.BATCH)
         for stage in self.prompts.stages:
             if stage.into is None or stage.composition is None:
-                found, target = sweeps.to_logits(shape, pairs, batch=path.BATCH), "logits"
+                sweep, target = sweeps.to_logits(shape, pairs, batch=path.BATCH), "logits"
             else:
                 everywhere = sweeps.receivers_everywhere(shape, heads, stage.composition)
-                found = sweeps.into_heads(
+                sweep = sweeps.into_heads(
                     shape, pairs, everywhere, stage.position, receiver_position(stage, positions), batch=path.BATCH
                 )
                 target = f"{stage.into}'s {stage.composition}, at most"
@@ -198,7 +199,7 @@ class Road:
             yield self.cost(
                 f"discover {name}: path {stage.name}",
                 f"{stage.position} -> {target}, {count} prompts{times}",
-                repeats * (found + shared),
+                repeats * (sweep + shared),
                 shape,
                 pairs,
                 peak,
@@ -293,6 +294,8 @@ class Road:
                 f"{count} prompts, "
                 f"{f'at most {layers} layers' if kind else 'logits'}{f', {times} times' if times > 1 else ''}"
             )
+            if kind and self.recipe.alignment.differs:  # the corrupt prompts' outputs beside the clean ones'
+                times, size, peak = 2 * times, 2 * size, peak + (0 if shards else size // times)
             operations = times * forward(self.teacher, count, tokens)
             yield self.cost(
                 f"{title} ({kind or 'no alignment'})",
@@ -322,6 +325,7 @@ class Road:
             accumulate=config.accumulate,
             whole=config.alignment_batch == "whole",
             live=self.recipe.teacher_outputs == "live",
+            runs=self.runs(condition),
         )
         operations = config.steps * step.operations() + self.validations()
         saved = self.width * (3 * trained.parameters + (self.student.parameters if self.recipe.save_students else 0))
@@ -331,11 +335,15 @@ class Road:
             what=f"{runs} x {config.steps} steps of {config.batch} prompts",
             operations=runs * operations,
             forwards=runs * operations / plain,
-            memory=self.training_bytes(trained, tokens),
+            memory=self.training_bytes(trained, tokens, runs=self.runs(condition)),
             disk=runs * saved,
         )
 
-    def training_bytes(self, trained: Trained, tokens: int) -> int:
+    def runs(self, condition: str) -> int:
+        """The student's forwards in a step under a condition."""
+        return self.recipe.alignment.runs if CONDITIONS[condition].aligns else 1
+
+    def training_bytes(self, trained: Trained, tokens: int, *, runs: int = 1) -> int:
         """Teacher, untrained student, the student that trains, its gradients, leaves and AdamW's state, and a step's
         activations."""
         assert self.student is not None
@@ -344,14 +352,15 @@ class Road:
         cast = HALF * (self.student.parameters if trained.touched is None else trained.touched) if half else 0
         state = trained.gradient_and_optimizer_bytes(self.student, self.width) + cast
         step = memory.step_bytes(self.student, micro, tokens, HALF if half else self.width)
-        return self.resident + self.width * self.student.parameters + state + step
+        return self.resident + self.width * self.student.parameters + state + runs * step
 
     def aligned_tokens(self) -> int:
         """Tokens of each prompt at which a pair is aligned: those of one position, or at most those of any stage's."""
         train, positions = self.prompts.train, self.recipe.alignment.positions
         config = self.recipe.discovery
         own = method_named(config.method, config.options).acts_at(self.prompts.stages)
-        names = own if positions == "own" else [positions]
+        beside = "".join(f"+{name}" for name in positions.split("+")[1:])
+        names = [f"{name}{beside}" for name in own] if is_own(positions) else [positions]
         return max(int(train.position(name).sum(1).max()) for name in names)
 
     def validations(self) -> int:

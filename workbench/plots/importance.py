@@ -1,7 +1,8 @@
-"""How much each head matters: one map a model, side by side on one common scale around zero."""
+"""How much each head matters: one map a model, side by side, on one common scale around zero or each on its own."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import pandas as pd
 from plotly import graph_objects as go
@@ -21,8 +22,12 @@ SIGNS: dict[Order, str] = {
     "magnitude": f"Positive ({HELPS}): the head helps; negative ({HURTS}): it works against the answer. Ranked by "
     "size.",
 }
+Scale = Literal["common", "own"]
+"""Whether a colour says the same number in every panel, or the same share of what its own panel reaches."""
 CROWD, FAR = 16, 3.0
 """One head of so many may stand beyond the scale, if it is so many times as large as the largest within."""
+SHARES = {-1.0: "-1", -0.5: "-½", 0.0: "0", 0.5: "½", 1.0: "1"}
+"""Ticks of a bar that several scales share."""
 LEFT, RIGHT, BELOW = 60, 100, 52
 """Pixels around the panels."""
 
@@ -33,17 +38,19 @@ def head_importance(
     circuits: Mapping[str, Circuit] | None = None,
     by: Order = "highest",
     roles: Mapping[str, str] | None = None,
+    scale: Scale = "common",
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
     """Mean score of every head, a panel a model (layers upward, heads across); its circuit's heads are outlined, with
     the initials of their roles.
 
-    `scores`: panel name -> scores over (layer, head) and perhaps example. All panels share one scale, symmetric around
-    0 (orange: the head helps, blue: it works against the answer), so they must measure the same; their unit stands
-    above them. Where a few heads would take the whole scale, it ends at the largest of the others (`scale_of`), and
-    those beyond it are named and marked with a triangle. `roles`: what the roles are called. `by` says which heads come
-    first, as in `Scores.ranked`. NaN is grey: not measured.
+    `scores`: panel name -> scores over (layer, head) and perhaps example; their unit stands above them. Colours are
+    symmetric around 0 (orange: the head helps, blue: it works against the answer). `scale`: `common` to all panels,
+    which must measure the same then, or each panel's `own`, so that a model with small effects is seen too. Where a few
+    heads would take the whole scale, it ends at the largest of the others (`scale_of`), and those beyond it are named
+    and marked with a triangle. `roles`: what the roles are called. `by` says which heads come first, as in
+    `Scores.ranked`. NaN is grey: not measured.
 
     Errors: `InputError` for no scores, scores over other axes, a circuit that belongs to no panel or has another shape.
     """
@@ -51,18 +58,19 @@ def head_importance(
     _check(scores, circuits)
     cell = cell_size([part.values.shape for part in scores.values()])
     panels, size = panels_of(scores, circuits, cell)
-    largest = scale_of(scores)
-    figure = go.Figure(layout={"coloraxis": _colour_axis(largest, size[1], theme)})
+    own = scale == "own" and len(scores) > 1
+    ends = {name: scale_of({name: part} if own else scores) for name, part in scores.items()}
+    figure = go.Figure(layout=_colour_axes([ends[panel.name] for panel in panels], size[1], theme, shares=own))
     for panel in panels:
         _draw(figure, panel, cell, by, theme)
-        _outline(figure, panel, cell, largest, theme)
-        _mark(figure, panel, largest, theme)
+        _outline(figure, panel, cell, ends[panel.name], theme)
+        _mark(figure, panel, ends[panel.name], theme)
     units = {_quantity(part) for part in scores.values()}
     above = _name_panels(figure, panels, theme, with_units=len(units) > 1)
     remarks = [
         *(f"{unit}." for unit in units if len(units) == 1),
         _key(scores, circuits, by, roles or {}),
-        *_beyond(scores, largest),
+        *_ends(scores, ends, own=own),
     ]
     width = round(max(560, size[0] + LEFT + RIGHT))
     titled(figure, title, remarks, theme, width=width, height=size[1] + BELOW, above=above)
@@ -75,6 +83,7 @@ def heads(
     *,
     circuit: Circuit | None = None,
     by: Order = "highest",
+    scale: Scale = "common",
     theme: Theme = LIGHT,
     title: str = "Importance of the attention heads",
 ) -> go.Figure:
@@ -82,7 +91,8 @@ def heads(
 
     `scores` over (layer, head) and perhaps example: of `find_circuit` (the search itself has its circuit outlined), of
     `ablate`, `path_patch` or `activation_patch`. `circuit`: to outline in a single map. `by`: which sign means
-    important, as in `Scores.ranked`. Errors: `InputError` as `head_importance`.
+    important, as in `Scores.ranked`. `scale`: one for several maps, or each its own. Errors: `InputError` as
+    `head_importance`.
     """
     if isinstance(scores, Mapping):
         named = dict(scores)
@@ -98,7 +108,7 @@ def heads(
             raise InputError(
                 f"{name!r} holds {type(each).__name__}, no scores; give what find_circuit or ablate returns."
             )
-    return head_importance(maps, circuits=circuits, by=by, theme=theme, title=title)
+    return head_importance(maps, circuits=circuits, by=by, scale=scale, theme=theme, title=title)
 
 
 def _frame(panel: Panel) -> pd.DataFrame:
@@ -133,7 +143,9 @@ def _check(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit]) -> Non
             )
 
 
-def _colour_axis(largest: float, height: int, theme: Theme) -> dict[str, object]:
+def _colour_axes(ends: Sequence[float], height: int, theme: Theme, *, shares: bool) -> dict[str, object]:
+    """A colour axis for each panel, of which the first has the bar: in the scores' unit, or, where each panel has its
+    own scale, in shares of where that ends."""
     bar = {
         "len": max(120, height),
         "lenmode": "pixels",
@@ -143,7 +155,19 @@ def _colour_axis(largest: float, height: int, theme: Theme) -> dict[str, object]
         "outlinewidth": 0,
         "xpad": 16,
     }
-    return {"cmin": -largest, "cmid": 0, "cmax": largest, "colorscale": colour_scale(theme.diverging), "colorbar": bar}
+    bar |= {"tickvals": [share * ends[0] for share in SHARES], "ticktext": list(SHARES.values())} if shares else {}
+    axes = {
+        f"coloraxis{place if place > 1 else ''}": {
+            "cmin": -end,
+            "cmid": 0,
+            "cmax": end,
+            "colorscale": colour_scale(theme.diverging),
+            "showscale": place == 1,
+        }
+        for place, end in enumerate(ends, 1)
+    }
+    axes["coloraxis"]["colorbar"] = bar
+    return dict(axes)
 
 
 def _draw(figure: go.Figure, panel: Panel, cell: tuple[int, int], by: Order, theme: Theme) -> None:
@@ -166,7 +190,7 @@ def _draw(figure: go.Figure, panel: Panel, cell: tuple[int, int], by: Order, the
             **panel.axes,
         )
     about = {"hoverinfo": "text", "hovertext": hover_texts(panel, by), "hoverongaps": True}
-    figure.add_heatmap(z=rows, coloraxis="coloraxis", xgap=1, ygap=1, name=panel.name, **about, **panel.axes)
+    figure.add_heatmap(z=rows, coloraxis=panel.colours, xgap=1, ygap=1, name=panel.name, **about, **panel.axes)
     _axes(figure, panel, cell)
 
 
@@ -265,13 +289,18 @@ def _mark(figure: go.Figure, panel: Panel, largest: float, theme: Theme) -> None
         )
 
 
-def _beyond(scores: Mapping[str, Scores], largest: float) -> list[str]:
+def _ends(scores: Mapping[str, Scores], ends: Mapping[str, float], *, own: bool) -> list[str]:
+    """Where the scales end, and which heads are beyond."""
     named = [
         f"{escaped(name) if len(scores) > 1 else ''} {head} ({value:+.3g})".strip()
         for name, part in scores.items()
-        for head, value in _outside(part, largest)
+        for head, value in _outside(part, ends[name])
     ]
-    return [f"The scale ends at {largest:.3g}; beyond it, with a triangle: {', '.join(named)}."] if named else []
+    beyond = f"beyond it, with a triangle: {', '.join(named)}." if named else ""
+    if own:
+        each = ", ".join(f"{end:.3g} in {escaped(name)}" for name, end in ends.items())
+        return [f"Each map has a scale of its own: 1 is {each}.", beyond[:1].upper() + beyond[1:]][: 1 + bool(named)]
+    return [f"The scale ends at {next(iter(ends.values())):.3g}; {beyond}"] if named else []
 
 
 def _key(scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], by: Order, names: Mapping[str, str]) -> str:

@@ -33,6 +33,11 @@ class Panel:
         number = "" if self.place == 1 else str(self.place)
         return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
 
+    @property
+    def colours(self) -> str:
+        """The plotly name of its colour axis."""
+        return f"coloraxis{self.place if self.place > 1 else ''}"
+
 
 def cell_size(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Width and height of a cell in pixels: smaller for larger models, never too small for a role's letter."""

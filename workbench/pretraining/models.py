@@ -59,9 +59,9 @@ def pruned(
     total = model.config.num_hidden_layers
     candidates = [(0, *rest) for rest in itertools.combinations(range(1, total), layers - 1)]
     with torch.no_grad():
-        costs = {kept: cost(with_layers(model, kept)) for kept in candidates}
-    kept = min(costs, key=lambda choice: (costs[choice], choice))
-    return with_layers(model, kept), list(kept)
+        costs = {choice: cost(with_layers(model, choice)) for choice in candidates}
+    cheapest = min(costs, key=lambda choice: (costs[choice], choice))
+    return with_layers(model, cheapest), list(cheapest)
 
 
 def with_layers(model: Any, layers: Sequence[int]) -> Any:
@@ -132,13 +132,13 @@ def finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:
 
 
 def save_model(
-    model: LlamaForCausalLM, tokenizer: Any, target: Path, made: Mapping[str, Any], log: Sequence[Mapping[str, float]]
+    model: LlamaForCausalLM, tokenizer: Any, target: Path, origin: Mapping[str, Any], log: Sequence[Mapping[str, float]]
 ) -> None:
     """Write a Hugging Face directory with `training.json` (what made it) and `training_log.jsonl`."""
 
     def fill(temporary: Path) -> None:
         save_plain(model, tokenizer, temporary)
-        storage.write_json(temporary / "training.json", {**made, "steps": len(log)})
+        storage.write_json(temporary / "training.json", {**origin, "steps": len(log)})
         storage.write_text(temporary / "training_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
     storage.replace_directory(target, fill)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
 from workbench.readouts.output import Output, refuse_unlike
@@ -65,13 +66,18 @@ class LogitAttribution:
 def direct_logit_attribution(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) -> LogitAttribution:
     """Attribute the clean prompts' logit difference at their last token.
 
-    Errors: `InputError` in training mode, and for a model whose parts do not sum to its logits (post-norm blocks,
-    soft-capped logits).
+    Errors: `InputError` in training mode, for sets of answers (a mass is no direction in the residual stream), and for
+    a model whose parts do not sum to its logits (post-norm blocks, soft-capped logits).
     """
     model.require_eval()
+    if pairs.has_sets:
+        raise InputError(
+            "direct logit attribution reads along the direction between two tokens, and these pairs have sets of "
+            "answers; give `pairs.first_members()`, or use path patching, which takes sets."
+        )
     output = Output.of(model)
-    found = [_attributed(model, output, part) for part in pairs.batches(batch)]
-    heads, mlps, rest, total = (torch.cat(parts, -1).cpu() for parts in zip(*found, strict=True))
+    batches = [_attributed(model, output, part) for part in pairs.batches(batch)]
+    heads, mlps, rest, total = (torch.cat(parts, -1).cpu() for parts in zip(*batches, strict=True))
     layers = tuple(f"L{layer}" for layer in range(model.n_layers))
     names = (EMBEDDING, *(f"L{layer} b_O" for layer in _output_biases(model)), FINAL)
     return LogitAttribution(
@@ -88,15 +94,15 @@ def _attributed(model: HookedModel, output: Output, pairs: PromptPairs) -> tuple
     layers = range(model.n_layers)
     last = hooks.residual_post(model.n_layers - 1)
     names = [hooks.residual_pre(0), last, *(kind(layer) for layer in layers for kind in (hooks.z, hooks.mlp_output))]
-    logits, found = model.activations(pairs.clean, pairs.mask, names)
+    logits, seen = model.activations(pairs.clean, pairs.mask, names)
     rows = torch.arange(len(pairs), device=logits.device)
-    found = {name: value[rows, last_position(pairs.mask)] for name, value in found.items()}
-    direction, constant = output.directions(found[last], pairs.answers, pairs.distractors)
-    written = [model.head_outputs(layer, found[hooks.z(layer)][:, None])[:, 0].float() for layer in layers]
+    seen = {name: value[rows, last_position(pairs.mask)] for name, value in seen.items()}
+    direction, constant = output.directions(seen[last], pairs.answers, pairs.distractors)
+    written = [model.head_outputs(layer, seen[hooks.z(layer)][:, None])[:, 0].float() for layer in layers]
     heads = torch.stack([torch.einsum("bhd,bd->hb", part, direction) for part in written])
-    mlps = _shares([found[hooks.mlp_output(layer)] for layer in layers], direction)
+    mlps = _shares([seen[hooks.mlp_output(layer)] for layer in layers], direction)
     biases = [bias.expand_as(direction) for bias in _output_biases(model).values()]
-    rest = torch.cat([_shares([found[hooks.residual_pre(0)], *biases], direction), constant[None]])
+    rest = torch.cat([_shares([seen[hooks.residual_pre(0)], *biases], direction), constant[None]])
     total = (logits[rows, pairs.answers] - logits[rows, pairs.distractors]).float()
     size = max(float(part.abs().sum(0).max()) for part in (heads.flatten(0, 1), mlps, rest)) + float(logits.abs().max())
     refuse_unlike(
@@ -110,8 +116,8 @@ def _attributed(model: HookedModel, output: Output, pairs: PromptPairs) -> tuple
 
 def _output_biases(model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
     """b_O by layer, where there is one (a HookedTransformer holds zeros for a model without)."""
-    found = {layer: model.output_bias(layer) for layer in range(model.n_layers)}
-    return {layer: bias for layer, bias in found.items() if bias is not None and bool(bias.any())}
+    biases = {layer: model.output_bias(layer) for layer in range(model.n_layers)}
+    return {layer: bias for layer, bias in biases.items() if bias is not None and bool(bias.any())}
 
 
 def _shares(

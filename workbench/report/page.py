@@ -54,6 +54,12 @@ nav ul { margin: 1.5rem 0 0; padding: 0; list-style: none; columns: 17rem; max-w
 nav li { break-inside: avoid; padding: 0.15rem 0; }
 a { color: var(--link); }
 figure { margin: 1rem 0; }
+.switch { margin: 0 0 0.6rem; display: flex; flex-wrap: wrap; gap: 0.4rem; }
+.switch button { font: inherit; color: var(--ink); background: var(--background); border: 1px solid var(--muted);
+  border-radius: 0.3rem; padding: 0.25rem 0.7rem; min-height: 2rem; cursor: pointer; }
+.switch button[aria-pressed="true"] { background: var(--ink); color: var(--background); border-color: var(--ink); }
+.switch button:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+figcaption p { margin: 0; }
 figcaption { color: var(--muted); font-size: 0.85rem; line-height: 1.45; max-width: 46rem; margin: 0.5rem 0; }
 .part { margin: 1rem 0; overflow-x: auto; }
 caption { text-align: left; color: var(--muted); padding: 0 0 0.5rem 0.55rem; }
@@ -74,7 +80,7 @@ tr.method th { font-weight: 600; }
 @media print {
   @page { margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
-  nav { display: none; }
+  nav, .switch { display: none; }
   h2, p { break-after: avoid; }
   p { break-inside: avoid; }
   .part { overflow: visible; }
@@ -91,6 +97,14 @@ tr.method th { font-weight: 600; }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Switch:
+    """A second look of a section's figure, and what the reader chooses between: the first look's name, the second's."""
+
+    names: tuple[str, str]
+    figure: Callable[[Theme], go.Figure]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Section:
     """A heading, text (a blank line starts a paragraph), and perhaps a figure and a piece of HTML, in this order."""
 
@@ -98,6 +112,7 @@ class Section:
     text: str = ""
     figure: go.Figure | Callable[[Theme], go.Figure] | None = None
     """A function of the theme is drawn light or dark as the reader's system has it, a bare figure always as it is."""
+    switch: Switch | None = None
     html: str | None = None
     """Put in as it is: only HTML that was made and escaped by this program, such as `results_html`."""
 
@@ -124,7 +139,9 @@ function drawn(figure, paper = false) {
   library();
   const spec = JSON.parse(figure.querySelector("script").textContent);
   const tree = {data: spec.data, layout: spec.layout};
-  if (dark.matches && !paper) changed(tree, spec.dark);
+  const night = dark.matches && !paper;
+  if (night) changed(tree, spec.dark);
+  if (figure.dataset.look === "1") changed(tree, night ? spec.other.dark : spec.other.light);
   const room = figure.parentElement.clientWidth;
   if (!paper && room < tree.layout.width) {
     changed(tree, spec.narrow);
@@ -145,6 +162,13 @@ function again(paper = false) {
   for (const figure of figures) drawn(figure, paper);
   document.documentElement.dataset.drawn = "all";
 }
+for (const button of document.querySelectorAll(".switch button")) button.addEventListener("click", () => {
+  const figure = button.closest("figure");
+  figure.dataset.look = button.value;
+  for (const each of figure.querySelectorAll(".switch button")) each.ariaPressed = String(each === button);
+  for (const caption of figure.querySelectorAll("figcaption p")) caption.hidden = caption.dataset.look !== button.value;
+  if (!waiting.includes(figure)) drawn(figure);
+});
 let width = innerWidth, soon;
 addEventListener("resize", () => {
   clearTimeout(soon);
@@ -166,7 +190,7 @@ def report_html(title: str, sections: Sequence[Section], *, opening: Sequence[st
     library = f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>' if figures else ""
     drawing = f"<script>{DRAW}</script>" if figures else ""
     body = "\n".join(_section(section, place) for place, section in enumerate(sections, 1))
-    found = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in opening)
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in opening)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -180,7 +204,7 @@ def report_html(title: str, sections: Sequence[Section], *, opening: Sequence[st
 <body>
 <main>
 <h1>{escape(title)}</h1>
-{f'<div class="opening">{found}</div>' if found else ""}
+{f'<div class="opening">{paragraphs}</div>' if paragraphs else ""}
 {_contents(sections)}
 {body}
 </main>
@@ -210,36 +234,54 @@ def anchor(heading: str, place: int) -> str:
 
 def _section(section: Section, place: int) -> str:
     paragraphs = [f"<p>{escape(part.strip())}</p>" for part in section.text.split("\n\n") if part.strip()]
-    figure = [_figure(section.figure, section.heading, place)] if section.figure is not None else []
+    figure = [_figure(section, section.figure, place)] if section.figure is not None else []
     part = [f'<div class="part" tabindex="0">{section.html}</div>'] if section.html is not None else []
     opening = f'<section>\n<h2 id="{anchor(section.heading, place)}">{escape(section.heading)}</h2>'
     return "\n".join([opening, *paragraphs, *figure, *part, "</section>"])
 
 
-def _figure(drawn: go.Figure | Callable[[Theme], go.Figure], heading: str, place: int) -> str:
+def _figure(section: Section, drawn: go.Figure | Callable[[Theme], go.Figure], place: int) -> str:
     """The figure as data beside the place that it is drawn in, which has its size already; its remarks are the page's
     text, its title is the section's."""
     light = drawn if isinstance(drawn, go.Figure) else drawn(LIGHT)
     figure, remarks = untitled(light)
     dark = figure if isinstance(drawn, go.Figure) else untitled(drawn(DARK))[0]
-    tree = _tree(figure)
-    data = json.dumps(
-        {
-            **tree,
-            "dark": differences(tree, _tree(dark)),
-            "narrow": differences(tree, _tree(narrow(figure))),
-            "config": CONFIG,
-        },
-        separators=(",", ":"),
-    ).replace("<", "\\u003c")  # cannot end the script
+    tree, night, captions = _tree(figure), _tree(dark), [remarks]
+    looks: dict[str, object] = {"dark": differences(tree, night), "narrow": differences(tree, _tree(narrow(figure)))}
+    if section.switch is not None:
+        (other, words), (other_dark, _) = (untitled(section.switch.figure(theme)) for theme in (LIGHT, DARK))
+        looks["other"] = {"light": differences(tree, _tree(other)), "dark": differences(night, _tree(other_dark))}
+        captions.append(words)
+    data = json.dumps({**tree, **looks, "config": CONFIG}, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # cannot end the script
     width, height = figure.layout.width or PRINTED_WIDTH, figure.layout.height or 450
     zoom = min(1.0, PRINTED_WIDTH / width)
-    caption = f"<figcaption>{'<br>'.join(map(escape, remarks))}</figcaption>" if remarks else ""
     return (
-        f'<figure aria-label="{escape(heading)}" style="--printed: {zoom:.3f}"><div id="figure-{place}" style="width: '
-        f'min({width}px, 100%); height: {height}px"></div>{caption}'
+        f'<figure aria-label="{escape(section.heading)}" style="--printed: {zoom:.3f}"><div id="figure-{place}" '
+        f'style="width: min({width}px, 100%); height: {height}px"></div>{_caption(captions, section.switch)}'
         f'<script type="application/json">{data}</script></figure>'
     )
+
+
+def _caption(captions: Sequence[Sequence[str]], switch: Switch | None) -> str:
+    """What chooses the look, and each look's remarks."""
+    remarks = "".join(
+        f'<p data-look="{look}"{" hidden" if look else ""}>{"<br>".join(map(escape, words))}</p>'
+        for look, words in enumerate(captions)
+        if words
+    )
+    return f"<figcaption>{_buttons(switch)}{remarks}</figcaption>" if remarks or switch else ""
+
+
+def _buttons(switch: Switch | None) -> str:
+    """One for each look, the first of them pressed."""
+    if switch is None:
+        return ""
+    buttons = "".join(
+        f'<button type="button" value="{look}" aria-pressed="{"false" if look else "true"}">{escape(name)}</button>'
+        for look, name in enumerate(switch.names)
+    )
+    return f'<div class="switch" role="group" aria-label="Look of the figure">{buttons}</div>'
 
 
 def _tree(figure: go.Figure) -> dict[str, object]:

@@ -15,10 +15,10 @@ from workbench.circuits.evaluation import CircuitReport
 from workbench.experiment.runs import RunFolder
 from workbench.plots.curves import faithfulness_figure
 from workbench.plots.graph import circuit_graph
-from workbench.plots.importance import head_importance
+from workbench.plots.importance import Scale, head_importance
 from workbench.plots.looks import looks_figure
 from workbench.plots.theme import Theme
-from workbench.report.page import Section
+from workbench.report.page import Section, Switch
 from workbench.report.roles import Roles
 from workbench.values.scores import Scores
 
@@ -57,17 +57,26 @@ def _paths(circuits: Mapping[str, Circuit], scores: Mapping[str, dict[str, Score
             "circuit heads are outlined with their roles."
         )
         framed = {name: circuits[name] for name in drawn}
-        yield Section(
-            heading="Heads by path patching",
-            text=text,
-            figure=partial(_map, drawn, framed, roles, title="Path patching"),
-        )
+        yield _map("Heads by path patching", text, partial(_drawn, drawn, framed, roles, title="Path patching"))
 
 
-def _map(
-    scores: Mapping[str, Scores], circuits: Mapping[str, Circuit], roles: Roles, theme: Theme, *, title: str
+def _map(heading: str, text: str, figure: partial[go.Figure]) -> Section:
+    """The models' maps, each on the scale that shows it, or both on one; a single model has the one."""
+    several = len(figure.args[0]) > 1
+    common = Switch(names=("Each on its own scale", "Both on one scale"), figure=partial(figure, scale="common"))
+    return Section(heading=heading, text=text, figure=figure, switch=common if several else None)
+
+
+def _drawn(
+    scores: Mapping[str, Scores],
+    circuits: Mapping[str, Circuit],
+    roles: Roles,
+    theme: Theme,
+    *,
+    title: str,
+    scale: Scale = "own",
 ) -> go.Figure:
-    return head_importance(scores, circuits=circuits, roles=roles.names, theme=theme, title=title)
+    return head_importance(scores, circuits=circuits, roles=roles.names, scale=scale, theme=theme, title=title)
 
 
 def _graphs(
@@ -118,11 +127,8 @@ def _impacts(
                 "little here."
             )
             framed = {name: circuits[name] for name in impacts}
-            yield Section(
-                heading=f"Heads by mean ablation ({metric.replace('_', ' ')})",
-                text=text,
-                figure=partial(_map, impacts, framed, roles, title="Mean ablation"),
-            )
+            heading = f"Heads by mean ablation ({metric.replace('_', ' ')})"
+            yield _map(heading, text, partial(_drawn, impacts, framed, roles, title="Mean ablation"))
 
 
 def circuits_of(folder: RunFolder) -> dict[str, Circuit]:

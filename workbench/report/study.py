@@ -16,16 +16,11 @@ from workbench.plots.losses import style_of
 from workbench.plots.table import condition_title
 from workbench.plots.theme import LIGHT, Theme, escaped, faint, titled
 from workbench.report.page import Section, report_html
+from workbench.report.study_findings import PARTS, cell_html, cell_title, study_opening
 from workbench.study.written import read_summary
 
 WIDTH = 820
-PARTS = {"full": "full model", "circuit": "circuit alone"}
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star")
-
-
-def cell_title(cell: Mapping[str, Any]) -> str:
-    """`sibling, 10 scenes`."""
-    return f"{cell['student']}, {cell['train_scenes']} scenes"
 
 
 def cell_frame(cell: Mapping[str, Any]) -> pd.DataFrame:
@@ -167,7 +162,7 @@ def study_report(path: Path) -> str:
     if not (path / "summary.json").exists():
         raise InputError(f"{path} holds no study's summary; run `workbench study` into it first.")
     summary = read_summary(path / "summary.json")
-    return report_html(summary["title"], list(_sections(summary)))
+    return report_html(summary["title"], list(_sections(summary)), opening=study_opening(summary))
 
 
 def _sections(summary: Mapping[str, Any]) -> Iterator[Section]:
@@ -179,7 +174,7 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[Section]:
             f"{heads.get('matched', heads['heads'])} are matched to {heads['teacher_heads_used']} of the teacher's; "
             f"lambda {cell['weight']:g}, chosen on validation prompts."
         )
-        yield Section(heading=cell_title(cell), text=text, figure=partial(_cell, cell))
+        yield Section(heading=cell_title(cell), text=text, figure=partial(_cell, cell), html=cell_html(cell))
         if any(condition["curve"] for condition in cell["conditions"].values()):
             yield Section(heading=f"{cell_title(cell)}: how fast", figure=partial(_convergence, cell))
     if summary["diagnostic"]["points"]:

@@ -8,6 +8,7 @@ forgives what:
     linear_cka        yes       yes    yes          no                yes        debiased 0, biased > 0 (1 at small m)
     rbf_cka           yes       yes    yes          no                yes        as linear_cka
     procrustes        yes       yes    yes          no                yes        above 0 (high at small m)
+    gram              yes       yes    yes          no                yes        above 0 (at most biased linear_cka)
     rsa               yes       yes    yes          no                yes        0 (distance=correlation: scale only)
     svcca             yes       yes    yes          with keep=1       yes        above 0 (1 at m <= p + q)
     pwcca             of Y      yes    yes          of Y              no         above 0 (1 at m <= p + q)
@@ -32,6 +33,7 @@ from workbench.errors import InputError, nearest
 from workbench.similarity.attention import attention_kl
 from workbench.similarity.cca import pwcca, svcca
 from workbench.similarity.cka import linear_cka, pairwise_linear_cka
+from workbench.similarity.gram import gram
 from workbench.similarity.kernels import pairwise_rbf_cka, rbf_cka
 from workbench.similarity.names import Estimator, Measure
 from workbench.similarity.procrustes import procrustes
@@ -46,6 +48,7 @@ MEASURES: Mapping[str, Callable[..., Tensor]] = {
     "linear_cka": linear_cka,
     "rbf_cka": rbf_cka,
     "procrustes": procrustes,
+    "gram": gram,
     "rsa": rsa,
     "svcca": svcca,
     "pwcca": pwcca,

@@ -8,6 +8,7 @@ Measure = Literal[
     "linear_cka",
     "rbf_cka",
     "procrustes",
+    "gram",
     "rsa",
     "svcca",
     "pwcca",

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from workbench.errors import InputError
+from workbench.errors import InputError, nearest
 from workbench.experiment.conditions import ConditionName
 from workbench.experiment.recipe import parse_config, read_yaml
 
 STRICT = ConfigDict(extra="forbid")
+BESIDE_METHOD = ("teacher", "data", "discovery", "evaluation", "dtype", "teacher_dtype", "training")
+"""Keys of a recipe in which a student and its baseline must not differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -26,6 +28,11 @@ class StudentConfig:
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the recipe for this student alone, e.g. `alignment.positions: last`: the same model under several
     methods."""
+    conditions: tuple[ConditionName, ...] | None = None
+    """In place of the study's."""
+    baseline: str | None = None
+    """Another student of the study, the same model under another method, whose rows stand in the comparisons for the
+    conditions that this one leaves out: what is trained without alignment need not be trained under every method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -47,10 +54,17 @@ class StudyConfig:
     """Training seeds of the choice of lambda; none of them is among `seeds`."""
     seeds: tuple[int, ...]
     conditions: tuple[ConditionName, ...]
+    best: tuple[ConditionName, ...] = ()
+    """Conditions under which only the student of the highest validation accuracy (at its chosen lambda) is trained,
+    where the students are one model under several methods: controls of the method that validation chooses."""
     anew: tuple[ConditionName, ...] = ()
     """Conditions in whose students circuits are found anew, with the first seed at the first data size."""
 
     def __post_init__(self) -> None:
+        for name, student in self.students.items():
+            self._check_baseline(name, student)
+        if self.best and len(self.weights) < 2:
+            raise InputError("`best` is chosen by validation, as lambda is; give several `weights`, or leave it out.")
         shared = set(self.seeds) & set(self.validation_seeds)
         if shared:
             raise InputError(
@@ -61,6 +75,24 @@ class StudyConfig:
             raise InputError(
                 "lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single "
                 "weight."
+            )
+
+    def _check_baseline(self, name: str, student: StudentConfig) -> None:
+        """The other student is there, of the same model, and evaluated on the same prompts."""
+        if student.baseline is None:
+            return
+        other = self.students.get(student.baseline)
+        if other is None or student.baseline == name:
+            raise InputError(
+                f"the baseline of {name} is another student of the study; "
+                f"{nearest(student.baseline, [each for each in self.students if each != name])}"
+            )
+        apart = {each for one in (student, other) for each in one.overrides if each.split(".")[0] in BESIDE_METHOD}
+        if other.source != student.source or apart:
+            raise InputError(
+                f"{name} can't be compared with the rows of {student.baseline}: "
+                + (f"they differ in {', '.join(sorted(apart))}" if apart else "they are different models")
+                + "; leave `baseline` out and give it conditions of its own."
             )
 
 

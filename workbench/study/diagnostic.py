@@ -142,7 +142,7 @@ def forecast_of(run: Path, study: str | Path = BUNDLED) -> Forecast | None:
     if str(study) == BUNDLED and not (Path(located(BUNDLED)) / "summary.json").exists():
         return None
     ckas = storage.read_typed(storage.read_json(run / "ckas.json"), list[Starting], what=f"CKAs of pairs ({run})")
-    found = forecast(ckas, *read_starts(study))
-    if found is not None:
-        storage.write_json(run / "forecast.json", found.to_json())
-    return found
+    expectation = forecast(ckas, *read_starts(study))
+    if expectation is not None:
+        storage.write_json(run / "forecast.json", expectation.to_json())
+    return expectation

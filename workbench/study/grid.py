@@ -110,6 +110,10 @@ class Study:
         """Where a cell's chosen lambda lies."""
         return self.path / student / f"scenes-{scenes}" / "weight.json"
 
+    def anew_file(self, student: str, scenes: int, condition: str) -> Path:
+        """Where a circuit lies that was found anew in a trained student."""
+        return self.path / student / f"scenes-{scenes}" / "anew" / f"{condition}.json"
+
     def prepare(self) -> None:
         """Circuits and head maps of all students, which every trial reads."""
         for name in self.config.students:
@@ -138,19 +142,35 @@ class Study:
     def run(self) -> None:
         """Everything that is not there yet: discovery, lambda, conditions, circuits anew; the scarce data size of all
         students first."""
+        if self.config.best:
+            self.choose()
         for cell in self.cells():
-            run_arms(cell.run, self.arms, resume=True)
+            run_arms(cell.run, self.arms(cell.student, cell.scenes), resume=True)
             if cell.scenes == self.config.train_scenes[0]:
                 for condition in self.config.anew:
-                    self._find_anew(cell, condition)
+                    self.find_anew(cell.student, cell.scenes, condition)
 
-    @property
-    def arms(self) -> list[tuple[str, int]]:
+    def conditions(self, student: str, scenes: int) -> tuple[str, ...]:
+        """Of a cell; those for the best student are known once lambda is chosen for all."""
+        own = self.config.students[student].conditions
+        best = self.config.best if self.config.best and self.best(scenes) == student else ()
+        return tuple(dict.fromkeys((*(self.config.conditions if own is None else own), *best)))
+
+    def best(self, scenes: int) -> str | None:
+        """The student of the highest validation accuracy at its chosen lambda; None before all have chosen theirs."""
+        files = {name: self.weight_file(name, scenes) for name in self.config.students}
+        if not all(file.exists() for file in files.values()):
+            return None
+        accuracies = {name: chosen_accuracy(read_weight(file)) for name, file in files.items()}
+        known = {name: value for name, value in accuracies.items() if value is not None}
+        return max(known, key=lambda name: known[name]) if known else None
+
+    def arms(self, student: str, scenes: int) -> list[tuple[str, int]]:
         """Conditions and seeds of a cell; what is not trained has no seed, and is evaluated once."""
         return [
             (condition, seed)
             for seed in self.config.seeds
-            for condition in self.config.conditions
+            for condition in self.conditions(student, scenes)
             if CONDITIONS[condition].trains is not None or seed == self.config.seeds[0]
         ]
 
@@ -163,7 +183,7 @@ class Study:
             for name, folder in folders.items()
             if all(
                 (replace(folder, trial=f"scenes-{scenes}").condition(*arm) / "result.json").exists()
-                for arm in self.arms
+                for arm in self.arms(name, scenes)
             )
         ]
 
@@ -191,7 +211,12 @@ class Study:
         for other in self._searched.values():
             _share_results(other, run)
         log.info("student %s", name)
-        conditions = (*self.config.conditions, *([METHOD] if len(self.config.weights) > 1 else []))
+        own = self.config.students[name].conditions
+        conditions = (
+            *(self.config.conditions if own is None else own),
+            *self.config.best,
+            *([METHOD] if len(self.config.weights) > 1 else []),
+        )
         preflight(run, conditions)
         for scenes in self.config.train_scenes:
             cell = run.varied(self._at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
@@ -235,13 +260,13 @@ class Study:
             recipe, data=replace(recipe.data, train_scenes=scenes), alignment=replace(recipe.alignment, weight=weight)
         )
 
-    def _find_anew(self, cell: Cell, condition: str) -> None:
-        """The circuit of a trained student, found by the recipe's own search, beside the untrained student's and the
-        teacher's."""
-        file = cell.path / "anew" / f"{condition}.json"
+    def find_anew(self, student_name: str, scenes: int, condition: str) -> None:
+        """The circuit of a student that has been trained, found by the recipe's own search, beside the untrained
+        student's and the teacher's."""
+        file = self.anew_file(student_name, scenes, condition)
         if file.exists():
             return
-        run, seed = cell.run, self.config.seeds[0]
+        run, seed = self._chosen(self._opened(student_name), scenes), self.config.seeds[0]
         trained = run.folder.condition(condition, seed) / "student"
         student = (
             run.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
@@ -250,7 +275,7 @@ class Study:
         finder = method_named(config.method, config.options)
         anew = finder.find(inquiry_of(run, "student", student, keep=False)).circuit
         before, teacher = run.circuit("student"), run.circuit("teacher")
-        layers = self.config.students[cell.student].teacher_layers
+        layers = self.config.students[student_name].teacher_layers
         overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
         storage.write_json(
             file,
@@ -331,6 +356,12 @@ class ChosenWeight(TypedDict):
 
     weight: float
     validation_accuracy: dict[str, list[float]]
+
+
+def chosen_accuracy(weight: ChosenWeight) -> float | None:
+    """Mean validation accuracy at the chosen lambda; None where none was tried."""
+    values = weight["validation_accuracy"].get(str(weight["weight"]))
+    return sum(values) / len(values) if values else None
 
 
 def read_weight(file: Path) -> ChosenWeight:

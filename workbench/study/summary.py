@@ -36,20 +36,21 @@ def summarise(study: Study) -> dict[str, Any]:
         raise InputError(
             f"no cell of the study in {study.path} is finished; run `workbench study` into it with --resume."
         )
-    found = {
+    summary = {
         "title": study.config.title,
         "cells": [_cell(study, cell) for cell in cells],
         "diagnostic": _diagnostic(study, cells),
     }
-    storage.write_json(study.path / "summary.json", found)
-    return found
+    storage.write_json(study.path / "summary.json", summary)
+    return summary
 
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
     rows = [row for row in collect(cell.run.folder) if row.seed in study.config.seeds or row.condition == TEACHER]
     weight = read_weight(cell.path / "weight.json")
     by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
-    target = _mean_end(cell, study, PLAIN)
+    holder = _holder(study, cell, PLAIN)
+    target = None if holder is None else _mean_end(holder, study, PLAIN)
     anew = {
         file.stem: _without_circuit(storage.read_typed(storage.read_json(file), dict, what=f"a circuit anew ({file})"))
         for file in sorted((cell.path / "anew").glob("*.json"))
@@ -61,10 +62,12 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
         "test_prompts": len(cell.run.prompts.test),
         "weight": weight["weight"],
         "validation_accuracy": weight["validation_accuracy"],
+        "best": study.best(cell.scenes) == cell.student,
+        "baseline": study.config.students[cell.student].baseline,
         "heads_trained": _heads_trained(cell),
-        "conditions": {name: _condition(study, cell, found, target) for name, found in by_condition.items() if found},
+        "conditions": {name: _condition(study, cell, rows, target) for name, rows in by_condition.items() if rows},
         "comparisons": {
-            other: _comparisons(study, cell, other) for other in BASELINES if other in study.config.conditions
+            other: _comparisons(study, cell, other) for other in BASELINES if _holder(study, cell, other) is not None
         },
         "circuits_anew": anew,
         "transfer": _transfer(study, cell),
@@ -151,14 +154,27 @@ def _outcomes(study: Study, cell: Cell, condition: str) -> list[Outcomes]:
     return [read_outcomes(cell.run.folder.condition(condition, seed)) for seed in seeds]
 
 
+def _holder(study: Study, cell: Cell, condition: str) -> Cell | None:
+    """The cell whose rows of a condition this one is compared with: itself, or its student's baseline where that has
+    been run. None where neither has the condition."""
+    if condition in study.conditions(cell.student, cell.scenes):
+        return cell
+    name = study.config.students[cell.student].baseline
+    if name is None or condition not in study.conditions(name, cell.scenes):
+        return None
+    return next((each for each in study.finished() if (each.student, each.scenes) == (name, cell.scenes)), None)
+
+
 def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
     """Every condition against another one: full accuracy and circuit accuracy."""
+    holder = _holder(study, cell, other)
+    assert holder is not None, "asked before"
     second, scene = (
-        _outcomes(study, cell, other),
+        _outcomes(study, holder, other),
         len(cell.run.prompts.test) // cell.run.prompts.allotment.sizes["test"],
     )
     comparisons = {}
-    for condition in study.config.conditions:
+    for condition in study.conditions(cell.student, cell.scenes):
         if other in CONDITIONS[condition].compared_with:
             first = _outcomes(study, cell, condition)
             comparisons[condition] = {
@@ -174,12 +190,16 @@ def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
     points = []
     for cell in cells:
         results = {(row.condition, row.seed): row for row in collect(cell.run.folder)}
-        for condition in study.config.conditions:
+        holder = _holder(study, cell, PLAIN)
+        plain = (
+            {} if holder is None else {row.seed: row for row in collect(holder.run.folder) if row.condition == PLAIN}
+        )
+        for condition in study.conditions(cell.student, cell.scenes):
             for seed in study.config.seeds:
                 start = starting_similarity(cell, condition, seed)
-                if start is None or (PLAIN, seed) not in results or not _is_plain_with_alignment(condition):
+                if start is None or seed not in plain or not _is_plain_with_alignment(condition):
                     continue
-                gain = results[condition, seed].full_accuracy - results[PLAIN, seed].full_accuracy
+                gain = results[condition, seed].full_accuracy - plain[seed].full_accuracy
                 points.append(
                     {
                         "student": cell.student,

@@ -66,12 +66,12 @@ def attend(
     scores = []
     if clean is not None:
         flat = rows.reshape(batch, kv_heads, variants * group * slots, width)
-        found = (flat @ clean.k.permute(0, 2, 3, 1)).view(batch, kv_heads, variants, group, slots, -1)
-        scores.append(_masked(_capped(found.mul_(scale), soft_cap), clean.visible))
+        products = (flat @ clean.k.permute(0, 2, 3, 1)).view(batch, kv_heads, variants, group, slots, -1)
+        scores.append(_masked(_capped(products.mul_(scale), soft_cap), clean.visible))
     if new is not None:
         flat = rows.reshape(batch, kv_heads, variants, group * slots, width)
-        found = (flat @ new.k.permute(1, 3, 0, 4, 2)).view(batch, kv_heads, variants, group, slots, -1)
-        scores.append(_masked(_capped(found.mul_(scale), soft_cap), new.visible))
+        products = (flat @ new.k.permute(1, 3, 0, 4, 2)).view(batch, kv_heads, variants, group, slots, -1)
+        scores.append(_masked(_capped(products.mul_(scale), soft_cap), new.visible))
     weights = torch.softmax(
         scores[0] if len(scores) == 1 else torch.cat(scores, -1),
         -1,

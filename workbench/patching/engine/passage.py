@@ -89,7 +89,7 @@ class Passage:
         self.spots = Spots.of(changed)
         self.runs = FrozenRuns(replay, corrupt)
         self.where = self.window.at(receiving)
-        self.spot, self.found = self.window.find(self.spots)
+        self.spot, self.inside = self.window.find(self.spots)
 
     def variant_bytes(self, layers: Collection[int]) -> int:
         """How much memory one variant takes at most on its way through receivers in some layers."""
@@ -201,8 +201,8 @@ class Passage:
         self, value: Float[Tensor, "variant batch spot ..."], clean: Float[Tensor, "batch slot ..."]
     ) -> Tensor:
         rows = torch.arange(value.shape[1], device=value.device)[:, None]
-        found = self.found.reshape(*self.found.shape, *(1,) * (clean.ndim - 2))
-        return torch.where(found, value[:, rows, self.spot], clean)
+        inside = self.inside.reshape(*self.inside.shape, *(1,) * (clean.ndim - 2))
+        return torch.where(inside, value[:, rows, self.spot], clean)
 
 
 def rows_of(corrupt: Corrupt, rows: Int[Tensor, " rows"]) -> Corrupt:

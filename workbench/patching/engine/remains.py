@@ -256,8 +256,10 @@ class Remains:
             assert layer.k is not None
             assert layer.v is not None
             before = self.mask[:, :start]
-            kept = (value[:, :start] if full else value[:, :start][..., readers, :] for value in (layer.k, layer.v))
-            prefix = Keys(**dict(zip(("k", "v"), kept, strict=True)), visible=None if bool(before.all()) else before)
+            prefixes = (value[:, :start] if full else value[:, :start][..., readers, :] for value in (layer.k, layer.v))
+            prefix = Keys(
+                **dict(zip(("k", "v"), prefixes, strict=True)), visible=None if bool(before.all()) else before
+            )
         z = attend(q, prefix, new, part.scale, part.softmax_in_float32, part.soft_cap)
         removed = layer.removed[:, start:][..., heads]
         stand_in = self.stand_ins.z[number][:, start:][:, :, heads]

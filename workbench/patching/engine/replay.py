@@ -127,9 +127,9 @@ class Replay:
         if hooks.rotary_cos(0) in model.model.hook_dict:
             kinds |= {"cos": hooks.rotary_cos, "sin": hooks.rotary_sin}
         names = [kind(layer) for layer in range(model.n_layers) for kind in kinds.values()]
-        logits, found = model.activations(pairs.clean, pairs.mask, names)
+        logits, activations = model.activations(pairs.clean, pairs.mask, names)
         clean = [
-            _clean_layer(part, {name: found[kind(layer)] for name, kind in kinds.items()})
+            _clean_layer(part, {name: activations[kind(layer)] for name, kind in kinds.items()})
             for layer, part in enumerate(parts.blocks)
         ]
         return cls(model, parts, pairs.mask, clean, logits)

@@ -71,10 +71,10 @@ def replaced(
                     return _logits(part, site, layer, there, where[chunk], window, some)  # noqa: B023 (called before the loop goes on)
 
                 for chunk, logits in in_chunks(range(len(numbers)), max(1, fit // len(some)), work):
-                    for place, found in zip(chunk, logits.unflatten(0, (len(chunk), len(some))), strict=True):
+                    for place, per_head in zip(chunk, logits.unflatten(0, (len(chunk), len(some))), strict=True):
                         yield from (
                             Patched(mask=numbers[place], head=head, rows=rows, logits=each)
-                            for head, each in zip(some, found, strict=True)
+                            for head, each in zip(some, per_head, strict=True)
                         )
 
 
