@@ -21,6 +21,7 @@ test:  ## lint, types, the tests but for the lengthy ones, and the contract test
 	$(MAKE) --no-print-directory -j 2 $(READY) $(READY3)
 	$(MAKE) --no-print-directory -j 2 lint types test-tl3
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(TESTS)"
+	$(MAKE) --no-print-directory quantised
 
 test-all:  ## the same with the lengthy tests
 	$(MAKE) --no-print-directory test TESTS=
@@ -38,13 +39,12 @@ browser: $(READY)  ## the explorer in headless Chromium, in JupyterLab and on it
 	@command -v chromium >/dev/null || echo "no Chromium: apt-get install -y chromium (the tests are skipped without it)"
 	$(BIN)/python -m pytest -m browser -rs tests/browser
 
-ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one (installs the extra)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one
 	$(BIN)/python -m pytest -rs tests/study/test_study_ray.py
 
-quantised: $(READY)  ## teachers in 8 and 4 bits against full ones (installs the extra, with which every start takes seconds more)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
-	$(BIN)/python -m pytest -rs tests/models/test_quantised.py
+quantised: $(READY)  ## an int8 teacher against the full one, with torchao beside the environment: in it every start would take seconds more
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/quantised torchao
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -rs tests/models/test_quantised.py
 
 figures: $(READY)  ## draw the gallery in assets/figures and the picture of the explorer anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
