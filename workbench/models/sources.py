@@ -6,6 +6,7 @@ once.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from workbench import storage
+from workbench import __version__, storage
 from workbench.errors import InputError
 from workbench.models import merging
 from workbench.models.folders import (
@@ -167,6 +168,34 @@ def converted_gguf(path: Path) -> Path:
     if not (target / "config.json").exists():
         storage.replace_directory(target, lambda temporary: _convert_gguf(path, temporary), keep_existing=True)
     return target
+
+
+CHECKED = "self_check.json"
+"""In a converted file's folder: the self-checks that it has passed."""
+
+
+def has_passed(directory: Path, how: str) -> bool:
+    """Whether a converted GGUF file, whose bytes are known by its folder's name, has passed the self-check so (dtype
+    and device) in the versions that are installed."""
+    file = directory / CHECKED
+    return _is_conversion(directory) and file.exists() and _check(how) in storage.read_json(file).get("passed", [])
+
+
+def note_passed(directory: Path, how: str) -> None:
+    """For `has_passed`; of other folders, which may change, nothing is noted."""
+    if _is_conversion(directory) and not has_passed(directory, how):
+        file = directory / CHECKED
+        passed = storage.read_json(file).get("passed", []) if file.exists() else []
+        storage.write_json(file, {"passed": [*passed, _check(how)]})
+
+
+def _is_conversion(directory: Path) -> bool:
+    return directory.parent == cache_root() / "gguf"
+
+
+def _check(how: str) -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "transformer-lens")]
+    return ", ".join((f"workbench {__version__}", *versions, how))
 
 
 def _require_gguf(path: Path) -> None:
