@@ -210,7 +210,7 @@ def _require_gguf(path: Path) -> None:
 
 def _convert_gguf(path: Path, target: Path) -> None:
     require_package("gguf", "gguf")
-    with _alone(path) as folder, quiet():
+    with _alone(path) as folder, quiet(), _read_once():
         where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         with refusing(
             f"{path} could not be read by transformers", "download or copy it again, or give the model itself"
@@ -234,6 +234,29 @@ def _convert_gguf(path: Path, target: Path) -> None:
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file's header is parsed once: config, tokenizer and model each ask for it, and a vocabulary of
+    49,000 tokens takes seconds every time."""
+    import gguf
+
+    whole: Any = gguf.GGUFReader
+    known: dict[str, Any] = {}
+
+    def reader(place: Any, *rest: Any) -> Any:
+        key = f"{place} {rest}"
+        if key not in known:
+            known[key] = whole(place, *rest)
+        return known[key]
+
+    module: Any = gguf
+    module.GGUFReader = reader
+    try:
+        yield
+    finally:
+        module.GGUFReader = whole
 
 
 @contextlib.contextmanager
