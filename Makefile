@@ -12,7 +12,7 @@ WORKERS ?= auto
 # Which tests `make test` runs: those marked lengthy take half a minute or more, beside a faster test of the same kind.
 TESTS ?= not lengthy
 
-.PHONY: demo test test-all test-fast test-tl3 browser ray quantised notebooks figures tables docs check lint types bench models dist resolve clean
+.PHONY: demo test test-all test-fast budget test-tl3 browser ray quantised notebooks figures tables docs check lint types bench models dist resolve clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo --workers auto $(if $(wildcard runs/demo/run.json),--resume)
@@ -20,7 +20,7 @@ demo: $(READY)  ## the main job: discover, match, distil, compare, report on the
 test:  ## lint, types, the tests but for the lengthy ones, and the contract tests on TransformerLens 3.9
 	$(MAKE) --no-print-directory -j 2 $(READY) $(READY3)
 	$(MAKE) --no-print-directory -j 2 lint types test-tl3
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(TESTS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=runs/tests.xml -m "$(TESTS)"
 	$(MAKE) --no-print-directory quantised
 
 test-all:  ## the same with the lengthy tests
@@ -28,6 +28,9 @@ test-all:  ## the same with the lengthy tests
 
 test-fast: $(READY)  ## the quick tests alone: no browser, no notebook, no second environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not lengthy"
+
+budget: $(READY)  ## the table of CONTRIBUTING: which tests the last `make test` took how long for
+	$(BIN)/python -m tests.budget runs/tests.xml
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/models/test_models.py tests/models/test_sources.py tests/readouts/test_readouts.py
