@@ -6,6 +6,8 @@ pair at one token is three products of [32 x 32] features, twelve pairs together
 left is the capture of the heads' outputs, and gathering the rows. With the teacher live, its forward comes on top, and
 nothing else.
 
+`sdpa_ratio`: how many times longer the same step takes with attention step by step than in one kernel.
+
 Medians of interleaved steps on one thread, every step on the next batch, in seconds of processor time: on one thread
 that is the wall clock's without what other work on the machine takes away.
 """
@@ -24,7 +26,9 @@ from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.teacher_cache import LiveTeacher, TeacherOutputs, computed
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import hook_names
+from workbench.models.fused import attention
 from workbench.models.hooked_model import Student, Teacher
+from workbench.models.names import Attention
 from workbench.values.refs import Head
 
 PROMPTS, TOKENS, BATCH = 96, 54, 32
@@ -60,9 +64,9 @@ def _measured(repeats: int) -> dict[str, Any]:
         _steps(teacher_outputs, weight)
         for teacher_outputs, weight in ((cache, 0.0), (cache, 0.5), (LiveTeacher(teacher, prompts, names), 0.5))
     )
-    forward = _forwards(teacher)
-    without, cached, with_teacher, alone = medians(
-        plain, aligned, live, forward, repeats=repeats, clock=time.process_time
+    forward, fused = _forwards(teacher), _steps(cache, 0.5, kind="sdpa")
+    without, cached, with_teacher, in_one_kernel, alone = medians(
+        plain, aligned, live, fused, forward, repeats=repeats, clock=time.process_time
     )
     return {
         "name": "distill-step",
@@ -72,12 +76,13 @@ def _measured(repeats: int) -> dict[str, Any]:
         "cpu_seconds_cached": round(cached, 4),
         "cpu_seconds_live": round(with_teacher, 4),
         "cpu_seconds_teacher_forward": round(alone, 4),
+        "sdpa_ratio": round(cached / in_one_kernel, 3),
         "repeats": repeats,
         "threads": torch.get_num_threads(),
     }
 
 
-def _steps(outputs: TeacherOutputs, weight: float) -> Callable[[], object]:
+def _steps(outputs: TeacherOutputs, weight: float, kind: Attention = "eager") -> Callable[[], object]:
     """The next step of a run of its own, on the same prompts and heads."""
     student = Student(llama(layers=6, heads=8, kv_heads=8, d_model=256, d_head=32).model)
     slices = TrainedSlices(student, slices_of_heads(student, [pair.student for pair in PAIRS]))
@@ -88,7 +93,7 @@ def _steps(outputs: TeacherOutputs, weight: float) -> Callable[[], object]:
     numbers = iter(range(config.steps))
 
     def step() -> object:
-        with slices.gradients(), student.training():
+        with attention(student, kind), slices.gradients(), student.training():
             return training.step(next(numbers))
 
     return step

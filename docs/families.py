@@ -1,5 +1,6 @@
-"""Families x methods, on miniatures with random weights: `python -m docs.families [FAMILY ...]` tries each family anew
-and writes assets/results/families.json, of which `make tables` makes the table of docs/concepts/families.md.
+"""Families x methods, on miniatures with random weights: `python -m docs.families [FAMILY ...]` tries each family anew,
+on all free cores, and writes assets/results/families.json, of which `make tables` makes the table of
+docs/concepts/families.md.
 
 A family's miniature is three layers of its own config class (`tests/miniatures.py`); `check_model` computes with it and
 asks each method, and a student of it is saved, read back and compared.
@@ -19,6 +20,7 @@ from workbench import storage
 from workbench.errors import InputError
 from workbench.models.hooked_model import Student
 from workbench.patching.conformance import check_model, random_pairs
+from workbench.values.workers import Pool, free_cores
 
 FILE = Path(__file__).parents[1] / "assets/results/families.json"
 SAVING = "saving a student"
@@ -69,10 +71,16 @@ def main(families: Iterable[str]) -> None:
     for family in chosen:
         if family not in FAMILIES:
             raise SystemExit(f"no miniature of {family!r}; there are {', '.join(FAMILIES)}.")
-        rows[family] = row(family)
-        sys.stdout.write(f"{family}: {rows[family].get('engine', rows[family].get('refused'))}\n")
+
+    def keep(number: int, found: dict[str, Any]) -> None:
+        family = chosen[number]
+        rows[family] = found
+        sys.stdout.write(f"{family}: {found.get('engine', found.get('refused'))}\n")
         sys.stdout.flush()
-        storage.write_json(FILE, {"command": "python -m docs.families", "families": rows})
+        ordered = {name: rows[name] for name in (*FAMILIES, *rows) if name in rows}
+        storage.write_json(FILE, {"command": "python -m docs.families", "families": ordered})
+
+    Pool(workers=free_cores(), unit="family", what="families").run(row, [(family,) for family in chosen], keep)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,18 @@ FAST: Mapping[str, Mapping[str, str]] = {
         'scenes=40, split="calibration"': 'scenes=16, split="calibration"',
         'scenes=120, split="test"': 'scenes=40, split="test"',
     },
+    "06_elimination_and_edges": {
+        'scenes=40, split="calibration"': 'scenes=14, split="calibration"',
+        'scenes=80, split="test"': 'scenes=30, split="test"',
+        "random_rankings=2": "random_rankings=1",
+        "few = test[:40]": "few = test[:12]",
+    },
+    "07_the_loss_in_your_trainer": {
+        "source, layers = smollm2, range(0, 30, 2)": 'source, layers = "teacher", (0, 1, 2, 3, 5)',
+        'wb.task("ioi")': 'wb.task("entity_tracking", boxes=3)',
+        "scenes=48": "scenes=16",
+        "learning_rate=1e-4": "learning_rate=1e-3",
+    },
 }
 """Of a notebook: what its code says -> what it says in the fast form (fewer prompts, draws and steps)."""
 INSTALL = """\

@@ -1,8 +1,9 @@
 """The training loop's settings: schedules of lambda, split batches, evaluation and early stopping, autocast."""
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from tests.conftest import entity_pairs
 from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PLAIN, PROMPTS, aligning, furthest, trained, values
-from workbench import seeds
+from workbench import seeds, storage
 from workbench.distillation import losses, schedules, teacher_cache
 from workbench.distillation.backward import backward
-from workbench.distillation.config import AlignmentConfig, TrainingConfig
+from workbench.distillation.config import LATER, AlignmentConfig, TrainingConfig
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices, slices_of_heads
 from workbench.distillation.processes import Processes
@@ -362,6 +363,30 @@ def test_bf16_computes_the_forward_in_bfloat16_and_the_losses_in_float32(
     assert found[0].task_loss == pytest.approx(expected[0].task_loss, rel=0.05), "as near as bfloat16 comes"
     assert all(math.isfinite(report.loss) for report in found)
     assert found[-1].alignment_loss < found[0].alignment_loss
+
+
+def test_attention_in_one_kernel_trains_alike(load_student: Loader, load_teacher: Loader, tmp_path: Path) -> None:
+    """Steps to float32 rounding, far below what the training does; GPT-2's split projections and patterns are
+    refused; and checkpoints of the two forms are not each other's, while those from before there was a choice are."""
+    outputs, fused = outputs_of(load_teacher, "llama"), replace(CONFIG, attention="sdpa")
+    expected, fast = (
+        trained(load_student("llama"), outputs, config, tmp_path / config.attention) for config in (CONFIG, fused)
+    )
+    for one, other in zip(expected, fast, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert list(other.ckas.values()) == pytest.approx(list(one.ckas.values()), rel=1e-4)
+    assert abs(expected[-1].loss - expected[0].loss) > 1e-3 * expected[0].loss, "the training does much more"
+    one, other = (run_of(load_student("llama"), outputs, config) for config in (CONFIG, fused))
+    assert one.identity["configuration"] != other.identity["configuration"]
+    before = {key: value for key, value in asdict(CONFIG).items() if key not in ("attention", "answers")}
+    before["alignment"] = {key: value for key, value in before["alignment"].items() if key not in LATER}
+    assert one.identity["configuration"] == storage.digest(json.dumps(before, sort_keys=True))
+    gpt2 = load_student("gpt2")
+    with pytest.raises(InputError, match="leave `attention: eager`"):
+        trained(gpt2, outputs_of(load_teacher, "gpt2"), fused, tmp_path / "gpt2")
+    assert "forward" not in gpt2.model.blocks[0].attn.__dict__, "as it was"
+    with pytest.raises(InputError, match="sdpa shows no attention probabilities"):
+        run_of(load_student("llama"), outputs, aligning(fused, activation="pattern", measure="attention_kl"))
 
 
 # Trackers

@@ -17,7 +17,11 @@ import yaml
 from workbench import cli, storage
 from workbench.experiment.road import run_recipe
 from workbench.experiment.runs import RunFolder
-from workbench.experiment.workers import free_cores
+from workbench.study.config import read_study
+from workbench.study.grid import Study
+from workbench.study.launch import run_in_processes
+from workbench.study.summary import summarise
+from workbench.values.workers import LEAST, fitting, free_cores, free_memory, peak_memory
 
 CONDITIONS = ["base", "circuit_ce", "circuit_ce_cka"]
 
@@ -53,10 +57,16 @@ def test_two_workers_give_the_bits_of_none(recipe: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_worker_that_dies_is_said_and_the_run_resumes(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_study_whose_worker_dies_ends_with_the_bits_of_none(
+    small_recipe: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    out, me = tmp_path / "run", psutil.Process()
+    base, path, me = tmp_path / "base.yaml", tmp_path / "study.yaml", psutil.Process()
+    recipe = small_recipe()
+    student = recipe.pop("student")
+    recipe["data"]["validation_scenes"], recipe["training"]["evaluate_every"] = 2, recipe["training"]["steps"]
+    base.write_text(yaml.safe_dump({key: recipe[key] for key in recipe if key not in ("conditions", "seeds")}))
+    plain = {"recipe": str(base), "students": {"one": {"source": student}}, "train_scenes": [8], "weights": [1.0]}
+    path.write_text(yaml.safe_dump({**plain, "seeds": [0], "conditions": CONDITIONS, "anew": []}))
     before = {child.pid for child in me.children(recursive=True)}
 
     def kill_the_first() -> None:
@@ -73,10 +83,30 @@ def test_a_worker_that_dies_is_said_and_the_run_resumes(
 
     watcher = threading.Thread(target=kill_the_first)
     watcher.start()
-    assert cli.main(["evaluate", "--recipe", str(recipe), "--out", str(out), "--workers", "1"]) == 2
+    shared = Study(read_study(path), tmp_path / "shared")
+    shared.begin(resume=False)
+    with caplog.at_level("WARNING"):
+        run_in_processes(shared, 2)
     watcher.join()
-    assert "go on with --resume and fewer --workers" in capsys.readouterr().err
-    assert len(run_recipe(recipe, out, resume=True).rows) == len(CONDITIONS) + 1
+    assert "a worker died (out of memory, or killed); its trial goes on" in caplog.text
+    alone = Study(read_study(path), tmp_path / "alone")
+    alone.begin(resume=False)
+    alone.run()
+    assert summarise(shared) == summarise(alone)
+    place = "one/scenes-8/conditions"
+    logs = [sorted((tmp_path / out / place).glob("*/log.jsonl")) for out in ("shared", "alone")]
+    assert len(logs[0]) == len(CONDITIONS) - 1
+    assert [file.read_text() for file in logs[0]] == [file.read_text() for file in logs[1]]
+
+
+def test_workers_are_as_many_as_memory_has_room_for(caplog: pytest.LogCaptureFixture) -> None:
+    free = free_memory()
+    assert free is None or 2**20 < free < 2**50
+    assert fitting(2, 1) == 2
+    if free is not None:
+        assert fitting(10, free) == 1, "one at least, though it is tight"
+        assert "1 of 10 workers" in caplog.text
+    assert peak_memory() >= LEAST
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two"])

@@ -15,10 +15,13 @@ import torch
 
 from workbench.errors import InputError
 from workbench.explorer import server as server_module
+from workbench.explorer import worker as worker_module
 from workbench.explorer.api import session_of
+from workbench.explorer.budget import bytes_of_runs, tokens_of
 from workbench.explorer.material import MOST_TOKENS
 from workbench.explorer.server import MOST_CONNECTIONS, ExplorerServer
 from workbench.explorer.session import Session
+from workbench.explorer.worker import Part, Worker
 from workbench.models.hooked_model import Teacher
 from workbench.tasks.prompts import PromptSettings
 
@@ -168,6 +171,52 @@ def test_long_pairs_of_a_file_are_refused(load_teacher: Callable[..., Teacher], 
     long = replace(pair, clean=" ".join([pair.clean] * 30), corrupt=" ".join([pair.corrupt] * 30), positions={})
     with pytest.raises(InputError, match=r"a prompt has \d+ tokens; .* 256 at most"):
         session_of(load_teacher(), pairs=[long])
+
+
+def test_a_memory_budget_cuts_what_is_several_and_refuses_what_is_one(
+    load_teacher: Callable[..., Teacher], session: Session
+) -> None:
+    """The bytes grow with the prompts, and faster than the tokens; what is cut is said, and the exported lines cut it
+    too; what does not fit is refused before it is encoded."""
+    model = session.subjects["teacher"].model
+    tokens = max(tokens_of(pair, model, PromptSettings()) for pair in session.material.shown.pairs)
+    one = bytes_of_runs(model, 1, tokens)
+    assert bytes_of_runs(model, 3, tokens) == 3 * one
+    assert bytes_of_runs(model, 1, 2 * tokens) > 2 * one
+    about: dict[str, Any] = {"task": "entity_tracking", "options": {"boxes": 3}, "prompts": 4}
+    small = session_of(model, **about, memory=int(2.5 * one))
+    try:
+        assert [len(each.pairs) for each in (small.material.shown, small.material.evaluated)] == [2, 2]
+        assert "2 of 4 test prompts are used" in small.setup()["material"]["cut"]
+        assert "[:2]" in small.handle({"do": "poll"})["code"]
+        pair = small.state.pair
+        typed = {"answer": pair.answer, "distractor": pair.distractor}
+        command = {"clean": " ".join([pair.clean] * 3), "corrupt": " ".join([pair.corrupt] * 3), **typed}
+        assert "budget is" in small.handle({"do": "type", **command})["error"]
+        assert small.state.pair == pair
+    finally:
+        small.close()
+    with pytest.raises(InputError, match="budget"):
+        session_of(model, **about, memory=one // 2)
+    for memory in (0, -1, True, 1.5):
+        with pytest.raises(InputError, match="bytes above 0"):
+            session_of(model, **about, memory=memory)
+    assert session.setup()["material"]["cut"] is None
+
+
+def test_results_are_remembered_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "REMEMBERED", 10_000)
+    worker = Worker()
+    try:
+        for number in range(8):
+            worker.want([Part(key=(str(number),), label="x", run=lambda: torch.zeros(1000))])
+            assert worker.wait(60.0)
+        assert [worker.outcome((str(number),)) is not None for number in range(8)] == [False] * 6 + [True] * 2
+        worker.want([Part(key=("large",), label="x", run=lambda: [0.5] * 10_000)])
+        assert worker.wait(60.0), "what is wanted is kept, however large"
+        assert worker.outcome(("large",)) is not None
+    finally:
+        worker.close()
 
 
 def test_bos_is_an_option_that_is_shown_and_exported(load_teacher: Callable[..., Teacher]) -> None:

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
+from workbench.cli.commands import _recipe, _study_config
+from workbench.cli.parser import parsed
 from workbench.errors import InputError
 from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import parse_recipe, read_recipe
+from workbench.experiment.runs import RunFolder
 from workbench.pretraining import word_tokenizer
+from workbench.study.grid import Study
 from workbench.tasks.allotment import USES, allot, refuse_copies
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.entity_tracking import LABELS, OBJECTS
@@ -132,6 +136,21 @@ def test_left_out_rows_keep_the_numbers_of_the_others(tmp_path: Path) -> None:
     prompts = prompts_of(tmp_path, rows, {"reference": "corrupt", "skip_bad_rows": True}, training={"steps": 4})
     with pytest.raises(InputError, match=r"row 28 \(test\) repeats row 13 \(train\).*|row 28"):
         prompts.require("test")
+    assert [(row.number, row.field) for row in prompts.left_out] == [(4, "answer")]
+    RunFolder(tmp_path / "run").record_left_out("rows.jsonl", prompts.left_out)
+    recorded = json.loads((tmp_path / "run/left_out.json").read_text())
+    assert (recorded["source"], recorded["left_out"], recorded["rows"][0]["row"]) == ("rows.jsonl", 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("command", "key"), [("discover", "data.skip_bad_rows"), ("study", "overrides.data.skip_bad_rows")]
+)
+def test_bad_rows_are_left_out_by_a_word_on_the_command_line(command: str, key: str) -> None:
+    words = [command, "--recipe", "demo" if command == "discover" else "study_entity", "--out", "x"]
+    for flag in ([], ["--skip-bad-rows"]):
+        options = parsed([*words, *flag])
+        recipe = _recipe(options) if command == "discover" else Study(_study_config(options), Path("x")).recipe
+        assert recipe.data.skip_bad_rows is bool(flag), key
 
 
 def test_the_bundled_recipes_draw_the_prompts_they_always_drew() -> None:

@@ -174,8 +174,9 @@ def test_all_bad_rows_are_listed_and_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load_pairs(jsonl(tmp_path, GOOD, *bad, GOOD), TOKENIZER)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith(f"5 of 7 rows of {tmp_path / 'rows.jsonl'} can't be used (rows count from 1)")
+    assert lines[0].startswith(f"5 of 7 rows of {tmp_path / 'rows.jsonl'} can't be used (rows count from 1")
     assert [line.split(":")[0].strip() for line in lines[1:6]] == [f"row {number}" for number in range(2, 7)]
+    assert [line.rpartition(" [")[2] for line in lines[2:5]] == ["answer]", "clean]", "positions]"]
     assert "skip_bad_rows" in lines[-1]
     with pytest.raises(InputError) as error:
         load_pairs(jsonl(tmp_path, GOOD, *[b"x"] * 50), TOKENIZER)

@@ -57,8 +57,8 @@ class CircuitReport(Shown):
     faithfulness: float | None
     """Circuit accuracy over full accuracy; None when the full model is never right."""
     logit_differences: Mapping[str, float]
-    """Mean logit of the answer minus that of the distractor: `full`, `circuit`, `random` (mean over the draws),
-    `empty`."""
+    """Mean logit of the answer minus that of the distractor (of sets, the log of the ratio of their masses): `full`,
+    `circuit`, `random` (mean over the draws), `empty`."""
     logit_difference_recovered: float | None
     """(circuit - empty) / (full - empty) logit difference; None when the two ends are equal."""
     candidate_accuracies: Mapping[str, float] = field(default_factory=dict)
@@ -231,8 +231,9 @@ def evaluate_with_outcomes(
 
 def _among_candidates(runs: Sequence[Float[Tensor, "_ _"]], pairs: PromptPairs) -> float:
     """Mean accuracy where only tokens that are answer or distractor of some prompt can win."""
-    known = torch.cat([pairs.answers, pairs.distractors]).unique()
-    values = [float((known[logits[:, known].argmax(-1)] == pairs.answers).float().mean()) for logits in runs]
+    known = torch.cat([pairs.answers.flatten(), pairs.distractors.flatten()]).unique()
+    known = known[known >= 0]
+    values = [float(metrics.among(known[logits[:, known].argmax(-1)], pairs.answers).float().mean()) for logits in runs]
     return sum(values) / len(values)
 
 

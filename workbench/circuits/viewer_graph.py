@@ -95,7 +95,7 @@ class _Drawn:
         self.tokens = [str(model.tokenizer.decode([token])) for token in ids]
         self.prompt = str(model.tokenizer.decode(ids))
         self.last = real.index(int(last_position(pairs.mask)[0]))
-        self.answer = int(pairs.answers[0])
+        self.answer = int(pairs.first_members().answers[0])
         self.first_token = ids[0]
         self.place: dict[Node, int] = {}
         for node in circuit.nodes:

@@ -4,7 +4,7 @@ import argparse
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError
@@ -66,9 +66,10 @@ def _finetuning_config(options: argparse.Namespace) -> "FinetuningConfig":
     return parse_config(FinetuningConfig, read_yaml(options.recipe), overrides={**_overrides(options.set), **placement})
 
 
-def _placement(options: argparse.Namespace) -> dict[str, str]:
-    """`--device` and `--dtype` as keys of a recipe, where they are given."""
-    return {key: value for key in ("device", "dtype") if (value := getattr(options, key, None)) is not None}
+def _placement(options: argparse.Namespace) -> dict[str, Any]:
+    """`--device`, `--dtype` and `--skip-bad-rows` as keys of a recipe, where they are given."""
+    placed = {key: value for key in ("device", "dtype") if (value := getattr(options, key, None)) is not None}
+    return {**placed, "data.skip_bad_rows": True} if getattr(options, "skip_bad_rows", False) else placed
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -172,31 +173,29 @@ def evaluate(options: argparse.Namespace) -> None:
     """All conditions and seeds."""
     from workbench.experiment.arms import run_recipe
     from workbench.experiment.results import table
+    from workbench.values.workers import number_of_workers
 
-    print("\n" + table(run_recipe(_begun(options), resume=options.resume, workers=_workers(options))))
-
-
-def _workers(options: argparse.Namespace) -> int | None:
-    from workbench.experiment.workers import free_cores
-
-    if options.workers != "auto":
-        return options.workers
-    free = free_cores()
-    return free if free > 1 else None  # one worker alone has one thread, and is slower than this process
+    workers = number_of_workers(options.workers)
+    print("\n" + table(run_recipe(_begun(options), resume=options.resume, workers=workers)))
 
 
 def study(options: argparse.Namespace) -> None:
     """A study, then its summary and page; `report` writes those of the cells that are finished while it runs."""
     from workbench.models.devices import require_device
     from workbench.study.grid import Study
+    from workbench.study.launch import run_in_processes, run_on_ray
+    from workbench.values.workers import number_of_workers
 
+    if options.launcher == "ray" and options.workers == "auto":
+        raise InputError("Ray counts its cores itself: leave --workers out, or give a number of processes.")
+    workers = number_of_workers(options.workers)
     running = Study(_study_config(options), options.out)
     require_device(running.recipe.device)
     running.begin(resume=options.resume)
     if options.launcher == "ray":
-        from workbench.study.launch import run_on_ray
-
-        run_on_ray(running, workers=options.workers)
+        run_on_ray(running, workers=workers)
+    elif workers is not None:
+        run_in_processes(running, workers)
     else:
         running.run()
     report(options)
@@ -204,12 +203,15 @@ def study(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """What a recipe costs, without loading a weight."""
+    from workbench.experiment.recipe import read_yaml
     from workbench.plan.road import plan_of
     from workbench.storage import located
 
+    is_study = "students" in read_yaml(options.recipe)
+    placed = {f"overrides.{key}" if is_study else key: value for key, value in _placement(options).items()}
     forecast = plan_of(
         options.recipe,
-        overrides=_overrides(options.set),
+        overrides={**_overrides(options.set), **placed},
         configs={name: located(place) for name, place in _pairs(options.config, "--config").items()},
         tokenizer=options.tokenizer,
         flops=options.flops,
@@ -238,14 +240,48 @@ def report(options: argparse.Namespace) -> None:
 
 
 def check_model(options: argparse.Namespace) -> None:
-    """What is supported of a model."""
+    """What is supported of a model, or of several: then all are said before the first that is refused is an error."""
     from workbench.models.devices import require_device
-    from workbench.patching import conformance
+    from workbench.values.workers import Pool, number_of_workers
 
     require_device(options.device)
-    conformance_report = conformance.check_model(options.model, device=options.device, dtype=options.dtype)
-    print(conformance_report.text())
-    conformance.require_conformance(conformance_report)
+    workers = number_of_workers(options.workers) or 1
+    if workers > 1 and options.device != "cpu":
+        raise InputError(f"workers are processes on CPU cores, not on {options.device}; leave --workers out.")
+    how = {name: getattr(options, name) for name in ("device", "dtype", "quantisation", "device_map")}
+    jobs = [(model, how) for model in options.model]
+    faults: list[str] = []
+
+    def tell(number: int, said: tuple[str, str]) -> None:
+        text, fault = said
+        print(text or f"{jobs[number][0]}: refused, {fault}" if len(jobs) > 1 else text, flush=True)
+        faults.extend([fault] if fault else [])
+
+    if workers > 1 and len(jobs) > 1:
+        Pool(workers=workers, unit="model", what="models").run(_checked, jobs, tell)
+    else:
+        for number, job in enumerate(jobs):
+            tell(number, _checked(*job))
+    if len(jobs) > 1 and faults:
+        raise InputError(
+            f"{len(faults)} of {len(jobs)} models are not supported exactly; see above. First: {faults[0]}"
+        )
+    if faults:
+        raise InputError(faults[0])
+
+
+def _checked(model: str, how: Mapping[str, Any]) -> tuple[str, str]:
+    """What is said of a model, and why it is refused (empty where it is not); in a worker, where there are some."""
+    from workbench.patching import conformance
+
+    text = ""
+    try:
+        supported = conformance.check_model(model, **how)
+        text = supported.text()
+        conformance.require_conformance(supported)
+    except InputError as error:
+        return text, str(error)
+    return text, ""
 
 
 def explore(options: argparse.Namespace) -> None:
@@ -279,10 +315,14 @@ def finetune_model(options: argparse.Namespace) -> None:
 
     config = _finetuning_config(options)
     training = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
+    where = f"test scenes of {config.task}" if config.rows is None else f"test rows of {config.rows}"
     print(
-        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
-        f"{training['steps']} steps"
+        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out {where} after {training['steps']} steps"
     )
+    if options.push_to_hub is not None:
+        from workbench.storage.hub import push_folder
+
+        print(push_folder(options.out, options.push_to_hub, private=options.private or None))
 
 
 def check_task(options: argparse.Namespace) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from workbench.errors import InputError
 from workbench.matching.config import Activation, Compared
+from workbench.models.names import Attention
 from workbench.similarity.names import Estimator, Measure
 
 Pairs = Literal["sum", "mean"]
@@ -18,6 +20,25 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class EndpointConfig:
+    """Where a teacher that is not loaded answers: an OpenAI-compatible server (vLLM, SGLang, llama.cpp)."""
+
+    url: str
+    """Up to the version, e.g. http://localhost:8000/v1. No key in it: this is written into a run's description."""
+    top: Annotated[int, Field(ge=1)] = 20
+    """How many log-probabilities of the answer's token are asked for; the KL sees the others as one outcome."""
+    key_variable: str = "WORKBENCH_ENDPOINT_KEY"
+    """The environment variable that holds the server's key, where it wants one; the key itself is nowhere written."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")) or "@" in self.url or "?" in self.url:
+            raise InputError(
+                "endpoint.url is an address such as http://localhost:8000/v1, without a key; put that into the "
+                f"environment variable {self.key_variable}."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -101,6 +122,11 @@ class TrainingConfig:
     labels, among the prompts' answers as words."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the KL and Jensen-Shannon losses."""
+    answers: Literal["whole", "first"] = "whole"
+    """Of prompts whose answers have several tokens (`multi_token`): the task loss over the whole answer, each token
+    given the prompt and those before it, or over its first token alone. The answer is the right one; with `ce_teacher`
+    the teacher's own, by greedy decoding. Heads are aligned where they are matched; `last` is the prompt's last token,
+    `answering` (as a position, or `broadened: {last: answering}`) every token that predicts one of the answer's."""
     alignment: AlignmentConfig | None = None
     """What is aligned and how; None leaves the alignment out. In a recipe it is the `alignment` beside this."""
     weight_schedule: WeightSchedule = "constant"
@@ -128,6 +154,10 @@ class TrainingConfig:
     over micro-batches, which is another objective with a smaller m."""
     precision: Literal["full", "bf16"] = "full"
     """`bf16`: the student's forward under autocast to bfloat16; weights, losses and alignment stay in float32."""
+    attention: Attention = "eager"
+    """How the student's attention is computed: step by step, with a hook on each (`eager`), or in one kernel (`sdpa`):
+    the numbers to float32 rounding, in 0.76 of a step's time for the bundled student, of long prompts in a wide model
+    about as long. Not with activation `pattern`, and not in every family."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "constant"

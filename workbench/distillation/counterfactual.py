@@ -54,11 +54,11 @@ class CounterfactualOutputs:
     def __len__(self) -> int:
         return len(self.clean)
 
-    def logits_of(self, index: Index) -> Float[Tensor, "rows d_vocab"] | TopLogits:
+    def logits_of(self, index: Index) -> Float[Tensor, "rows *token d_vocab"] | TopLogits:
         """Logits of some clean prompts."""
         return self.clean.logits_of(index)
 
-    def labels_of(self, index: Index) -> Int[Tensor, " rows"]:
+    def labels_of(self, index: Index) -> Int[Tensor, "rows *token"]:
         """Answers of some clean prompts."""
         return self.clean.labels_of(index)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from typing_extensions import TypedDict, Unpack
 
+from workbench.distillation.answers import answered
 from workbench.distillation.assembly import trained_slices
 from workbench.distillation.config import (
     AlignmentConfig,
@@ -74,6 +75,8 @@ class DistillSettings(TypedDict, total=False):
     """With grouped-query attention: whether a matched head's shared key-value group trains too (True)."""
     validation: Validation
     """With `evaluate_every`: prompts that are neither trained nor tested on."""
+    answers: Literal["whole", "first"]
+    """Of answers of several tokens: the loss over all of them, or over the first."""
     temperature: float
     weight_schedule: WeightSchedule
     weight_steps: int | None
@@ -165,7 +168,8 @@ def distill(
     """Train a copy of the student on `task loss + weight * SUM over matched pairs (1 - CKA)` (eq 7).
 
     Only the matched student heads train (`trains="all"`: every parameter), on the pairs' clean prompts; the task loss
-    is cross-entropy on the teacher's labels. `weight=0` leaves the alignment out: the control at equal budget.
+    is cross-entropy on the teacher's labels (over whole answers, where pairs were made with
+    `multi_token`). `weight=0` leaves the alignment out: the control at equal budget.
     `positions`: where pairs are read, None = as they were matched (of a bare `HeadMap`: `last`), or a named position
     for all. `out`: a folder for log and checkpoint, from which the same call goes on after an interruption to the same
     bits; without it nothing is written. Errors: `InputError` for an unknown setting, too few pairs, a loss that is not
@@ -191,6 +195,7 @@ def distill(
         teacher.checked(theirs)
     heads = None if trains == "all" else [ours for ours, _ in head_map.pairs]
     slices = trained_slices(trained, heads, config, train_kv=train_kv, seed=seed)
+    pairs = answered(pairs, teacher, trained, config)
     outputs = teacher_alignment_outputs(partial(computed, teacher), teacher, pairs, aligned, config.alignment)
     run = Distillation(trained, slices, pairs, outputs, aligned, config, seed=seed, validation=validation)
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:

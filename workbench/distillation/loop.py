@@ -45,6 +45,7 @@ from workbench.distillation.tracking import require_installed, tracking
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import require_fitting
+from workbench.models.fused import attention
 from workbench.models.hooked_model import Student
 from workbench.patching.progress import progress_bar
 from workbench.similarity.measures import checked_options
@@ -158,6 +159,7 @@ class Distillation:
         is_main = self.processes.is_main
         with (
             self.slices.gradients(),
+            attention(self.student, self.config.attention),
             self.student.training(),
             (folder / LOG).open("a", buffering=1) if is_main else nullcontext() as file,
             tracking(self.config, folder, label, device=self.student.device) as trackers,
@@ -259,8 +261,12 @@ class Distillation:
 
 
 def _stated(config: TrainingConfig) -> dict[str, Any]:
-    """The settings by which a training is known: the later ones of its alignment only where they are set."""
+    """The settings by which a training is known: later ones, its alignment's too, only where they are set, so that a
+    checkpoint from before there was a choice goes on."""
     settings = asdict(config)
+    for name, before in (("attention", "eager"), ("answers", "whole")):
+        if settings[name] == before:
+            del settings[name]
     if settings["alignment"] is not None:
         settings["alignment"] = {
             name: value for name, value in settings["alignment"].items() if name not in LATER or value != LATER[name]
@@ -321,6 +327,8 @@ def require_settings(
     if config.alignment is not None:
         alignment = config.alignment
         require_fitting(alignment.measure, alignment.activation, prompts, alignment.compared)
+        if config.attention == "sdpa" and config.activation == "pattern" and config.weight > 0:
+            raise InputError("sdpa shows no attention probabilities to align; set `attention: eager`.")
         checked_options(alignment.measure, alignment.options)
         _require_interchangeable(config, alignment, prompts, pieces=processes * config.accumulate)
     require_own_vocabulary(config.task_loss, prompts)

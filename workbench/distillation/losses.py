@@ -5,6 +5,9 @@
 A sum over pairs, not a mean (which is a setting), of CKA or any other measure of `workbench.similarity`. L_task is
 cross-entropy on the teacher's labels; beside it stand cross-entropy on the ground truth, KL on the teacher's
 distribution (the classical distillation loss), its reverse, and the Jensen-Shannon divergence.
+
+With answers of one token all are read at the prompt's last token; with longer ones (`TrainingConfig.answers`) at every
+token that predicts one of the answer's, as a mean over prompts of each one's mean over its answer.
 """
 
 import math
@@ -19,13 +22,38 @@ from workbench.distillation.config import Pairs
 from workbench.distillation.top_logits import TopLogits, over_outcomes
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, similarity
+from workbench.values.metrics import log_probability
 
 Scalar = Float[Tensor, ""]
 
 
-def cross_entropy(logits: Float[Tensor, "batch d_vocab"], labels: Int[Tensor, " batch"]) -> Scalar:
+Weights = Float[Tensor, " batch"] | None
+"""Of each row in a loss; None: a mean over rows. With answers of several tokens a row is a token, and the weights
+(`workbench.tasks.forcing.per_token`) make the loss a mean over prompts of each one's mean over its answer."""
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch d_vocab"], labels: Int[Tensor, " batch"], weights: Weights = None
+) -> Scalar:
     """Mean cross-entropy in nats, in float32."""
-    return functional.cross_entropy(logits.float(), labels)
+    if weights is None:
+        return functional.cross_entropy(logits.float(), labels)
+    return (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+
+
+def _divergence(first: Tensor, second: Tensor, weights: Weights) -> Scalar:
+    """Mean KL(second || first) of log-probabilities."""
+    if weights is None:
+        return functional.kl_div(first, second, reduction="batchmean", log_target=True)
+    return (functional.kl_div(first, second, reduction="none", log_target=True).sum(-1) * weights).sum()
+
+
+def cross_entropy_of_sets(logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, "batch *member"]) -> Scalar:
+    """Mean over prompts of -log of the mass of a set of answers, in nats, in float32: whichever member the student
+    prefers is right. Of single answers it is the cross-entropy."""
+    if answers.ndim == 1:
+        return cross_entropy(logits, answers)
+    return -log_probability(logits.float(), answers, answers).mean()
 
 
 def _log_probabilities(
@@ -43,10 +71,11 @@ def kl_to_teacher(
     teacher: Float[Tensor, "batch d_vocab"] | TopLogits,
     *,
     temperature: float = 1.0,
+    weights: Weights = None,
 ) -> Scalar:
     """Mean KL(teacher || student) at a temperature, times its square (Hinton et al. 2015), in nats."""
     student, target = _log_probabilities(logits, teacher, temperature)
-    return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+    return _divergence(student, target, weights) * temperature**2
 
 
 def reverse_kl_to_teacher(
@@ -54,11 +83,12 @@ def reverse_kl_to_teacher(
     teacher: Float[Tensor, "batch d_vocab"] | TopLogits,
     *,
     temperature: float = 1.0,
+    weights: Weights = None,
 ) -> Scalar:
     """Mean KL(student || teacher) at a temperature, times its square, in nats (Gu et al. 2024, MiniLLM): seeks the
     teacher's modes."""
     student, target = _log_probabilities(logits, teacher, temperature)
-    return functional.kl_div(target, student, reduction="batchmean", log_target=True) * temperature**2
+    return _divergence(target, student, weights) * temperature**2
 
 
 def jensen_shannon(
@@ -66,6 +96,7 @@ def jensen_shannon(
     teacher: Float[Tensor, "batch d_vocab"] | TopLogits,
     *,
     temperature: float = 1.0,
+    weights: Weights = None,
 ) -> Scalar:
     """Mean Jensen-Shannon divergence at a temperature, times its square, in nats: (KL(p || m) + KL(q || m)) / 2 with m
     = (p + q) / 2.
@@ -74,7 +105,7 @@ def jensen_shannon(
     """
     student, target = _log_probabilities(logits, teacher, temperature)
     middle = torch.logaddexp(student, target) - math.log(2)
-    sides = [functional.kl_div(middle, side, reduction="batchmean", log_target=True) for side in (student, target)]
+    sides = [_divergence(middle, side, weights) for side in (student, target)]
     return (sides[0] + sides[1]) / 2 * temperature**2
 
 

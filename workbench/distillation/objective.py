@@ -17,18 +17,24 @@ from workbench.distillation.config import AlignmentConfig, TrainingConfig
 from workbench.distillation.counterfactual import counterfactuals_of, sites_of
 from workbench.distillation.processes import is_sharded
 from workbench.distillation.teacher_cache import TeacherOutputs
+from workbench.distillation.top_logits import TopLogits
 from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import difference, hook_names, output_weights, place, rows_at
 from workbench.models.hooked_model import Student
 from workbench.patching.interchange import interchanged_logits
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.forcing import answer_columns, per_token
 
 Index = Int[Tensor, " batch"]
 
 
 class Objective:
-    """The two losses of a student against a teacher's outputs, by place in the training set."""
+    """The two losses of a student against a teacher's outputs, by place in the training set.
+
+    Prompts by themselves are read at their last token (of an answer of several tokens, the loss is of the first);
+    prompts with their answers after them (`answered`) at every token that predicts one of the answer's.
+    """
 
     def __init__(
         self,
@@ -85,7 +91,9 @@ class Objective:
         self, index: Index, prompts: PromptPairs, corrupt: Mapping[str, Tensor] | None
     ) -> tuple[Tensor | None, list[Float[Tensor, "_ _"]]]:
         with self._autocast():
-            logits, activations = self.student.activations(prompts.clean, prompts.mask, self._names, gradients=True)
+            logits, activations = self.student.activations(
+                prompts.clean, prompts.mask, self._names, gradients=True, columns=answer_columns(prompts)
+            )
         if self.similar and self.settings.differs:
             activations = difference(activations, self._corrupt(prompts) if corrupt is None else corrupt)
         return self._task_loss(logits, index, prompts), self._student_rows(prompts, activations)
@@ -187,12 +195,32 @@ class Objective:
             )
         return labels
 
-    def _task_loss(self, logits: Float[Tensor, "batch d_vocab"], index: Index, prompts: PromptPairs) -> Tensor | None:
+    def _whole_answers(
+        self, logits: Float[Tensor, "batch token d_vocab"], index: Index, prompts: PromptPairs
+    ) -> Tensor | None:
+        """The task loss over all tokens of the answers that stand after the prompts: the right ones, or the teacher's
+        (`answered`)."""
+        name = self.config.task_loss
+        if name == "none":
+            return None
+        assert prompts.answer_tokens is not None
+        real, weights = per_token(prompts)
+        if name in ("ce_truth", "ce_teacher"):
+            return losses.cross_entropy(logits[real], prompts.answer_tokens[real], weights)
+        target = self.teacher.logits_of(index).to(logits.device)
+        target = target.rows(real) if isinstance(target, TopLogits) else target[real]
+        return losses.DIVERGENCES[name](logits[real], target, temperature=self.config.temperature, weights=weights)
+
+    def _task_loss(
+        self, logits: Float[Tensor, "batch *token d_vocab"], index: Index, prompts: PromptPairs
+    ) -> Tensor | None:
+        if logits.ndim == 3:
+            return self._whole_answers(logits, index, prompts)
         match self.config.task_loss:
             case "none":
                 return None
             case "ce_truth":
-                return losses.cross_entropy(logits, prompts.answers)
+                return losses.cross_entropy_of_sets(logits, prompts.answers)
             case "ce_teacher":
                 return losses.cross_entropy(logits, self._labels(index).to(logits.device))
             case name:

@@ -12,7 +12,9 @@ from workbench import storage
 from workbench.distillation.config import TrainingConfig
 from workbench.errors import InputError
 from workbench.models.hooked_model import Student
+from workbench.patching.ablation import plain_logits
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.forcing import whole_answers_right
 from workbench.values import metrics
 
 LOG, TRAINING = "log.jsonl", "training.json"
@@ -35,7 +37,8 @@ class StepReport:
     weight: float = 0.0
     """lambda at this step."""
     accuracy: float | None = None
-    """On the validation prompts after this step; None where it was not evaluated."""
+    """On the validation prompts after this step (of whole answers, where they have several tokens); None where it was
+    not evaluated."""
 
     def line(self) -> str:
         """As a line of JSON."""
@@ -120,8 +123,11 @@ def validated(student: Student, validation: Validation, *, batch: int = 256) -> 
 
 
 def _accuracy(student: Student, prompts: PromptPairs, batch: int) -> float:
+    """Of answers of one token at the prompts' last token; of longer ones, of whole answers (all tokens right)."""
+    if prompts.answer_tokens is not None and prompts.answer_tokens.shape[1] > 1:
+        return float(whole_answers_right(student, prompts, batch=batch).double().mean())
     right = [
-        metrics.accuracy(student.final_logits(part.clean, part.mask), part.answers, part.distractors).sum()
+        metrics.accuracy(plain_logits(student, part), part.answers, part.distractors).sum()
         for part in prompts.batches(batch)
     ]
     return float(sum(map(float, right)) / len(prompts))

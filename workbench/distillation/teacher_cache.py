@@ -22,6 +22,7 @@ from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
 from workbench.patching.progress import progress_bar
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.forcing import answer_columns
 
 LOGITS = "logits"
 
@@ -41,37 +42,38 @@ class TeacherOutputs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"] | TopLogits: ...
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows *token d_vocab"] | TopLogits: ...
 
-    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]: ...
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, "rows *token"]: ...
 
     def rows(self, index: Int[Tensor, " rows"], names: Sequence[str]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherCache:
-    """A teacher's run on the clean prompts: activations by hook name [batch ...] and final logits [batch d_vocab]."""
+    """A teacher's run on the clean prompts: activations by hook name [batch ...] and final logits [batch d_vocab]; of
+    prompts with whole answers after them (`workbench.tasks.forcing`) the logits of each answer token."""
 
     activations: dict[str, Tensor]
-    logits: Float[Tensor, "batch d_vocab"]
+    logits: Float[Tensor, "batch *token d_vocab"]
     output_weights: dict[int, Float[Tensor, "head d_head d_model"]]
     """W_O of the layers whose `hook_z` is cached, for alignment of the heads' outputs in the residual stream."""
     fingerprint: str
     """`outputs_fingerprint` of the teacher and the prompts."""
 
     @property
-    def labels(self) -> Int[Tensor, " batch"]:
+    def labels(self) -> Int[Tensor, "batch *token"]:
         """The teacher's answers: the hard labels of the paper's task loss."""
         return self.logits.argmax(-1)
 
     def __len__(self) -> int:
         return len(self.logits)
 
-    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]:
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows *token d_vocab"]:
         """Logits of some prompts."""
         return self.logits[index]
 
-    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, "rows *token"]:
         """Answers of some prompts."""
         return self.logits[index].argmax(-1)
 
@@ -94,19 +96,22 @@ class LiveTeacher:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def _run(self, index: Int[Tensor, " rows"]) -> tuple[Float[Tensor, "rows d_vocab"], dict[str, Tensor]]:
+    def _run(self, index: Int[Tensor, " rows"]) -> tuple[Float[Tensor, "rows *token d_vocab"], dict[str, Tensor]]:
         """Of the last forward, where it held these prompts (a step's pieces after the whole), else of a new one."""
         if not torch.isin(index, self._index).all():
             prompts = self._prompts.rows(index)
-            self._index, self._last = index.clone(), self._teacher.activations(prompts.clean, prompts.mask, self._names)
+            self._index = index.clone()
+            self._last = self._teacher.activations(
+                prompts.clean, prompts.mask, self._names, columns=answer_columns(prompts)
+            )
         places = (self._index[None] == index[:, None]).int().argmax(1)
         return self._last[0][places], {name: value[places] for name, value in self._last[1].items()}
 
-    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"]:
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows *token d_vocab"]:
         """Logits of some prompts."""
         return self._run(index)[0]
 
-    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, "rows *token"]:
         """Answers of some prompts."""
         return self._run(index)[0].argmax(-1)
 
@@ -166,7 +171,7 @@ def computed(teacher: Teacher, pairs: PromptPairs, names: Sequence[str], *, batc
     for part in progress_bar(
         list(pairs.for_teacher.batches(batch)), desc="caching the teacher's activations", unit="batch"
     ):
-        final, activations = teacher.activations(part.clean, part.mask, names)
+        final, activations = teacher.activations(part.clean, part.mask, names, columns=answer_columns(part))
         logits.append(final)
         for name in names:
             outputs[name].append(activations[name])

@@ -89,11 +89,11 @@ class TeacherShards:
     def __len__(self) -> int:
         return self._index["count"]
 
-    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    def labels_of(self, index: Int[Tensor, " rows"]) -> Int[Tensor, "rows *token"]:
         """Answers of some prompts."""
         return self._labels[index]
 
-    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_vocab"] | TopLogits:
+    def logits_of(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows *token d_vocab"] | TopLogits:
         """Logits of some prompts, or the largest of them."""
         top = self._index.get("top")
         logits = self._gathered(LOGITS, index)
@@ -204,7 +204,7 @@ def _written(path: Path, cache: TeacherCache, top: Top | None) -> dict[str, str]
     return {"file": path.name, "sha256": storage.sha256(path)}
 
 
-def _logits(logits: Float[Tensor, "batch d_vocab"], top: Top | None) -> dict[str, Tensor]:
+def _logits(logits: Float[Tensor, "batch *token d_vocab"], top: Top | None) -> dict[str, Tensor]:
     if top is None:
         return {LOGITS: logits}
     largest = top_logits(logits, top.k, temperature=top.temperature)

@@ -11,7 +11,7 @@ vocabulary of 128,256 at k = 64 takes 516 bytes a prompt in place of 513,024 (fl
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -21,17 +21,17 @@ from workbench.errors import InputError
 class TopLogits:
     """The largest logits of some prompts, and what is needed of the others."""
 
-    tokens: Int[Tensor, "batch k"]
-    logits: Float[Tensor, "batch k"]
+    tokens: Int[Tensor, "batch *token k"]
+    logits: Float[Tensor, "batch *token k"]
     """In falling order."""
-    rest: Float[Tensor, " batch"]
+    rest: Float[Tensor, "batch *token"]
     """Log of the summed exponentials of all other logits over the temperature; -inf where there are none."""
     d_vocab: int
     temperature: float
     """At which `rest` was summed."""
 
-    def rows(self, index: Int[Tensor, " rows"]) -> "TopLogits":
-        """Those of some prompts."""
+    def rows(self, index: Int[Tensor, " rows"] | Bool[Tensor, "batch token"]) -> "TopLogits":
+        """Those of some prompts; with a mask over answer tokens, of these tokens one by one."""
         return replace(self, tokens=self.tokens[index], logits=self.logits[index], rest=self.rest[index])
 
     def to(self, device: torch.device | str) -> "TopLogits":
@@ -39,15 +39,15 @@ class TopLogits:
         return replace(self, tokens=self.tokens.to(device), logits=self.logits.to(device), rest=self.rest.to(device))
 
 
-def top_logits(logits: Float[Tensor, "batch d_vocab"], k: int, *, temperature: float = 1.0) -> TopLogits:
+def top_logits(logits: Float[Tensor, "batch *token d_vocab"], k: int, *, temperature: float = 1.0) -> TopLogits:
     """The k largest logits of each prompt (all, where there are fewer). Source: equation above."""
-    k = min(k, logits.shape[1])
+    k = min(k, logits.shape[-1])
     values, tokens = logits.topk(k, -1)
     return TopLogits(
         tokens=tokens.int(),
         logits=values,
         rest=_others(logits.float() / temperature, tokens),
-        d_vocab=logits.shape[1],
+        d_vocab=logits.shape[-1],
         temperature=temperature,
     )
 
@@ -73,6 +73,8 @@ def over_outcomes(
     return chosen.log_softmax(-1), target.log_softmax(-1)
 
 
-def _others(logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
+def _others(
+    logits: Float[Tensor, "batch *token d_vocab"], tokens: Int[Tensor, "batch *token k"]
+) -> Float[Tensor, "batch *token"]:
     """Log of the summed exponentials of all logits but these tokens'."""
     return logits.scatter(-1, tokens, -torch.inf).logsumexp(-1)

@@ -144,15 +144,22 @@ class CircuitAlignment:
             )
 
 
-def training_rows(prompts: PromptPairs, labels: Int[Tensor, " batch"] | None = None) -> Dataset:
+def training_rows(prompts: PromptPairs, labels: Int[Tensor, "batch *token"] | None = None) -> Dataset:
     """Prompts with their answers as tokenised rows of a trainer: `input_ids`, and `labels` on the answer alone.
 
-    `labels`: the teacher's answers (`teacher.final_logits(...).argmax(-1)`), the paper's task loss; None: the right
-    ones. Of an answer of several tokens it is the first.
+    `labels`: the teacher's answers, the paper's task loss: of one token `teacher.final_logits(...).argmax(-1)`, of
+    several `greedy_answers(teacher, prompts)`, [batch token] padded with -1. None: the right ones, whole. Errors:
+    `InputError` for sets of answers without `labels`.
     """
-    answers = prompts.answers if labels is None else labels
+    if labels is None and prompts.answers.ndim > 1:
+        raise InputError(
+            "a trainer's row has one answer, and these prompts have sets of them; give `labels` (the teacher's "
+            "answers), or `prompts.first_members()`."
+        )
+    if labels is None:
+        labels = prompts.answers if prompts.answer_tokens is None else prompts.answer_tokens
     rows = []
-    for tokens, mask, answer in zip(prompts.clean, prompts.mask, answers.tolist(), strict=True):
-        real = tokens[mask].tolist()
-        rows.append({"input_ids": [*real, answer], "labels": [*[IGNORED] * len(real), answer]})
+    for tokens, mask, ids in zip(prompts.clean, prompts.mask, labels.reshape(len(prompts), -1).tolist(), strict=True):
+        real, answer = tokens[mask].tolist(), [token for token in ids if token >= 0]
+        rows.append({"input_ids": [*real, *answer], "labels": [*[IGNORED] * len(real), *answer]})
     return Dataset.from_list(rows)

@@ -10,6 +10,7 @@ from workbench.distillation.processes import launched
 from workbench.distillation.reports import read_training
 from workbench.experiment.cards import write_cards
 from workbench.experiment.conditions import TEACHER, TITLES
+from workbench.experiment.discover import discover
 from workbench.experiment.distill import distill
 from workbench.experiment.evaluate import evaluate
 from workbench.experiment.match import aligned_ckas, all_ckas, match, mean_cka_and_floor
@@ -18,7 +19,10 @@ from workbench.experiment.preflight import preflight
 from workbench.experiment.results import OUTCOMES, ConditionResult, collect, read_row
 from workbench.experiment.run import Run
 from workbench.experiment.transfer import record_transfer
+from workbench.matching.head_rows import Readings, reading_once
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.shared import shared_prefixes
+from workbench.tasks.forcing import whole_answers_right
 from workbench.tasks.scoring import sequence_preference
 
 log = logging.getLogger("workbench")
@@ -46,7 +50,10 @@ def run_conditions(
     with launched(run.recipe.device).main_first():
         run.prompts.require("reference", "discovery", "train", "validation", "test")
         preflight(run, dict.fromkeys(condition for condition, _ in arms))
-        match(run)
+        if run.recipe.endpoint is None:
+            match(run)
+        else:
+            discover(run)
     if workers is not None:
         from workbench.experiment.workers import run_in_processes  # which trains by what stands here
 
@@ -62,8 +69,9 @@ def run_arms(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False)
             log.info("%s, seed %d", TITLES[condition], seed)
             run_condition(run, condition, seed, resume=resume, records=processes.is_main)
     processes.wait()
-    if processes.is_main and not _has_row(run, TEACHER, 0):
-        _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
+    if processes.is_main and run.recipe.endpoint is None and not _has_row(run, TEACHER, 0):
+        with shared_prefixes(run.recipe.evaluation.shared_prefixes):
+            _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
     with processes.main_first():
         rows = collect(folder)
         if processes.is_main:
@@ -79,10 +87,11 @@ def _has_row(run: Run, condition: str, seed: int) -> bool:
 
 def run_condition(run: Run, condition: str, seed: int, *, resume: bool, records: bool = True) -> None:
     """Train one student under a condition and, where this process `records`, evaluate it and write its row."""
-    student, slices = distill(run, condition, seed, resume=resume)
-    if records:  # under `accelerate launch` all processes train, one evaluates
-        steps = len(read_training(run.folder.condition(condition, seed))) if slices.count else 0
-        _record(run, condition, seed, student, trained=slices.count, steps=steps)
+    with shared_prefixes(run.recipe.evaluation.shared_prefixes):
+        student, slices = distill(run, condition, seed, resume=resume)
+        if records:  # under `accelerate launch` all processes train, one evaluates
+            steps = len(read_training(run.folder.condition(condition, seed))) if slices.count else 0
+            _record(run, condition, seed, student, trained=slices.count, steps=steps)
 
 
 def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained: int, steps: int) -> None:
@@ -90,9 +99,11 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
     folder, is_teacher = run.folder.condition(condition, seed), condition == TEACHER
     origin = run.condition_origin(condition, seed)
     report, outcomes = evaluate(run, model, run.circuit("teacher" if is_teacher else "student"))
-    ckas = [] if is_teacher else aligned_ckas(run, model, run.head_map(), run.prompts.test)
-    if not is_teacher:
-        all_ckas(run, model, run.prompts.test).save(folder / "circuit_ckas.safetensors")
+    ckas = []
+    if not is_teacher and run.recipe.endpoint is None:  # else there is no teacher's head to compare with
+        with reading_once(run.models.readings(run.teacher), Readings(model)):  # all heads first, then some of them
+            all_ckas(run, model, run.prompts.test).save(folder / "circuit_ckas.safetensors")
+            ckas = aligned_ckas(run, model, run.head_map(), run.prompts.test)
     cka, floor = mean_cka_and_floor(ckas)
     total = sum(parameter.numel() for parameter in model.parameters().values())
     result = ConditionResult(
@@ -105,7 +116,7 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
         trained_fraction=trained / total,
         steps=steps,
         mcnemar={},
-        whole_answers=_whole_answers(run, model),
+        **_whole_answers(run, model),
         origin=origin,
     )
     storage.write_tensors(folder / OUTCOMES, outcomes, metadata=to_metadata(origin))
@@ -121,10 +132,15 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
     )
 
 
-def _whole_answers(run: Run, model: HookedModel) -> float | None:
+def _whole_answers(run: Run, model: HookedModel) -> dict[str, float]:
+    """With answers of several tokens: how often the whole answer is preferred, and how often decoding gives it."""
     if not run.recipe.data.prompts.multi_token:
-        return None
-    return float((sequence_preference(model, run.read_by(model, run.prompts.test)) > 0).float().mean())
+        return {}
+    prompts = run.read_by(model, run.prompts.test)
+    return {
+        "whole_answers": float((sequence_preference(model, prompts) > 0).float().mean()),
+        "whole_accuracy": float(whole_answers_right(model, prompts).float().mean()),
+    }
 
 
 def _accuracies(report: CircuitReport) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Prompts:
         if self.data.pairs is None:
             scenes: dict[Use, int] = {use: size or 0 for use, size in sizes.items()}
             return Allotment(total=sum(scenes.values()), sizes=scenes, unit="scenes")
-        numbers, texts, rows = self._rows
+        numbers, texts, rows, _ = self._rows
         allotment = allot(len(rows), sizes, idle=self._idle)
         refuse_copies(allotment, texts, numbers, source=self.data.pairs)
         return allotment
@@ -113,8 +113,13 @@ class Prompts:
         return self.allotment.sizes["test"] > 0
 
     @functools.cached_property
-    def _rows(self) -> tuple[list[int], list[str], PromptPairs]:
-        """Numbers, clean prompts and tensors of the user's rows."""
+    def left_out(self) -> tuple[RowError, ...]:
+        """The bad rows of the user's file that are left out, in order."""
+        return () if self.data.pairs is None else tuple(sorted(self._rows[3], key=lambda problem: problem.number))
+
+    @functools.cached_property
+    def _rows(self) -> tuple[list[int], list[str], PromptPairs, list[RowError]]:
+        """Numbers, clean prompts and tensors of the user's rows, and the bad ones."""
         assert self.data.pairs is not None
         source = located(self.data.pairs)
         problems: list[RowError] = []
@@ -122,7 +127,7 @@ class Prompts:
         rows = self._read(pairs, source, problems)
         bad = {problem.number for problem in problems}
         good = [(number, pair.clean) for number, pair in pairs if number not in bad]
-        return [number for number, _ in good], [text for _, text in good], rows
+        return [number for number, _ in good], [text for _, text in good], rows, problems
 
     def _split(self, split: Literal["train", "test"]) -> PromptPairs:
         return self._task(split, self.allotment.sizes[split]) if self.data.pairs is None else self._share(split)

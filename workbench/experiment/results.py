@@ -48,6 +48,9 @@ class ConditionResult:
     whole_answers: float | None = None
     """With `data.multi_token`: the share of test prompts whose whole answer is more probable than the whole distractor.
     Accuracies are of first tokens."""
+    whole_accuracy: float | None = None
+    """With `data.multi_token`: the share of test prompts whose whole answer greedy decoding gives (all tokens right).
+    None in rows from before."""
     origin: Origin | None = None
     """What the row rests on (`workbench.experiment.origins`); None in rows from before it was kept."""
 
@@ -159,6 +162,9 @@ def table(results: Sequence[ConditionResult]) -> str:
                 lines, ["whole answers", *(_number(row.whole_answers, 3) for row in results)], strict=True
             )
         ]
+    if any(row.whole_accuracy is not None for row in results):
+        cells = ["all tokens right", *(_number(row.whole_accuracy, 3) for row in results)]
+        lines = [(*line, cell) for line, cell in zip(lines, cells, strict=True)]
     return in_columns(lines)
 
 

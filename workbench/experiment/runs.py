@@ -2,6 +2,7 @@
 
     run/
       run.json                 recipe, seed, versions, commit, machine
+      left_out.json            the bad rows of a file of pairs, where they are left out
       scores/<model>-<name>.safetensors
       circuits/<model>.json, <model>-search.json, <model>-evaluation.json    head_map.json    ckas.json
       conditions/<condition>-<seed>/log.jsonl, checkpoint.safetensors, training.json, result.json, student/
@@ -11,7 +12,7 @@
 A stage whose file is there has been done; files are written atomically, so a killed run resumes where it stopped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from workbench.experiment.origins import KEY, Origin, require_origin
 from workbench.experiment.recipe import Recipe, to_plain, written_recipe
 from workbench.matching import HeadMap
 from workbench.storage.provenance import provenance
+from workbench.tasks.records import RowError
 from workbench.values.scores import Scores
+
+LEFT_OUT = "left_out.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,13 @@ class RunFolder:
     def trial_path(self) -> Path:
         """Where conditions and their results lie."""
         return self.path / self.trial
+
+    def record_left_out(self, source: str, rows: Sequence[RowError]) -> None:
+        """Write which rows of a file of pairs are left out, and why."""
+        storage.write_json(
+            self.trial_path / LEFT_OUT,
+            {"source": source, "left_out": len(rows), "rows": [row.to_json() for row in rows]},
+        )
 
     def begin(self, described: Mapping[str, Any], *, resume: bool, lock: bool = True) -> None:
         """Write `run.json`, or with `resume` check that it is the same run; from then on this process holds the folder.

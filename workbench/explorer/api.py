@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict, Unpack
 
+from workbench import storage
 from workbench.circuits.circuit import Circuit
 from workbench.errors import InputError
+from workbench.explorer.budget import BUDGET
 from workbench.explorer.command import PROMPTS
 from workbench.explorer.material import PLAIN, Given, Material, key_of, material_of_pairs, material_of_task
 from workbench.explorer.session import Session
@@ -48,6 +50,10 @@ class ExploreSettings(TypedDict, total=False):
     """BOS and chat template."""
     folder: str | Path
     """Where circuits are saved."""
+    memory: int
+    """Bytes that the runs of the prompts in view may take; what would need more is cut or refused."""
+    runs: Sequence[str | Path]
+    """Folders of runs, whose circuits can be loaded and whose matches are walked (where no `head_map` is given)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,6 +66,8 @@ class _Settings:
     circuits: Mapping[Side, Circuit] | None = None
     settings: PromptSettings = PLAIN
     folder: str | Path = "."
+    memory: int = BUDGET
+    runs: Sequence[str | Path] = ()
 
 
 def explore(
@@ -115,17 +123,26 @@ def session_of(
         material = _of_task(task, list(models.values()), chosen)
     else:
         material = _readable(material_of_pairs(pairs, chosen.reference, chosen.settings), list(models.values()))
-    folder = Path(chosen.folder)
+    folder, runs = Path(chosen.folder), _run_folders(chosen.runs)
+    head_map = chosen.head_map if chosen.head_map is not None else _matches_of(runs)
 
     def begun() -> Session:
-        return Session(models, material, head_map=chosen.head_map, circuits=chosen.circuits, folder=folder)
+        return Session(
+            models,
+            material,
+            head_map=head_map,
+            circuits=chosen.circuits,
+            folder=folder,
+            memory=chosen.memory,
+            runs=runs,
+        )
 
     if name is None:
         return begun()
     identity = _identity(models, material)
     known = _SESSIONS.get(name)
     if known is not None and known[0] == identity:
-        known[1].head_map, known[1].folder = chosen.head_map, folder
+        known[1].head_map, known[1].folder, known[1].runs = head_map, folder, tuple(runs)
         return known[1]
     forget(name)
     _SESSIONS[name] = (identity, begun())
@@ -137,6 +154,20 @@ def forget(name: str = "explorer") -> None:
     session = _SESSIONS.pop(name, None)
     if session is not None:
         session[1].close()
+
+
+def _run_folders(runs: Sequence[str | Path]) -> list[Path]:
+    folders = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder} of a run; give one that `workbench run` has written.")
+    return folders
+
+
+def _matches_of(runs: Sequence[Path]) -> HeadMap | None:
+    """The matches of the first run that has some."""
+    files = [folder / HeadMap.FILE for folder in runs]
+    return next((HeadMap.from_json(storage.read_json(file)) for file in files if file.is_file()), None)
 
 
 def _model(model: HookedModel | str | Path) -> HookedModel:

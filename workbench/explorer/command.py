@@ -1,6 +1,7 @@
 """`workbench explore`: the models and prompts of the command line -> a session on a loopback page."""
 
 import argparse
+import math
 import webbrowser
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 BUNDLED = ("teacher", "student")
 PROMPTS = 24
 """How many pairs are drawn of a task."""
+MEMORY = 4.0
+"""GB that the runs of the prompts in view may take."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -34,11 +37,31 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pairs", help="your own pairs instead: a JSONL, CSV or Parquet file")
     command.add_argument("--reference", help="pairs for the means of mean ablation, with --pairs")
     command.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave bad rows of these files out, with a table of them, in place of refusing the files",
+    )
+    command.add_argument(
         "--prompts", type=int, default=PROMPTS, help="how many pairs are drawn of a task (default: %(default)s)"
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
+    command.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a run's folder: its circuits can be loaded and stepped along, its matches walked",
+    )
     command.add_argument("--folder", type=Path, default=Path(), help="where circuits are saved (default: here)")
+    command.add_argument(
+        "--memory",
+        type=float,
+        default=MEMORY,
+        metavar="GB",
+        help="what the runs of the prompts in view may take (default: %(default)s)",
+    )
     command.add_argument("--prepend-bos", action="store_true", help="put the BOS token before every prompt")
     command.add_argument(
         "--chat", choices=("none", "user", "assistant"), default="none", help="put prompts into the chat template"
@@ -64,21 +87,29 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     from workbench.explorer.api import session_of
     from workbench.explorer.server import ExplorerServer
     from workbench.models.hooked_model import Teacher
+    from workbench.storage import located
+    from workbench.tasks.base import load_pairs
     from workbench.tasks.prompts import PromptSettings
 
     def loaded(source: str) -> Teacher:
-        return Teacher.load(source, device=options.device, dtype=options.dtype)
+        return Teacher.load(source, device=options.device, dtype=options.dtype, quantisation=options.quantisation)
+
+    def rows(source: str | None) -> Any:
+        if source is None or not options.skip_bad_rows:
+            return source
+        return load_pairs(located(source), first.tokenizer, skip_bad_rows=True)
 
     teacher, student = (options.teacher, options.student) if options.teacher else BUNDLED
+    first = loaded(teacher)
     circuits = {"teacher": Circuit.load(options.circuit)} if options.circuit else None
     session = session_of(
-        loaded(teacher),
+        first,
         loaded(student) if student else None,
         after=loaded(options.after) if options.after else None,
         task=options.task,
         options=settings,
-        pairs=options.pairs,
-        reference=options.reference,
+        pairs=rows(options.pairs),
+        reference=rows(options.reference),
         prompts=options.prompts,
         seed=options.seed,
         settings=PromptSettings(
@@ -86,6 +117,8 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         ),
         circuits=circuits,  # pyright: ignore[reportArgumentType]
         folder=options.folder,
+        runs=options.runs,
+        memory=int(options.memory * 2**30) if math.isfinite(options.memory) else 0,
     )
     return ExplorerServer(session, port=options.port, allowed=options.allow_host)
 

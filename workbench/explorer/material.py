@@ -51,6 +51,8 @@ class Material:
     chance: float | None
     settings: PromptSettings = PLAIN
     """How the prompts are put to the models."""
+    cut: str | None = None
+    """What the memory budget left out, in words."""
 
     def describe(self) -> dict[str, Any]:
         """What is needed of it on the page."""
@@ -59,6 +61,7 @@ class Material:
             "chance": self.chance,
             "evaluated": len(self.evaluated.pairs),
             "reference": len(self.reference.pairs) if self.reference else 0,
+            "cut": self.cut,
             "pairs": [text_of(pair) for pair in self.shown.pairs],
         }
 

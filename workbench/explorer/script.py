@@ -15,13 +15,14 @@ IMPORTS = {
     "Circuit, Member": "workbench.circuits.circuit",
     "evaluate_circuit": "workbench.circuits.evaluation",
     "Teacher": "workbench.models.hooked_model",
-    "ablate": "workbench.patching.ablation",
+    "ablate, ablated_logits, plain_logits": "workbench.patching.ablation",
     "counterfactual_outputs, covers, reference_means": "workbench.patching.replacement",
     "activation_patch": "workbench.patching.activation",
     "exact_edges": "workbench.patching.attribution",
     "path_patch": "workbench.patching.path",
     "direct_logit_attribution": "workbench.readouts.logit_attribution",
     "attention_patterns": "workbench.readouts.patterns",
+    "metric_named": "workbench.values.metrics",
     "Head, Receiver": "workbench.values.refs",
     "encode, to_dataset": "workbench.tasks.base",
     "Pair": "workbench.tasks.pairs",
@@ -144,6 +145,18 @@ def _circuit(state: State, subject: Subject) -> Iterator[str]:
         f"report = evaluate_circuit(model, evaluated, circuit, stand_in, random_circuits={5 if state.compared else 0})"
     )
     yield "print(report.circuit_accuracy, report.full_accuracy, report.faithfulness, report.logit_difference_recovered)"
+    if not circuit.members:
+        return
+    yield ""
+    yield "# each role of the circuit ablated as a whole: how far the metric falls"
+    yield "joint = {}"
+    yield "for role in circuit.roles:"
+    yield "    scope = circuit.where(lambda member: member.role == role).scope"
+    yield "    with_and_without = plain_logits(model, evaluated), ablated_logits(model, evaluated, scope, stand_in)"
+    yield "    whole, without = (metric_named(metric)(each, evaluated.answers, evaluated.distractors).mean()"
+    yield "                      for each in with_and_without)"
+    yield "    joint[role] = float(whole - without)"
+    yield "print(joint)"
 
 
 def _members(circuit: Circuit) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """What a session is about: the pair, the method, the head in view, each model's circuit. A frozen value; every change
 gives a new one."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from workbench.circuits.circuit import Circuit, Member
@@ -17,6 +17,16 @@ Outside = Literal["zero", "mean", "counterfactual"]
 """What the heads outside a circuit put out."""
 ROLE = "picked"
 """The role of a head that was added by hand."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """A second head, or the same one on a second pair, beside what is in view."""
+
+    side: Side
+    head: Head
+    pair: Pair
+    picked: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +51,21 @@ class State:
     """Attention weighted by the norm of what is moved."""
     compared: bool = False
     """The circuits against random ones of equal size."""
+    layer: int | None = None
+    """The layer whose heads are shown small; None: that of the head in view."""
+    beside: Beside | None = None
+    paths: Mapping[Side, str] = field(default_factory=dict)
+    """The ranking that a model's circuit is stepped along, by the name of its source."""
 
     @property
     def acts(self) -> Position:
         """Where the method acts: paths to the logits leave from the last token, whatever is chosen for the others."""
         return "last" if self.method == "path" else self.position
+
+    @property
+    def layer_shown(self) -> int:
+        """The layer whose heads are shown small."""
+        return self.layer if self.layer is not None else 0 if self.head is None else self.head.layer
 
     def with_circuit(self, side: Side, circuit: Circuit) -> "State":
         """The same with another circuit of a model."""
@@ -64,6 +84,12 @@ class State:
             [*circuit.members, Member(head, ROLE, "all")], shape=circuit.shape, method=_by_hand(circuit.method)
         )
         return self.with_circuit(side, added), f"added {head} to the {side}'s circuit"
+
+
+def with_role(circuit: Circuit, heads: Collection[Head], role: str) -> Circuit:
+    """The circuit with some of its heads in one role of this name (each at its positions), whatever role they had."""
+    renamed = {Member(m.head, role if m.head in heads else m.role, m.position) for m in circuit.members}
+    return replace(circuit, members=tuple(sorted(renamed)))
 
 
 def _by_hand(method: str) -> str:

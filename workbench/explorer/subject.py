@@ -1,23 +1,28 @@
 """One model of a session: every number that the explorer shows of it, each by the one function of the workbench that
 computes it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import CircuitReport, Ends, circuit_ends, evaluate_circuit
 from workbench.errors import InputError
+from workbench.explorer.estimate import estimated
+from workbench.explorer.labels import METRIC_TITLES
 from workbench.explorer.material import Key, Material, encoded, key_of
 from workbench.explorer.state import Method, Outside, Side, State
 from workbench.matching.head_similarity import all_head_similarity
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.ablation import ablate, plain_logits
+from workbench.patching.ablation import ablate, ablated_logits, plain_logits
 from workbench.patching.activation import activation_patch
-from workbench.patching.attribution import exact_edges
-from workbench.patching.path import path_patch
+from workbench.patching.attribution import attribute_edges, exact_edges
+from workbench.patching.engine.passage import Route
+from workbench.patching.path import path_patch, prepared, sweep_heads
 from workbench.patching.replacement import Replacement, Zero, counterfactual_outputs, covers, reference_means
 from workbench.readouts.logit_attribution import LogitAttribution, direct_logit_attribution
 from workbench.readouts.patterns import AttentionPatterns, attention_patterns
@@ -25,7 +30,7 @@ from workbench.readouts.text import token_texts
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.pairs import Pair
 from workbench.tasks.tokenizers import same_vocabulary
-from workbench.values.metrics import METRICS
+from workbench.values.metrics import METRICS, mass, metric_named
 from workbench.values.refs import Composition, Head, Position, Receiver
 from workbench.values.scores import Scores
 
@@ -34,6 +39,12 @@ TOP = 6
 COMPOSITIONS: tuple[Composition, ...] = ("q", "k", "v")
 EVALUATED, LISTED = ("evaluated",), ("listed",)
 """Keys of the two sets of prompts that are not the pair in view."""
+LARGE = 100
+"""Heads above which a map is estimated first, and measured piece by piece."""
+PIECES = (16, 64)
+"""Heads of the first pieces of a map, the most important by the estimate first; the rest is the last one."""
+THUMBNAIL = 48
+"""Tokens along a side of a small picture of attention; of longer prompts it shows each cell's largest weight."""
 
 
 class Subject:
@@ -108,9 +119,13 @@ class Subject:
         likely = logits[0].softmax(-1)
         best, kinds = (
             likely.topk(min(TOP, len(likely))),
-            {int(pairs.answers[0]): "answer", int(pairs.distractors[0]): "distractor"},
+            {
+                **dict.fromkeys(pairs.answers[0].reshape(-1).tolist(), "answer"),
+                **dict.fromkeys(pairs.distractors[0].reshape(-1).tolist(), "distractor"),
+            },
         )
-        rank = int((likely > likely[pairs.answers[0]]).sum()) + 1
+        answers = pairs.answers[0].reshape(-1)
+        rank = int((likely > likely[answers[answers >= 0]].max()).sum()) + 1  # of a set, its likeliest member's
         return {
             "tokens": token_texts(self.model, pairs.clean[0]),
             "ids": pairs.clean[0].tolist(),
@@ -123,10 +138,10 @@ class Subject:
             "metrics": {
                 name: float(metric(logits, pairs.answers, pairs.distractors)[0])
                 for name, metric in METRICS.items()
-                if name != "accuracy"
+                if name in METRIC_TITLES
             },
-            "answer": {"probability": float(likely[pairs.answers[0]]), "rank": rank},
-            "distractor": {"probability": float(likely[pairs.distractors[0]])},
+            "answer": {"probability": float(mass(logits, pairs.answers)[0]), "rank": rank},
+            "distractor": {"probability": float(mass(logits, pairs.distractors)[0])},
         }
 
     def heat_map(self, state: State) -> Scores:
@@ -144,6 +159,98 @@ class Subject:
             return activation_patch(self.model, pairs, "z", metric=metric, positions=(position,))
         return ablate(self.model, pairs, self.replacement(method, pairs, key), metric=metric, position=position)
 
+    @property
+    def large(self) -> bool:
+        """Whether its maps are estimated first."""
+        return self.shape[0] * self.shape[1] > LARGE
+
+    @property
+    def pieces(self) -> list[slice]:
+        """The pieces that a large model's map is measured in: places in the order of the estimate."""
+        total, ends = self.shape[0] * self.shape[1], [0]
+        ends += [end for end in (sum(PIECES[: n + 1]) for n in range(len(PIECES))) if end < total]
+        return [slice(start, end) for start, end in zip(ends, [*ends[1:], total], strict=True)]
+
+    def estimated_map(self, state: State) -> Scores:
+        """What one gradient says of the heat map: [layer head example]."""
+        pairs, key = (self.listed(), LISTED) if state.average else (self.pair(state.pair), key_of(state.pair))
+        kind: Outside = "counterfactual" if state.method in ("path", "activation") else state.method
+
+        def estimate() -> Scores:
+            (scores,) = estimated(
+                self.model,
+                pairs,
+                [self.replacement(kind, pairs, key)],
+                metric=metric_named(state.metric),
+                position=state.acts,
+                direct=state.method == "path",
+            )
+            return scores
+
+        return self.once(("estimate", key, state.method, state.metric, state.acts), estimate)
+
+    def piece_of_map(self, state: State, piece: slice) -> Scores:
+        """The sweep over some heads, those that the estimate takes for the most important first; the others are NaN."""
+        pairs, key = (self.listed(), LISTED) if state.average else (self.pair(state.pair), key_of(state.pair))
+        heads = self.estimated_map(state).top(self.shape[0] * self.shape[1], by="magnitude")[piece]
+        if state.method == "path":
+            runs = self.once(("runs", key), lambda: prepared(self.model, pairs), room=1)
+            return sweep_heads(runs, Route(position=state.acts), metric=state.metric, senders=heads)
+        kind: Outside = "counterfactual" if state.method == "activation" else state.method
+        stand_in = self.replacement(kind, pairs, key)
+        scores = ablate(self.model, pairs, stand_in, metric=state.metric, heads=heads, position=state.acts)
+        if state.method == "activation":  # the same runs: the head's output on the corrupt prompt
+            scores = replace(scores, unit=f"fall of {metric_named(state.metric).unit}, z patched")
+        return scores
+
+    def impact_estimates(self, pair: Pair, *, metric: str, position: Position) -> dict[Outside, Scores]:
+        """What one gradient says of the ablation of every head, by each kind of ablation that can be had."""
+        pairs, kinds = self.pair(pair), self._outsides
+        stand_ins = [self.replacement(kind, pairs, key_of(pair)) for kind in kinds]
+        measured = metric_named(metric)
+        scores = estimated(self.model, pairs, stand_ins, metric=measured, position=position, direct=False)
+        return dict(zip(kinds, scores, strict=True))
+
+    def edge_estimates(self, pair: Pair, *, metric: str) -> Scores:
+        """What one gradient says of every path between two heads (EAP): [sender receiver example]."""
+        return attribute_edges(self.model, self.pair(pair), metric=metric)
+
+    @property
+    def _outsides(self) -> tuple[Outside, ...]:
+        return ("zero", "counterfactual", "mean") if self.material.reference else ("zero", "counterfactual")
+
+    def thumbnails(self, pair: Pair, layer: int, *, weighted: bool) -> Float[Tensor, "head query key"]:
+        """Attention of all heads of a layer on the clean prompt, at most `THUMBNAIL` cells along a side."""
+        heads = [Head(layer, index) for index in range(self.shape[1])]
+        patterns = attention_patterns(self.model, self.pair(pair).clean[0], heads, value_weighted=weighted)
+        tokens = patterns.weights.shape[-1]
+        if tokens <= THUMBNAIL:
+            return patterns.weights
+        return torch.nn.functional.adaptive_max_pool2d(patterns.weights, THUMBNAIL)
+
+    def joint(self, circuit: Circuit, role: str, outside: Outside, *, metric: str) -> dict[str, float]:
+        """Fall of the metric on the evaluated prompts when the heads of one role are ablated together, and the sum of
+        the falls when each is ablated alone; each head at its positions."""
+        pairs, measured = self.evaluated(), metric_named(metric)
+        stand_in = self.replacement(outside, pairs, EVALUATED)
+        full, _ = self._ends(outside, pairs, EVALUATED)
+        scope = circuit.where(lambda member: member.role == role).scope
+
+        def fall(some: Mapping[Head, tuple[Position, ...]]) -> float:
+            without = ablated_logits(self.model, pairs, some, stand_in)
+            return float(
+                (
+                    measured(full, pairs.answers, pairs.distractors)
+                    - measured(without, pairs.answers, pairs.distractors)
+                ).mean()
+            )
+
+        return {
+            "joint": fall(scope),
+            "singly": sum(fall({head: where}) for head, where in scope.items()),
+            "prompts": len(pairs),
+        }
+
     def attention(self, pair: Pair, head: Head, *, weighted: bool) -> AttentionPatterns:
         """Where the head looks on the clean prompt."""
         return attention_patterns(self.model, self.pair(pair).clean[0], [head], value_weighted=weighted)
@@ -155,9 +262,6 @@ class Subject:
     def impacts(self, pair: Pair, head: Head, *, metric: str, position: Position) -> dict[str, float | None]:
         """Fall of the metric when the head alone is ablated, by each kind of ablation that can be had."""
         pairs = self.pair(pair)
-        kinds: tuple[Outside, ...] = (
-            ("zero", "counterfactual", "mean") if self.material.reference else ("zero", "counterfactual")
-        )
         return {
             kind: float(
                 ablate(
@@ -169,7 +273,7 @@ class Subject:
                     position=position,
                 ).at(head)[0]
             )
-            for kind in kinds
+            for kind in self._outsides
         }
 
     def reads(self, pair: Pair, head: Head, *, metric: str) -> Scores:
@@ -219,9 +323,12 @@ class Subject:
     def _report(
         self, circuit: Circuit, outside: Outside, pairs: PromptPairs, key: Key | tuple[str, ...], random_circuits: int
     ) -> CircuitReport:
-        stand_in = self.replacement(outside, pairs, key)
-        ends: Ends = self.once(("ends", outside, key), lambda: circuit_ends(self.model, pairs, self.shape, stand_in))
+        stand_in, ends = self.replacement(outside, pairs, key), self._ends(outside, pairs, key)
         return evaluate_circuit(self.model, pairs, circuit, stand_in, random_circuits=random_circuits, ends=ends)
+
+    def _ends(self, outside: Outside, pairs: PromptPairs, key: Key | tuple[str, ...]) -> Ends:
+        stand_in = self.replacement(outside, pairs, key)
+        return self.once(("ends", outside, key), lambda: circuit_ends(self.model, pairs, self.shape, stand_in))
 
 
 def strongest(scores: Scores, count: int) -> list[Head]:

@@ -1,15 +1,20 @@
 """Results -> plain JSON for the page. Numbers keep six digits; NaN (not measured) becomes null."""
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from workbench.circuits.circuit import Circuit
 from workbench.circuits.evaluation import CircuitReport
 from workbench.explorer.subject import strongest
 from workbench.readouts.logit_attribution import LogitAttribution
 from workbench.readouts.patterns import AttentionPatterns
-from workbench.values.refs import Head
+from workbench.values.refs import Composition, Head, Receiver
 from workbench.values.scores import Order, Scores
 
 
@@ -52,6 +57,47 @@ def of_attention(patterns: AttentionPatterns) -> dict[str, Any]:
         "weights": [[round(value, 4) for value in row[: n + 1]] for n, row in enumerate(rows)],
         "unit": patterns.unit,
     }
+
+
+def of_thumbnails(weights: Float[Tensor, "head query key"]) -> dict[str, Any]:
+    """Attention of several heads in 256 steps of the largest weight of each: rows of bytes, in base 64."""
+    largest = weights.flatten(1).max(1).values.clamp(min=1e-9)
+    steps = (255 * weights / largest[:, None, None]).round().clamp(0, 255).to(torch.uint8)
+    coded = [base64.b64encode(bytes(each.flatten().tolist())).decode("ascii") for each in steps]
+    return {"cells": weights.shape[-1], "heads": coded, "largest": largest.tolist()}
+
+
+def of_estimated_reads(edges: Scores, head: Head, count: int) -> list[dict[str, Any]]:
+    """The heads below with the largest estimated effect through q, k and v, and that through each."""
+    through = {part: edges.labels["receiver"].index(_reading(edges, head, part)) for part in ("q", "k", "v")}
+    means = edges.mean().nan_to_num(0.0)
+    together = means[:, list(through.values())].sum(1)
+    names = edges.labels["sender"]
+    best = [place for place in together.abs().argsort(descending=True).tolist() if names[place].startswith("L")]
+    return [
+        {
+            "head": names[place],
+            "together": float(together[place]),
+            **{part: float(means[place, column]) for part, column in through.items()},
+        }
+        for place in best[:count]
+        if float(together[place])
+    ]
+
+
+def _reading(edges: Scores, head: Head, part: Composition) -> str:
+    """A head's input by its label: k and v of a group stand under the group's first head."""
+    names = [str(Receiver(Head(head.layer, index), part)) for index in range(head.index, -1, -1)]
+    return next(name for name in names if name in edges.labels["receiver"])
+
+
+def of_estimated_feeds(edges: Scores, head: Head, count: int) -> dict[str, Any]:
+    """The largest estimated effects on heads above, and that on the logits."""
+    row = edges.mean()[edges.labels["sender"].index(str(head))].tolist()
+    means = dict(zip(edges.labels["receiver"], row, strict=True))
+    logits = means.pop("logits", math.nan)
+    known = [(name, value) for name, value in means.items() if "." in name and value and math.isfinite(value)]
+    return {"logits": logits, "heads": [list(each) for each in sorted(known, key=lambda each: -abs(each[1]))[:count]]}
 
 
 def of_attribution(attribution: LogitAttribution, count: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ of a failed run outlives it.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from workbench.patching.progress import watched
 
 KEPT = 600
 """How many results are remembered."""
+REMEMBERED = 256 * 2**20
+"""Bytes that they may take together, beside those that are wanted now."""
 
 
 class Stopped(Exception):
@@ -43,6 +45,21 @@ class Outcome:
     error: str | None = None
 
 
+def bytes_of(value: Any) -> int:
+    """What a result takes of the memory, about."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, str | bytes):
+        return 50 + len(value)
+    if isinstance(value, Mapping):
+        return 64 + sum(map(bytes_of, value.values()))
+    if isinstance(value, list | tuple):
+        return 56 + 8 * len(value) + sum(map(bytes_of, value))
+    if is_dataclass(value):
+        return 48 + sum(bytes_of(getattr(value, each.name)) for each in fields(value))
+    return 32
+
+
 class Worker:
     """One thread that computes the wanted parts in their order."""
 
@@ -50,6 +67,7 @@ class Worker:
         self._changed = threading.Condition()
         self._wanted: list[Part] = []
         self._known: OrderedDict[tuple[Hashable, ...], Outcome] = OrderedDict()
+        self._bytes: dict[tuple[Hashable, ...], int] = {}
         self._stopped: set[tuple[Hashable, ...]] = set()
         self._running: Part | None = None
         self._share = 0.0
@@ -124,10 +142,17 @@ class Worker:
             with self._changed:
                 self._running = None
                 if outcome is not None:
-                    self._known[running.key] = outcome
-                    while len(self._known) > KEPT:
-                        self._known.popitem(last=False)
+                    self._remember(running.key, outcome)
                 self._changed.notify_all()
+
+    def _remember(self, key: tuple[Hashable, ...], outcome: Outcome) -> None:
+        """Keep a result; the oldest that are not wanted now are forgotten where they are too many or too large."""
+        self._known[key], self._bytes[key] = outcome, bytes_of(outcome.value)
+        wanted = {part.key for part in self._wanted}
+        for old in [each for each in self._known if each not in wanted]:
+            if len(self._known) <= KEPT and sum(self._bytes.values()) <= REMEMBERED:
+                return
+            del self._known[old], self._bytes[old]
 
     def _attempt(self, part: Part) -> Outcome | None:
         try:

@@ -36,6 +36,7 @@ from workbench.patching.replacement import (
     replacement_named,
     resampled_outputs,
 )
+from workbench.patching.shared import shared_logits
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric, metric_named, metrics_named
 from workbench.values.refs import Head, Position, head_named, heads_named
@@ -85,13 +86,26 @@ def ablation_edits(
     complement: bool = False,
 ) -> dict[str, hooks.Edit]:
     """Edits that ablate the heads of a scope at their positions; with `complement=True`, everything *except* them."""
+    stand_ins = _stand_ins(model, pairs, scope, replacement, complement=complement)
+    return {hooks.z(layer): _replace(mask[..., None], value) for layer, (mask, value) in stand_ins.items()}
+
+
+def _stand_ins(
+    model: HookedModel,
+    pairs: PromptPairs,
+    scope: Scope,
+    replacement: Replacement | Literal["zero"],
+    *,
+    complement: bool,
+) -> dict[int, tuple[Bool[Tensor, "batch pos head"], StandIn]]:
+    """Layer -> where heads are ablated, and what stands in for them."""
     masks = head_masks(model, pairs, scope)
     if complement:
         nothing = torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device)
         masks = {layer: ~masks.get(layer, nothing) for layer in range(model.n_layers)}
     stand_in = replacement_named(replacement)
     stand_in.require_fitting(pairs)
-    return {hooks.z(layer): _replace(mask[..., None], stand_in.at(layer, pairs)) for layer, mask in masks.items()}
+    return {layer: (mask, stand_in.at(layer, pairs)) for layer, mask in masks.items()}
 
 
 def _replace(mask: Bool[Tensor, "batch pos head 1"], value: StandIn) -> hooks.Edit:
@@ -115,8 +129,13 @@ def ablated_logits(
     model.require_eval()
     logits = []
     for part in pairs.batches(batch):
-        with hooks.edit(model.model, ablation_edits(model, part, scope, replacement, complement=complement)):
-            logits.append(model.final_logits(part.clean, part.mask))
+        stand_ins = _stand_ins(model, part, scope, replacement, complement=complement)
+        shared = shared_logits(model, part, stand_ins)
+        if shared is None:
+            edits = {hooks.z(layer): _replace(mask[..., None], value) for layer, (mask, value) in stand_ins.items()}
+            with hooks.edit(model.model, edits):
+                shared = model.final_logits(part.clean, part.mask)
+        logits.append(shared)
     return torch.cat(logits)
 
 
@@ -124,7 +143,11 @@ def ablated_logits(
 def plain_logits(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) -> Float[Tensor, "batch d_vocab"]:
     """Final logits on the clean prompts."""
     model.require_eval()
-    return torch.cat([model.final_logits(part.clean, part.mask) for part in pairs.batches(batch)])
+    logits = []
+    for part in pairs.batches(batch):
+        shared = shared_logits(model, part)
+        logits.append(model.final_logits(part.clean, part.mask) if shared is None else shared)
+    return torch.cat(logits)
 
 
 def ablate(

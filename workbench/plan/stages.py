@@ -38,18 +38,28 @@ class Road:
     @property
     def width(self) -> int:
         """Bytes of a student's weight."""
-        return WIDTHS[self.recipe.dtype]
+        assert self.student is not None
+        return _width(self.recipe.dtype, self.student)
 
     def width_of(self, shape: ModelShape) -> int:
-        """Bytes of a model's weight."""
-        return WIDTHS[self.recipe.teacher_dtype or self.recipe.dtype] if shape is self.teacher else self.width
+        """Bytes of a number that a model computes with: a weight, where it is not quantised, and an activation."""
+        theirs = self.recipe.teacher_dtype or self.recipe.dtype
+        return _width(theirs if shape is self.teacher else self.recipe.dtype, shape)
+
+    def read_by(self, shape: ModelShape, prompts: PromptPairs) -> PromptPairs:
+        """Prompts in the tokens of a model."""
+        return prompts.for_teacher if shape is self.teacher else prompts
+
+    def weight_bytes(self, shape: ModelShape) -> int:
+        """Bytes of a model's weights, of which a teacher's may be quantised."""
+        return shape.weight_bytes(
+            self.width_of(shape), self.recipe.teacher_quantisation if shape is self.teacher else None
+        )
 
     @property
     def resident(self) -> int:
         """Bytes of both models' weights."""
-        return sum(
-            self.width_of(shape) * shape.parameters for shape in (self.teacher, self.student) if shape is not None
-        )
+        return sum(self.weight_bytes(shape) for shape in (self.teacher, self.student) if shape is not None)
 
     def circuit_heads(self, shape: ModelShape) -> int:
         """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all; with a target
@@ -81,7 +91,7 @@ class Road:
             if shape is not None:
                 heads = self.trained_heads if role == "student" else None
                 trained = None if heads is None else self.trained("circuit").parameters
-                size = self.width_of(shape) * shape.parameters
+                size = self.weight_bytes(shape)
                 yield ModelCost(
                     role=role,
                     name=shape.name,
@@ -125,7 +135,8 @@ class Road:
 
     def discovery(self, role: str, shape: ModelShape, *, title: str | None = None) -> Iterator[StageCost]:
         """Ablation of every head, the search stage by stage, and the circuit on test prompts."""
-        name, pairs, reference = title or role, self.prompts.discovery, self.prompts.reference
+        name, pairs = title or role, self.read_by(shape, self.prompts.discovery)
+        reference = self.read_by(shape, self.prompts.reference)
         (count, tokens), searched = pairs.clean.shape, self.recipe.discovery.method == "path_patching"
         ablated = self.recipe.discovery.method == "mean_ablation"
         if self.student is not None or ablated:
@@ -155,13 +166,14 @@ class Road:
 
     def by_method(self, name: str, shape: ModelShape) -> StageCost:
         """A method of discovery, by the most runs that it says it takes."""
-        pairs, config = self.prompts.discovery, self.recipe.discovery
+        pairs, config = self.read_by(shape, self.prompts.discovery), self.recipe.discovery
+        reference = self.read_by(shape, self.prompts.reference)
         (count, tokens), width = pairs.clean.shape, self.width_of(shape)
         runs = method_named(config.method, config.options).runs(shape.layers * shape.heads, shape.layers)
         return self.cost(
             f"discover {name}: {config.method}",
             f"at most {runs} runs of {count} prompts",
-            runs * forward(shape, count, tokens) + forward(shape, *self.prompts.reference.clean.shape),
+            runs * forward(shape, count, tokens) + forward(shape, *reference.clean.shape),
             shape,
             pairs,
             memory.patching_bytes(shape, count, tokens, width, batch=path.BATCH),
@@ -169,7 +181,8 @@ class Road:
 
     def search(self, name: str, shape: ModelShape, *, repeats: int = 1) -> Iterator[StageCost]:
         """The stages of a backward search; the first carries the clean and corrupt runs that all share."""
-        pairs, positions = self.prompts.discovery, {stage.name: stage.position for stage in self.prompts.stages}
+        pairs = self.read_by(shape, self.prompts.discovery)
+        positions = {stage.name: stage.position for stage in self.prompts.stages}
         (count, tokens), heads = pairs.clean.shape, self.recipe.discovery.heads
         shared = sweeps.clean_and_corrupt(shape, pairs, batch=path.BATCH)
         peak = memory.patching_bytes(shape, count, tokens, self.width_of(shape), batch=path.BATCH)
@@ -195,7 +208,7 @@ class Road:
 
     def examined(self, name: str, shape: ModelShape) -> StageCost:
         """A circuit's report and its curve of faithfulness over size, random ones beside it."""
-        test, draws = self.prompts.test, self.recipe.evaluation.random_circuits
+        test, draws = self.read_by(shape, self.prompts.test), self.recipe.evaluation.random_circuits
         sizes = len(default_sizes(shape.layers * shape.heads)) - 1
         sets = 2 + 2 * (1 + draws) * sizes - 2 * draws if self.recipe.evaluation.curve else 0
         count = min(len(test), self.recipe.evaluation.curve_prompts)
@@ -221,11 +234,11 @@ class Road:
         """What stands in for ablated heads: a forward over reference prompts, or over the corrupt test prompts."""
         kind = self.recipe.evaluation.ablation
         prompts = self.prompts.test if kind == "counterfactual" else self.prompts.reference
-        return 0 if kind == "zero" else forward(shape, *prompts.clean.shape)
+        return 0 if kind == "zero" else forward(shape, *self.read_by(shape, prompts).clean.shape)
 
     def evaluation_bytes(self, shape: ModelShape) -> int:
         """A batch's forward; with counterfactual ablation every head's output on all test prompts."""
-        count, tokens = self.prompts.test.clean.shape
+        count, tokens = self.read_by(shape, self.prompts.test).clean.shape
         batch = min(ablating.BATCH, count)
         held = (
             0
@@ -238,13 +251,13 @@ class Road:
         """Similarities and CKA of the pairs on the discovery prompts, impacts read again (each time with the reference
         means)."""
         assert self.student is not None
-        pairs, shapes = self.prompts.discovery, (self.teacher, self.student)
-        runs = 1 + ("similarity" in self.recipe.matching.distances)
-        reference = self.prompts.reference.clean.shape
-        operations = sum(runs * forward(shape, *pairs.clean.shape) + 2 * forward(shape, *reference) for shape in shapes)
-        peak = max(
-            memory.means_bytes(shape, len(pairs), pairs.clean.shape[1], self.width_of(shape)) for shape in shapes
-        )
+        runs, operations, peak = 1 + ("similarity" in self.recipe.matching.distances), 0, 0
+        pairs = self.read_by(self.teacher, self.prompts.discovery)
+        for shape in (self.teacher, self.student):
+            read = self.read_by(shape, self.prompts.discovery).clean.shape
+            reference = self.read_by(shape, self.prompts.reference).clean.shape
+            operations += runs * forward(shape, *read) + 2 * forward(shape, *reference)
+            peak = max(peak, memory.means_bytes(shape, *read, self.width_of(shape)))
         return self.cost(title, f"{len(pairs)} prompts, both models", operations, self.teacher, pairs, peak)
 
     def caches(self, conditions: Sequence[str], seeds: int, *, title: str = "teacher outputs") -> Iterator[StageCost]:
@@ -255,7 +268,8 @@ class Road:
             {CONDITIONS[name].aligns or "" for name in conditions if CONDITIONS[name].trains},
             key=lambda kind: (kind != "", kind),
         )
-        (count, tokens), shards = self.prompts.train.clean.shape, self.recipe.teacher_outputs == "shards"
+        train, shards = self.read_by(self.teacher, self.prompts.train), self.recipe.teacher_outputs == "shards"
+        count, tokens = train.clean.shape
         for kind in kinds:
             times = seeds if kind in ("random", "shuffled") else 1
             layers = min(self.teacher.layers, self.matched_heads) if kind else 0
@@ -288,7 +302,7 @@ class Road:
                 what,
                 operations,
                 self.teacher,
-                self.prompts.train,
+                train,
                 peak,
                 disk=size,
             )
@@ -360,14 +374,19 @@ class Road:
         """So many trained students, and the teacher once, on the test prompts: circuits, and CKA of the pairs (which
         the teacher runs for)."""
         assert self.student is not None
-        test = self.prompts.test
-        plain = {shape.name: forward(shape, *test.clean.shape) for shape in (self.student, self.teacher)}
+        test, theirs = self.prompts.test, self.read_by(self.teacher, self.prompts.test).clean.shape
+        plain = {self.student.name: forward(self.student, *test.clean.shape)}
+        plain[self.teacher.name] = forward(self.teacher, *theirs)
         each = self.outside(self.student) + (self.report_runs + 1) * plain[self.student.name] + plain[self.teacher.name]
         once = self.outside(self.teacher) + self.report_runs * plain[self.teacher.name] if teacher else 0
         peak = max(
             self.evaluation_bytes(self.student),
-            memory.means_bytes(self.teacher, len(test), test.clean.shape[1], self.width_of(self.teacher)),
+            memory.means_bytes(self.teacher, *theirs, self.width_of(self.teacher)),
         )
         what = f"{runs} students{' and the teacher' if teacher else ''}, {len(test)} prompts"
         beyond = self.width * self.student.parameters + peak
         return self.cost(title, what, runs * each + once, self.student, test, beyond)
+
+
+def _width(dtype: str, shape: ModelShape) -> int:
+    return WIDTHS.get(shape.dtype if dtype == "auto" else dtype, 4)

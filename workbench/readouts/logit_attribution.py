@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
 from workbench.readouts.output import Output, refuse_unlike
@@ -65,10 +66,15 @@ class LogitAttribution:
 def direct_logit_attribution(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) -> LogitAttribution:
     """Attribute the clean prompts' logit difference at their last token.
 
-    Errors: `InputError` in training mode, and for a model whose parts do not sum to its logits (post-norm blocks,
-    soft-capped logits).
+    Errors: `InputError` in training mode, for sets of answers (a mass is no direction in the residual stream), and for
+    a model whose parts do not sum to its logits (post-norm blocks, soft-capped logits).
     """
     model.require_eval()
+    if pairs.has_sets:
+        raise InputError(
+            "direct logit attribution reads along the direction between two tokens, and these pairs have sets of "
+            "answers; give `pairs.first_members()`, or use path patching, which takes sets."
+        )
     output = Output.of(model)
     batches = [_attributed(model, output, part) for part in pairs.batches(batch)]
     heads, mlps, rest, total = (torch.cat(parts, -1).cpu() for parts in zip(*batches, strict=True))

@@ -72,6 +72,11 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path) -> None:
         self.config, self.path = config, path
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
+        if self.recipe.endpoint is not None:
+            raise InputError(
+                "a study asks what alignment adds, and a teacher behind an endpoint has no activations to align; leave "
+                "`endpoint` out of its recipe."
+            )
         if not self.recipe.data.sizes["validation"] or not self.recipe.training.evaluate_every:
             raise InputError(
                 "a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every "
@@ -104,6 +109,10 @@ class Study:
     def weight_file(self, student: str, scenes: int) -> Path:
         """Where a cell's chosen lambda lies."""
         return self.path / student / f"scenes-{scenes}" / "weight.json"
+
+    def anew_file(self, student: str, scenes: int, condition: str) -> Path:
+        """Where a circuit lies that was found anew in a trained student."""
+        return self.path / student / f"scenes-{scenes}" / "anew" / f"{condition}.json"
 
     def prepare(self) -> None:
         """Circuits and head maps of all students, which every trial reads."""
@@ -139,7 +148,7 @@ class Study:
             run_arms(cell.run, self.arms(cell.student, cell.scenes), resume=True)
             if cell.scenes == self.config.train_scenes[0]:
                 for condition in self.config.anew:
-                    self._find_anew(cell, condition)
+                    self.find_anew(cell.student, cell.scenes, condition)
 
     def conditions(self, student: str, scenes: int) -> tuple[str, ...]:
         """Of a cell; those for the best student are known once lambda is chosen for all."""
@@ -251,13 +260,13 @@ class Study:
             recipe, data=replace(recipe.data, train_scenes=scenes), alignment=replace(recipe.alignment, weight=weight)
         )
 
-    def _find_anew(self, cell: Cell, condition: str) -> None:
-        """The circuit of a trained student, found by the recipe's own search, beside the untrained student's and the
-        teacher's."""
-        file = cell.path / "anew" / f"{condition}.json"
+    def find_anew(self, student_name: str, scenes: int, condition: str) -> None:
+        """The circuit of a student that has been trained, found by the recipe's own search, beside the untrained
+        student's and the teacher's."""
+        file = self.anew_file(student_name, scenes, condition)
         if file.exists():
             return
-        run, seed = cell.run, self.config.seeds[0]
+        run, seed = self._chosen(self._opened(student_name), scenes), self.config.seeds[0]
         trained = run.folder.condition(condition, seed) / "student"
         student = (
             run.student if CONDITIONS[condition].trains is None else Student.load(trained, device=self.recipe.device)
@@ -266,7 +275,7 @@ class Study:
         finder = method_named(config.method, config.options)
         anew = finder.find(inquiry_of(run, "student", student, keep=False)).circuit
         before, teacher = run.circuit("student"), run.circuit("teacher")
-        layers = self.config.students[cell.student].teacher_layers
+        layers = self.config.students[student_name].teacher_layers
         overlap = None if layers is None else lineage_overlap(anew.heads, teacher.heads, layers)
         storage.write_json(
             file,

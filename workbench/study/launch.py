@@ -1,18 +1,22 @@
-"""The trials of a study spread over a Ray cluster, to the same files as one process writes after another.
+"""The trials of a study spread over processes of this machine or a Ray cluster, to the same files as one process writes
+after another.
 
-A trial is one training (and its evaluation): a function of the study's configuration, the student, the data size, the
-condition, the seed and lambda, which writes into a folder of its own. So trials need no order among each other but one:
-lambda is chosen before a cell's conditions run. The driver finds circuits and head maps first, which all trials read;
-what is evaluated once (the teacher, circuits anew) it does at the end. Where every process computes with as many
-threads, the numbers are the sequential study's to the bit.
+A trial is one training (and its evaluation), or one search for a circuit anew: a function of the study's configuration,
+the student, the data size, the condition, the seed and lambda, which writes into a folder of its own. So trials need no
+order among each other but two: lambda is chosen before a cell's conditions run, and a circuit is found anew in a
+student that has been trained. The driver finds circuits and head maps first, which all trials read; what is evaluated
+once (the teacher) it does at the end. Where every process computes with as many threads, the numbers are the sequential
+study's to the bit.
 
-The study's folder (and `$WORKBENCH_CACHE`) must be on a file system that all machines see. A trial whose worker dies is
-begun again on another, from its last checkpoint; when Ray gives up, the study stops and resumes with `--resume`.
+On Ray the study's folder (and `$WORKBENCH_CACHE`) must be on a file system that all machines see. A trial whose worker
+dies is begun again on another, from its last checkpoint; when that fails again and again, the study stops and resumes
+with `--resume`.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,10 @@ import torch
 
 from workbench.errors import InputError
 from workbench.experiment.conditions import METHOD
+from workbench.experiment.workers import require_cpu
 from workbench.models.sources import require_package
 from workbench.study.grid import Study, opened_study
+from workbench.values.workers import Pool, peak_memory
 
 log = logging.getLogger("workbench")
 RETRIES = 3
@@ -31,7 +37,7 @@ RETRIES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One training of a study."""
+    """One training of a study, or one search for a circuit in what was trained."""
 
     student: str
     scenes: int
@@ -39,6 +45,12 @@ class Trial:
     seed: int
     weight: float | None = None
     """lambda on trial, judged on validation prompts; None: the chosen one, evaluated on the test prompts."""
+    anew: bool = False
+    """Not a training: the circuit is found anew in the trained student."""
+
+    def __str__(self) -> str:
+        what = f"lambda {self.weight:g}" if self.weight is not None else "circuit anew" if self.anew else "trained"
+        return f"{self.student}, {self.scenes} scenes, {self.condition}, seed {self.seed}, {what}"
 
 
 def choices(study: Study) -> Iterator[Trial]:
@@ -64,9 +76,52 @@ def arms(study: Study) -> Iterator[Trial]:
                     yield Trial(student=student, scenes=scenes, condition=condition, seed=seed)
 
 
+def searches(study: Study) -> Iterator[Trial]:
+    """The circuits that are to be found anew and have not been."""
+    scenes, seed = study.config.train_scenes[0], study.config.seeds[0]
+    for student in study.config.students:
+        for condition in study.config.anew:
+            if not study.anew_file(student, scenes, condition).exists():
+                yield Trial(student=student, scenes=scenes, condition=condition, seed=seed, anew=True)
+
+
 def run_trial(path: Path, trial: Trial) -> None:
     """Do one trial of the study in a folder, whose circuits and head maps are there."""
-    opened_study(path).run_trial(trial.student, trial.scenes, trial.condition, trial.seed, weight=trial.weight)
+    study = _study_in(path)
+    if trial.anew:
+        study.find_anew(trial.student, trial.scenes, trial.condition)
+    else:
+        study.run_trial(trial.student, trial.scenes, trial.condition, trial.seed, weight=trial.weight)
+
+
+@functools.lru_cache(maxsize=1)
+def _study_in(path: Path) -> Study:
+    """The study as this process knows it: its models are loaded, and its prompts made, once for all trials."""
+    return opened_study(path)
+
+
+def run_in_waves(study: Study, run_all: Callable[[Sequence[Trial]], None]) -> None:
+    """The trials that don't wait for each other at once, the next ones when those are done; then what is left."""
+    for wave in (choices, arms, searches):
+        run_all(list(wave(study)))
+        study.choose()
+    study.run()
+
+
+def run_in_processes(study: Study, workers: int) -> None:
+    """`study.run()` with its trials on so many processes of this machine, one thread each.
+
+    Errors: `InputError` where an accelerator would be shared, and as `Pool.run`; a study that stops resumes.
+    """
+    require_cpu(study.recipe)
+    study.prepare()
+    path = study.path.resolve()
+    pool = Pool(workers=workers, unit="trial", what="trials of the study", need=peak_memory())
+
+    def run_all(trials: Sequence[Trial]) -> None:
+        pool.run(run_trial, [(path, trial) for trial in trials], lambda number, _: log.info("%s: done", trials[number]))
+
+    run_in_waves(study, run_all)
 
 
 def run_on_ray(study: Study, *, workers: int | None = None) -> None:
@@ -78,10 +133,7 @@ def run_on_ray(study: Study, *, workers: int | None = None) -> None:
     threads = torch.get_num_threads()
     study.prepare()
     with _Cluster(workers, threads, accelerated=study.recipe.device != "cpu") as cluster:
-        for wave in (choices, arms):
-            cluster.run(study.path, list(wave(study)))
-            study.choose()
-    study.run()
+        run_in_waves(study, functools.partial(cluster.run, study.path))
 
 
 class _Cluster:
@@ -127,14 +179,7 @@ class _Cluster:
             trial = waiting.pop(done)
             try:
                 ray.get(done)
-                log.info(
-                    "%s, %d scenes, %s, seed %d: done, %d left",
-                    trial.student,
-                    trial.scenes,
-                    trial.condition,
-                    trial.seed,
-                    len(waiting),
-                )
+                log.info("%s: done, %d left", trial, len(waiting))
             except RayError as error:
                 failed.append(f"{trial}: {str(error).strip().splitlines()[-1]}")
         if failed:

@@ -19,6 +19,7 @@ from workbench import storage
 from workbench.errors import InputError
 from workbench.tasks.pairs import (
     MOST_SHOWN,
+    SETS,
     Pair,
     Span,
     Split,
@@ -28,7 +29,7 @@ from workbench.tasks.pairs import (
     refuse_broken_text,
     repeated,
 )
-from workbench.tasks.positions import named_positions, position_mask
+from workbench.tasks.positions import ANSWERING, named_positions, position_mask
 from workbench.tasks.records import FORM, RowError
 from workbench.tasks.stages import Stage
 
@@ -48,9 +49,12 @@ class Origin:
     """The stages of the circuit that the task declares; empty where none are known."""
     chance: float | None = None
     """Accuracy of guessing."""
+    left_out: int = 0
+    """Of a file: how many bad rows were left out."""
 
     def __str__(self) -> str:
-        return self.name if self.split is None else f"{self.name}, {self.split} split"
+        rows = f", {self.left_out} bad rows left out" if self.left_out else ""
+        return f"{self.name}{rows}" if self.split is None else f"{self.name}, {self.split} split"
 
 
 @runtime_checkable
@@ -75,8 +79,10 @@ class PromptPairs:
     corrupt: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     """True on real tokens, False on padding."""
-    answers: Int[Tensor, " batch"]
-    distractors: Int[Tensor, " batch"]
+    answers: Int[Tensor, "batch *member"]
+    """One token a prompt, or [batch member], padded with -1, where a prompt has a set of answers."""
+    distractors: Int[Tensor, "batch *other"]
+    """The same of the wrong answers."""
     positions: Mapping[str, Bool[Tensor, "batch pos"]]
     """Name -> the tokens it stands for; `last` (the last real token) and `all` (every real token) are always there."""
     answer_tokens: Int[Tensor, "batch token"] | None = None
@@ -97,6 +103,21 @@ class PromptPairs:
             raise InputError(
                 "the teacher's reading holds other prompts or names other positions; encode the same pairs for both."
             )
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether a prompt has several answers or distractors."""
+        return self.answers.ndim > 1 or self.distractors.ndim > 1
+
+    def first_members(self) -> "PromptPairs":
+        """The same prompts with the first answer and the first distractor of each set alone, for what reads one
+        token."""
+        first = {name: getattr(self, name) for name in ("answers", "distractors")}
+        return replace(
+            self,
+            **{name: ids if ids.ndim == 1 else ids[:, 0] for name, ids in first.items()},
+            teacher=None if self.teacher is None else self.teacher.first_members(),
+        )
 
     @property
     def for_teacher(self) -> "PromptPairs":
@@ -172,8 +193,11 @@ class PromptPairs:
         )
 
     def prompts(self) -> set[bytes]:
-        """The clean prompts without their padding, for checks of disjointness."""
-        return {row[keep].cpu().numpy().tobytes() for row, keep in zip(self.clean, self.mask, strict=True)}
+        """The clean prompts without their padding (and without answers after them), for checks of disjointness."""
+        after = 0 if self.answer_tokens is None or ANSWERING not in self.positions else self.answer_tokens.shape[1] - 1
+        width = self.clean.shape[1] - after
+        rows = zip(self.clean[:, :width], self.mask[:, :width], strict=True)
+        return {row[keep].cpu().numpy().tobytes() for row, keep in rows}
 
 
 def refuse_overlap(reference: PromptPairs, evaluated: PromptPairs) -> None:
@@ -220,9 +244,9 @@ def load_pairs(
     name -> place. A place is a token's number without BOS (0 is the first; negative counts from the end, -1 is the
     last), a list of them, a piece of the clean prompt (meant is the last token of its last occurrence), or a list of
     character spans [[start, end], ...] of the clean prompt. `last` and `all` are always there. Also read where they are
-    there: `corrupt_answer` and `facts`, as in `Pair`. `skip_bad_rows` leaves bad rows out and logs how many and why;
-    repeated prompts are logged by number. Errors: `InputError` listing all bad rows, counted from 1, with their
-    reasons.
+    there: `corrupt_answer` and `facts`, as in `Pair`. An answer or a distractor may be a list of texts that are each
+    one (a set). `skip_bad_rows` leaves bad rows out and logs how many and why; repeated prompts are logged by number.
+    Errors: `InputError` listing all bad rows, counted from 1, with their reasons.
     """
     problems: list[RowError] = []
     pairs = numbered_pairs(source, split=split, problems=problems)
@@ -272,7 +296,15 @@ def to_dataset(
         log.warning("%s: %d rows are left out, %d are used", source, len(bad), len(rows))
     if not rows:
         raise InputError(f"{source} holds no pairs; give {FORM}.")
+    rows = _alike(rows)
     return Dataset.from_list(rows, features=features_of(rows[0]))
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows with lists in a column wherever one row has a list there."""
+    sets = [column for column in SETS if any(isinstance(row[column], list) for row in rows)]
+    lists = [{column: [row[column]] for column in sets if isinstance(row[column], str)} for row in rows]
+    return [{**row, **more} for row, more in zip(rows, lists, strict=True)]
 
 
 def _refuse_other_columns(number: int, row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
@@ -281,6 +313,7 @@ def _refuse_other_columns(number: int, row: Mapping[str, Any], first: Mapping[st
             number,
             f"names the positions {sorted(row['positions'])}, the first good row {sorted(first['positions'])}; name "
             "the same in each.",
+            "positions",
         )
     if row.keys() != first.keys() or set(row.get("facts", ())) != set(first.get("facts", ())):
         raise RowError(
@@ -291,7 +324,11 @@ def _refuse_other_columns(number: int, row: Mapping[str, Any], first: Mapping[st
 
 def features_of(row: Mapping[str, Any]) -> Features:
     """The columns of a dataset with rows like this one."""
-    text = {name: Value("string") for name in row if name not in ("positions", "facts")}
+    text = {
+        name: List(Value("string")) if isinstance(row[name], list) else Value("string")
+        for name in row
+        if name not in ("positions", "facts")
+    }
     positions = {name: List(Value("int32")) for name in sorted(row["positions"])}
     facts = {"facts": {name: Value("int32") for name in sorted(row["facts"])}} if "facts" in row else {}
     return Features({**text, **facts, "positions": positions})
@@ -299,33 +336,35 @@ def features_of(row: Mapping[str, Any]) -> Features:
 
 def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = False) -> dict[str, Any]:
     """A pair as a row with token positions. Errors: `RowError` with the row's number."""
-    for column in ("clean", "corrupt", "answer", "distractor"):
-        refuse_broken_text(number, column, getattr(pair, column))
+    for column, texts in _texts(pair).items():
+        for text in texts:
+            refuse_broken_text(number, column, text, column)
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
     corrupt, *endings = read_endings(pair, tokenizer)
     length, other = len(encoded["input_ids"]), len(corrupt)
     if not length or not other:
-        raise RowError(number, "a prompt is empty; write prompts that end where the answer should follow.")
+        raise RowError(number, "a prompt is empty; write prompts that end where the answer should follow.", "clean")
     if length != other:
         raise RowError(
             number,
             f"the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. "
-            "Reword one.",
+            "Reword one (its named positions would be other tokens in the other prompt), or leave such rows out.",
+            "corrupt",
         )
-    if pair.answer == pair.distractor:
+    if both := [word for word in pair.answers if word in pair.distractors]:
         raise RowError(
-            number, f"answer and distractor are both {pair.answer!r}; the distractor must be a wrong answer."
+            number, f"answer and distractor are both {both[0]!r}; the distractor must be a wrong answer.", "distractor"
         )
     _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"], endings, multi_token)
     try:
         positions = named_positions(pair, encoded["offset_mapping"])
     except InputError as error:
-        raise RowError(number, str(error)) from None
+        raise RowError(number, str(error), "positions") from None
     return {
         "clean": pair.clean,
         "corrupt": pair.corrupt,
-        "answer": pair.answer,
-        "distractor": pair.distractor,
+        "answer": list(pair.answers) if pair.more_answers else pair.answer,
+        "distractor": list(pair.distractors) if pair.more_distractors else pair.distractor,
         **({} if pair.corrupt_answer is None else {"corrupt_answer": pair.corrupt_answer}),
         **({} if pair.facts is None else {"facts": dict(pair.facts)}),
         "positions": {**positions, "last": [length - 1]},
@@ -333,44 +372,70 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
 
 
 def read_endings(pair: Pair, tokenizer: Any) -> list[list[int]]:
-    """The tokens of: the corrupt prompt, answer, distractor, clean prompt with answer, clean prompt with distractor."""
-    texts = [pair.corrupt, pair.answer, pair.distractor, pair.clean + pair.answer, pair.clean + pair.distractor]
+    """The tokens of: the corrupt prompt, all answers, all distractors, then the clean prompt with each of them."""
+    words = [*pair.answers, *pair.distractors]
+    texts = [pair.corrupt, *words, *(pair.clean + word for word in words)]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _texts(pair: Pair) -> dict[str, tuple[str, ...]]:
+    return {
+        "clean": (pair.clean,),
+        "corrupt": (pair.corrupt,),
+        "answer": pair.answers,
+        "distractor": pair.distractors,
+    }
 
 
 def _refuse_unscorable(
     number: int, pair: Pair, tokenizer: Any, prompt: list[int], endings: Sequence[list[int]], multi_token: bool
 ) -> None:
     """Answers of known tokens (of one, unless `multi_token`), which do not merge with the end of the prompt, and which
-    differ in the first. `endings`: the last four of `read_endings`."""
-    first = {}
-    for column, ids, whole in zip(("answer", "distractor"), endings[:2], endings[2:], strict=True):
-        word = getattr(pair, column)
+    differ in the first. `endings`: what `read_endings` gives after the corrupt prompt."""
+    if multi_token and (pair.more_answers or pair.more_distractors):
+        raise RowError(
+            number,
+            "a set of answers holds answers of one token; give one answer and one distractor, or leave "
+            "`multi_token` out.",
+            "answer" if pair.more_answers else "distractor",
+        )
+    named = [(column, word) for column in SETS for word in _texts(pair)[column]]
+    first: dict[int, tuple[str, str]] = {}
+    for (column, word), ids, whole in zip(named, endings[: len(named)], endings[len(named) :], strict=True):
         if not multi_token and (len(ids) != 1 or ids[0] == tokenizer.unk_token_id):
             wrong = "is unknown to this tokenizer" if len(ids) == 1 else f"has {len(ids)} tokens"
             raise RowError(
                 number,
                 f"the {column} {word!r} {wrong}; it must be one known token. Choose another word (mind the space "
                 "before it), or set `multi_token`.",
+                column,
             )
         if not ids or tokenizer.unk_token_id in ids:
             raise RowError(
                 number,
                 f"the {column} {word!r} is empty or has tokens unknown to this tokenizer. Choose another word.",
+                column,
             )
         if whole != [*prompt, *ids]:
             raise RowError(
                 number,
                 f"the {column} {word!r} merges with the end of the prompt into other tokens. Mind the space between "
                 "them.",
+                column,
             )
-        first[column] = ids[0]
-    if first["answer"] == first["distractor"]:
-        raise RowError(
-            number,
-            f"answer {pair.answer!r} and distractor {pair.distractor!r} begin with the same token; choose another "
-            "distractor.",
-        )
+        before = first.setdefault(ids[0], (column, word))
+        if before[0] != column:
+            raise RowError(
+                number,
+                f"answer {before[1]!r} and distractor {word!r} begin with the same token; choose another distractor.",
+                "distractor",
+            )
+        if before[1] != word:
+            raise RowError(number, f"the {column}s {before[1]!r} and {word!r} are one token; give it once.", column)
+    for column in SETS:
+        words = _texts(pair)[column]
+        if len(set(words)) < len(words):
+            raise RowError(number, f"column {column!r} names one of its words twice; give each once.", column)
 
 
 def encode(
@@ -384,8 +449,8 @@ def encode(
     """A checked dataset -> tensors. No token is added unless `prepend_bos` asks for it; shorter prompts are padded on
     `padding_side`.
 
-    With `multi_token`, `answers` and `distractors` are first tokens, and `answer_tokens` and `distractor_tokens` hold
-    them all.
+    Sets of answers give [batch member], padded with -1. With `multi_token`, `answers` and `distractors` are first
+    tokens, and `answer_tokens` and `distractor_tokens` hold them all.
     """
     if prepend_bos and tokenizer.bos_token_id is None:
         raise InputError("`prepend_bos` is set, but this tokenizer has no BOS token; set it to false.")
@@ -406,34 +471,44 @@ def encode(
         tokens["corrupt"][row, real] = torch.tensor(corrupt[row])
         for name, indices in places[row].items():
             positions[name][row, [start + len(lead) + index for index in indices]] = True
+    answers, distractors = (dataset[column][:] for column in SETS)
     if not multi_token:
-        _refuse_several_tokens(dataset, tokenizer)
-    whole: dict[str, Any] = {
-        "answer_tokens": _continuations(dataset["answer"][:], tokenizer),
-        "distractor_tokens": _continuations(dataset["distractor"][:], tokenizer),
-    }
+        return PromptPairs(
+            **tokens,
+            mask=mask,
+            answers=_members(answers, tokenizer),
+            distractors=_members(distractors, tokenizer),
+            positions={**positions, "all": mask.clone()},
+        )
+    if any(isinstance(words[0], list) for words in (answers, distractors)):
+        raise InputError("a set of answers holds answers of one token; encode these pairs without `multi_token`.")
+    whole = [_continuations(words, tokenizer) for words in (answers, distractors)]
     return PromptPairs(
         **tokens,
         mask=mask,
-        answers=whole["answer_tokens"][:, 0].clone(),
-        distractors=whole["distractor_tokens"][:, 0].clone(),
+        answers=whole[0][:, 0].clone(),
+        distractors=whole[1][:, 0].clone(),
         positions={**positions, "all": mask.clone()},
-        **(whole if multi_token else {}),
+        answer_tokens=whole[0],
+        distractor_tokens=whole[1],
     )
 
 
-def _refuse_several_tokens(dataset: Dataset, tokenizer: Any) -> None:
-    long = [
-        word
-        for column in ("answer", "distractor")
-        for word in dataset.unique(column)
-        if single_token(tokenizer, word) is None
-    ]
-    if long:
-        raise InputError(
-            f"{long[0]!r} is no single known token of this tokenizer; encode with `multi_token`, or choose another "
-            "word."
-        )
+def _members(words: list[Any], tokenizer: Any) -> Int[Tensor, "batch *member"]:
+    """The token of each word; of lists of words [batch member], padded with -1, unless each holds one."""
+    sets = [[word] if isinstance(word, str) else word for word in words]
+    distinct = list(dict.fromkeys(word for members in sets for word in members))
+    ids = tokenizer(distinct, add_special_tokens=False)["input_ids"]
+    for word, tokens in zip(distinct, ids, strict=True):
+        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+            raise InputError(
+                f"{word!r} is no single known token of this tokenizer; encode with `multi_token`, or choose another "
+                "word."
+            )
+    token = {word: tokens[0] for word, tokens in zip(distinct, ids, strict=True)}
+    width = max(map(len, sets))
+    members = torch.tensor([[*map(token.__getitem__, row), *[-1] * (width - len(row))] for row in sets])
+    return members[:, 0].clone() if width == 1 else members
 
 
 def _continuations(words: list[str], tokenizer: Any) -> Int[Tensor, "batch token"]:

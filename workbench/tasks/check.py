@@ -143,7 +143,7 @@ def _rows(
 ) -> Iterator[Fault]:
     """Faults of single pairs: the first of each kind, with how many there are."""
     faults: dict[FaultKind, list[str]] = {}
-    answers: dict[str, str] = {}
+    answers: dict[str, tuple[str, ...]] = {}
     for number, pair in enumerate(pairs):
         for kind, message in itertools.chain(
             _of_row(pair, tokenizer, multi_token, keeps_answer), _against_before(pair, answers)
@@ -158,13 +158,14 @@ def _rows(
         yield Fault(kind=kind, message=messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
 
 
-def _against_before(pair: Pair, answers: dict[str, str]) -> Iterator[tuple[FaultKind, str]]:
+def _against_before(pair: Pair, answers: dict[str, tuple[str, ...]]) -> Iterator[tuple[FaultKind, str]]:
     if pair.clean not in answers:
-        answers[pair.clean] = pair.answer
-    elif answers[pair.clean] == pair.answer:
+        answers[pair.clean] = pair.answers
+    elif set(answers[pair.clean]) == set(pair.answers):
         yield "repeated prompt", f"{pair.clean!r} came before"
     else:
-        yield "ambiguous", f"{pair.clean!r} is answered {pair.answer!r} here and {answers[pair.clean]!r} before"
+        here, before = (", ".join(map(repr, words)) for words in (pair.answers, answers[pair.clean]))
+        yield "ambiguous", f"{pair.clean!r} is answered {here} here and {before} before"
 
 
 def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -> Iterator[tuple[FaultKind, str]]:
@@ -174,13 +175,16 @@ def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -
         yield "unequal lengths", f"the clean prompt has {len(clean)} tokens, the corrupt one {len(corrupt)}"
     if clean == corrupt:
         yield "clean is corrupt", f"both prompts are {pair.clean!r}"
-    if pair.answer == pair.distractor:
-        yield "answer is distractor", f"both are {pair.answer!r}"
-    if pair.corrupt_answer == pair.answer and not keeps_answer:
-        yield "same answer", f"the corrupt prompt is answered {pair.answer!r} too"
-    for word, ids, whole in zip((pair.answer, pair.distractor), endings[:2], endings[2:], strict=True):
-        if not multi_token and (len(ids) != 1 or ids[0] == tokenizer.unk_token_id):
-            yield "answer tokens", f"{word!r} is {len(ids)} token(s) or unknown, not one known token"
+    words = [*pair.answers, *pair.distractors]
+    if both := [word for word in pair.answers if word in pair.distractors]:
+        yield "answer is distractor", f"both are {both[0]!r}"
+    if pair.corrupt_answer in pair.answers and not keeps_answer:
+        yield "same answer", f"the corrupt prompt is answered {pair.corrupt_answer!r} too"
+    for word, ids, whole in zip(words, endings[: len(words)], endings[len(words) :], strict=True):
+        if not ids or tokenizer.unk_token_id in ids:
+            yield "answer tokens", f"{word!r} is empty or has a token that is unknown to this tokenizer"
+        elif not multi_token and len(ids) != 1:
+            yield "answer tokens", f"{word!r} has {len(ids)} tokens, not one (allow several with `multi_token`)"
         elif whole != [*clean, *ids]:
             yield "answer tokens", f"{word!r} merges with the end of the prompt into other tokens"
     for name, where in pair.positions.items():
@@ -224,10 +228,10 @@ def shortcuts(pairs: Sequence[Pair]) -> dict[str, float]:
 
     A candidate is a word that is the answer of some pair and stands in the prompt.
     """
-    answers = [pair.answer.strip() for pair in pairs]
-    known = set(answers)
+    answers = [{word.strip() for word in pair.answers} for pair in pairs]
+    known = set().union(*answers)
     mentioned = [[word for word in re.findall(r"\w+|[^\w\s]", pair.clean) if word in known] for pair in pairs]
-    constant, share = Counter(answers).most_common(1)[0]
+    constant, share = Counter(word for pair in pairs for word in map(str.strip, pair.answers)).most_common(1)[0]
     width = min(8, max(len(dict.fromkeys(words)) for words in mentioned))
     rules: dict[str, Callable[[list[str]], str | None]] = {
         "the first candidate mentioned": lambda words: words[0] if words else None,
@@ -241,7 +245,7 @@ def shortcuts(pairs: Sequence[Pair]) -> dict[str, float]:
         **{f"candidate {place + 1} in the order of first mention": _nth(place) for place in range(1, width)},
     }
     accuracies = {
-        name: sum(rule(words) == answer for words, answer in zip(mentioned, answers, strict=True)) / len(pairs)
+        name: sum(rule(words) in right for words, right in zip(mentioned, answers, strict=True)) / len(pairs)
         for name, rule in rules.items()
     }
     return {**accuracies, f"always {constant!r} (the most frequent answer)": share / len(pairs)}

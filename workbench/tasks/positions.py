@@ -16,6 +16,9 @@ from workbench.errors import InputError, nearest
 from workbench.tasks.pairs import Pair, Span
 
 RESERVED = ("last", "all")
+ANSWERING = "answering"
+"""The tokens that an answer's tokens are read from: of prompts by themselves the last, of prompts with their answers
+(`workbench.tasks.forcing`) one for each of the answer's tokens."""
 REMEDY = (
     "give a token's number (0 is the first, -1 the last), a list of them, a piece of the clean prompt (its last token "
     "counts, where it stands last), or character spans [[start, end], ...]"
@@ -29,6 +32,8 @@ def position_mask(positions: Mapping[str, Bool[Tensor, "batch pos"]], name: str)
         return positions["all"] & ~position_mask(positions, name.removeprefix("not "))
     if "+" in name and name not in positions:
         return torch.stack([position_mask(positions, part) for part in name.split("+")]).any(0)
+    if name == ANSWERING and name not in positions:
+        return positions["last"]
     if name not in positions:
         raise InputError(f"these prompts have no position {name!r}; {nearest(name, positions)}")
     return positions[name]

@@ -82,9 +82,11 @@ class PromptSettings(PromptConfig):
     def _wrap(self, number: int, pair: Pair, tokenizer: Any) -> Pair:
         clean, start = self._turns(number, pair.clean, tokenizer)
         corrupt, _ = self._turns(number, pair.corrupt, tokenizer)
-        answers = {name: getattr(pair, name) for name in ("answer", "distractor", "corrupt_answer")}
+        answers: dict[str, Any] = {name: getattr(pair, name) for name in ("answer", "distractor", "corrupt_answer")}
         if self.chat == "user":
             answers = {name: None if word is None else word.lstrip() for name, word in answers.items()}
+            several = {name: getattr(pair, name) for name in ("more_answers", "more_distractors")}
+            answers |= {name: tuple(word.lstrip() for word in words) for name, words in several.items()}
         return replace(pair, clean=clean, corrupt=corrupt, positions=_moved(number, pair, tokenizer, start), **answers)
 
     def _turns(self, number: int, prompt: str, tokenizer: Any) -> tuple[str, int]:
@@ -113,7 +115,7 @@ def _moved(number: int, pair: Pair, tokenizer: Any, start: int) -> dict[str, Any
     try:
         places = named_positions(pair, offsets)
     except InputError as error:
-        raise RowError(number, str(error)) from None
+        raise RowError(number, str(error), "positions") from None
     moved = {name: [offsets[index] for index in tokens] for name, tokens in places.items()}
     return {
         name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans)

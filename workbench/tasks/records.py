@@ -18,11 +18,16 @@ Record = tuple[int, Any]
 
 
 class RowError(InputError):
-    """A row that can't be used: its number, counted from 1, and the reason with its remedy."""
+    """A row that can't be used: its number, counted from 1, the column that is wrong (empty where it is the whole row),
+    and the reason with its remedy."""
 
-    def __init__(self, number: int, reason: str) -> None:
+    def __init__(self, number: int, reason: str, field: str = "") -> None:
         super().__init__(f"row {number}: {reason}")
-        self.number, self.reason = number, reason
+        self.number, self.reason, self.field = number, reason, field
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"row": self.number, "field": self.field, "reason": self.reason}
 
 
 def records_of(source: str | Path | Dataset, *, split: str = "train") -> Iterator["Record | RowError"]:
@@ -49,8 +54,10 @@ def records_of(source: str | Path | Dataset, *, split: str = "train") -> Iterato
 
 
 def _hub(name: str, split: str) -> Iterator["Record | RowError"]:
+    """A dataset of the hub: `owner/name`, or `owner/name:configuration`."""
+    repository, _, configuration = name.partition(":")
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(repository, configuration or None, split=split)
     except Exception as error:  # of the hub's client, of the network, of the dataset's own files
         raise InputError(
             f"{name!r} is neither a file nor a dataset that can be loaded ({type(error).__name__}: {error}); give a "
@@ -104,13 +111,24 @@ def _csv(path: Path) -> Iterator["Record | RowError"]:
             raise InputError(f"{path} names a column twice in its first line ({', '.join(names)}); name each once.")
         for number, cells in enumerate((cells for cells in rows if cells), 1):
             if len(cells) == len(names):
-                yield number, dict(zip(names, cells, strict=True))
+                yield number, {name: _list_or_text(name, cell) for name, cell in zip(names, cells, strict=True)}
             else:
                 yield RowError(
                     number, f"{len(cells)} cells where the first line names {len(names)} columns; mind quotes."
                 )
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: not CSV ({error}); mind quotes and commas.") from None
+
+
+def _list_or_text(column: str, cell: str) -> Any:
+    """A cell; of an answer or a distractor that is a JSON list, the list."""
+    if column not in ("answer", "distractor") or not cell.startswith("["):
+        return cell
+    try:
+        value = json_value(cell)
+    except ValueError:
+        return cell
+    return value if isinstance(value, list) else cell
 
 
 def _parquet(path: Path) -> Iterator["Record | RowError"]:

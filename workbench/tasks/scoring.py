@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.forcing import require_continuable
 from workbench.values import metrics
 
 Which = Literal["answer", "distractor"]
@@ -33,15 +33,8 @@ def continued(pairs: PromptPairs, which: Which = "answer") -> PromptPairs:
     The mask covers the answer too. Errors: `InputError` for pairs encoded without `multi_token`, and for prompts of
     unequal length padded on the right (the answer could not follow its prompt).
     """
-    ids = pairs.answer_tokens if which == "answer" else pairs.distractor_tokens
-    if ids is None:
-        raise InputError(
-            "these pairs hold first tokens only; encode them with `multi_token=True` to score whole answers."
-        )
-    if not pairs.mask[:, -1].all():
-        raise InputError(
-            "prompts of unequal length must be padded on the left to be continued; set `padding_side` to left."
-        )
+    answers = require_continuable(pairs)
+    ids = answers if which == "answer" or pairs.distractor_tokens is None else pairs.distractor_tokens
     real = ids >= 0
     ids = ids.clamp(min=0)
     nothing = torch.zeros_like(real)

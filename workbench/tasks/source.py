@@ -19,6 +19,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import Origin, PromptPairs, Stage, Task
 from workbench.tasks.pairs import Pair, Split, numbered_pairs
 from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.records import RowError
 from workbench.tasks.registry import task_named
 from workbench.tasks.tokenizers import SharedWords, read_by_both, same_vocabulary
 
@@ -103,19 +104,28 @@ def read_pairs(
     *,
     teacher: HookedModel | None = None,
     settings: PromptSettings = PLAIN,
+    split: str = "train",
+    counterfactual: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> PromptPairs:
     """Your own pairs in the model's tokens: a JSONL, CSV or Parquet file, a `datasets.Dataset`, or a hub id.
 
-    Columns: clean, corrupt (equally many tokens), answer, distractor (one token each, with the space before it), and
-    if you like positions: name -> a piece of the clean prompt, or token indices. Errors: `InputError` with the row's
-    number.
+    Columns: clean, corrupt (equally many tokens), answer, distractor (one token each, with the space before it, or a
+    list of those: a set), and if you like positions: name -> a piece of the clean prompt, or token indices. Or the
+    columns of MIB's tasks (`workbench.tasks.mib`), as in `read_pairs("mib-bench/ioi", model, split="test")`, with
+    another `counterfactual` than the task's own. `split`: of a hub id. `skip_bad_rows`: leave bad rows out, log a table
+    of them, and count them in the pairs' `origin`. Errors: `InputError` with a table of all bad rows.
     """
     _, theirs = _tokenizers(model, teacher)
     if isinstance(source, str | Path) and Path(source).suffix in (".csv", ".parquet") and not Path(source).is_file():
         raise InputError(f"{source} is not a file; give a JSONL, CSV or Parquet file with one pair a row.")
     name = "a dataset" if isinstance(source, Dataset) else str(source)
     try:
-        return _encoded(numbered_pairs(source), model, theirs, Origin(name=name), settings)
+        problems: list[RowError] = []
+        pairs = numbered_pairs(source, split=split, counterfactual=counterfactual, problems=problems)
+        return _encoded(
+            pairs, model, theirs, Origin(name=name), settings, problems=problems, skip_bad_rows=skip_bad_rows
+        )
     except json.JSONDecodeError as error:
         raise InputError(f"{name}: a column `positions` or `facts` is not JSON ({error}).") from None
 
@@ -134,11 +144,22 @@ def _tokenizers(model: HookedModel, teacher: HookedModel | None) -> tuple[Any, A
 
 
 def _encoded(
-    pairs: Iterable[tuple[int, Pair]], model: HookedModel, theirs: Any | None, origin: Origin, settings: PromptSettings
+    pairs: Iterable[tuple[int, Pair]],
+    model: HookedModel,
+    theirs: Any | None,
+    origin: Origin,
+    settings: PromptSettings,
+    *,
+    problems: list[RowError] | None = None,
+    skip_bad_rows: bool = False,
 ) -> PromptPairs:
+    bad: list[RowError] = [] if problems is None else problems
+    how: dict[str, Any] = {"source": str(origin), "problems": bad, "skip_bad_rows": skip_bad_rows}
     if theirs is not None:
-        both = read_by_both(pairs, model.tokenizer, theirs, source=str(origin), settings=settings)
+        both = read_by_both(pairs, model.tokenizer, theirs, settings=settings, **how)
+        origin = replace(origin, left_out=len(bad))
         other = None if both.teacher is None else replace(both.teacher, origin=origin)
         return replace(both, origin=origin, teacher=other).to(model.device)
-    dataset = settings.dataset(pairs, model.tokenizer, source=str(origin))
+    dataset = settings.dataset(pairs, model.tokenizer, **how)
+    origin = replace(origin, left_out=len(bad))
     return replace(settings.encode(dataset, model.tokenizer), origin=origin).to(model.device)

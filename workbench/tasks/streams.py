@@ -8,6 +8,8 @@ from datasets import Dataset, IterableDataset
 
 from workbench import storage
 from workbench.tasks.base import Split, Task, checked_row, features_of, load_pairs
+from workbench.tasks.pairs import SETS
+from workbench.tasks.records import RowError
 
 
 def task_stream(
@@ -23,8 +25,22 @@ def task_stream(
 def _rows(
     *, task: Task, tokenizer: Any, split: Split, scenes: int, seed: int, multi_token: bool
 ) -> Iterator[dict[str, Any]]:
+    first: dict[str, Any] | None = None
     for number, pair in enumerate(task.pairs(tokenizer, split=split, scenes=scenes, seed=seed), 1):
-        yield checked_row(number, pair, tokenizer, multi_token=multi_token)
+        row = checked_row(number, pair, tokenizer, multi_token=multi_token)
+        first = row if first is None else first
+        yield _like(first, row, number)
+
+
+def _like(first: dict[str, Any], row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A row with lists where the first row has them: a stream's columns are known from that row."""
+    for column in SETS:
+        if isinstance(first[column], str) and isinstance(row[column], list):
+            raise RowError(number, f"has several texts in {column!r}, the stream's first row one; use `task_dataset`.")
+    lists = {
+        column: [row[column]] for column in SETS if isinstance(first[column], list) and isinstance(row[column], str)
+    }
+    return {**row, **lists}
 
 
 def save_pairs(dataset: Dataset, path: str | Path) -> None:

@@ -94,6 +94,7 @@ def refuse_token_indices(number: int, pair: Pair) -> None:
             number,
             f"position {numbered[0]!r} is given by token index, but the models have different tokenizers; give a piece "
             "of the clean prompt.",
+            "positions",
         )
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from workbench.errors import InputError, nearest
 
 GROUP = "workbench.metrics"
-OURS = ("log_probability", "probability", "logit_difference", "accuracy")
+OURS = ("log_probability", "probability", "logit_difference", "probability_difference", "accuracy")
 
 
 def metric_names() -> list[str]:

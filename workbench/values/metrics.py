@@ -3,6 +3,10 @@
 A `Metric` is a function with its name and unit, so that what was measured is never said apart from how. All take final
 logits [batch d_vocab] at the answering position; higher is better for each but `kl_divergence`.
 
+Answers and distractors are one token an example ([batch]) or a set of tokens ([batch member], padded with -1: all years
+above, a name and its pronoun). A set counts by its mass, the sum of its members' probabilities, and an answer is right
+where the likeliest token is any member.
+
 A package adds a metric of its own as an entry point, which recipes then name too:
 
     [project.entry-points."workbench.metrics"]
@@ -22,9 +26,10 @@ from workbench.errors import InputError
 from workbench.values.metric_names import GROUP, OURS, require_metric
 
 MetricFunction = Callable[
-    [Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], Int[Tensor, " batch"]], Float[Tensor, " batch"]
+    [Float[Tensor, "batch d_vocab"], Int[Tensor, "batch *member"], Int[Tensor, "batch *other"]], Float[Tensor, " batch"]
 ]
-"""(logits, answers, distractors) -> one value per example; higher is better."""
+"""(logits, answers, distractors) -> one value per example; higher is better. Answers and distractors are [batch], or
+[batch member] padded with -1 where they are sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,10 @@ class Metric:
             raise InputError("a metric has a name, a unit in words, and a function of (logits, answers, distractors).")
 
     def __call__(
-        self, logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batch"], distractors: Int[Tensor, " batch"]
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        answers: Int[Tensor, "batch *member"],
+        distractors: Int[Tensor, "batch *other"],
     ) -> Float[Tensor, " batch"]:
         return self.function(logits, answers, distractors)
 
@@ -61,32 +69,56 @@ def _qualified(function: object) -> str:
 
 
 Logits = Float[Tensor, "batch d_vocab"]
-Ids = Int[Tensor, " batch"]
+Ids = Int[Tensor, "batch *member"]
+Others = Int[Tensor, "batch *other"]
 PerExample = Float[Tensor, " batch"]
 
 
-def _at(values: Logits, ids: Ids) -> PerExample:
-    return values.gather(-1, ids[:, None]).squeeze(-1)
+def _summed_exponentials(values: Logits, ids: Ids) -> PerExample:
+    """The value of a token; of a set, the log of the sum of its members' exponentials, which of log-probabilities is
+    the log of their mass."""
+    if ids.ndim == 1:
+        return values.gather(-1, ids[:, None]).squeeze(-1)
+    return torch.where(ids >= 0, values.gather(-1, ids.clamp(min=0)), -torch.inf).logsumexp(-1)
 
 
-def log_probability(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """Log-probability of the answer, in nats."""
-    return _at(logits.log_softmax(-1), answers)
+def mass(logits: Logits, ids: Ids) -> PerExample:
+    """Probability of a token, or of any member of a set: the sum of theirs."""
+    if ids.ndim == 1:
+        return logits.softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    return torch.where(ids >= 0, logits.softmax(-1).gather(-1, ids.clamp(min=0)), 0.0).sum(-1)
 
 
-def probability(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """Probability of the answer."""
-    return _at(logits.softmax(-1), answers)
+def among(tokens: Int[Tensor, " batch"], ids: Ids) -> Bool[Tensor, " batch"]:
+    """Whether a token is the answer, or one of the set."""
+    return tokens == ids if ids.ndim == 1 else (tokens[:, None] == ids).any(-1)
 
 
-def logit_difference(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """Logit of the answer minus logit of the distractor."""
-    return _at(logits, answers) - _at(logits, distractors)
+def log_probability(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Log-probability of the answer, in nats; of a set, the log of its mass."""
+    return _summed_exponentials(logits.log_softmax(-1), answers)
 
 
-def accuracy(logits: Logits, answers: Ids, distractors: Ids) -> PerExample:
-    """1 where the answer is the most probable token of the whole vocabulary, else 0."""
-    return (logits.argmax(-1) == answers).to(logits.dtype)
+def probability(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Probability of the answer; of a set, its mass."""
+    return mass(logits, answers)
+
+
+def logit_difference(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Logit of the answer minus logit of the distractor; of sets, the log of the ratio of their masses (for single
+    tokens that is the same)."""
+    return _summed_exponentials(logits, answers) - _summed_exponentials(logits, distractors)
+
+
+def probability_difference(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """Probability of the answer minus that of the distractor; of sets, the difference of their masses: the metric of
+    greater-than (Hanna et al. 2023), EAP's `prob_diff`."""
+    return mass(logits, answers) - mass(logits, distractors)
+
+
+def accuracy(logits: Logits, answers: Ids, distractors: Others) -> PerExample:
+    """1 where the answer, or any of a set, is the most probable token of the whole vocabulary, else 0."""
+    return among(logits.argmax(-1), answers).to(logits.dtype)
 
 
 def kl_divergence(logits: Logits, reference: Logits) -> PerExample:
@@ -107,9 +139,19 @@ def sequence_log_probability(
     return torch.where(mask, each, torch.zeros_like(each)).sum(-1)
 
 
+def sequence_accuracy(
+    logits: Float[Tensor, "batch token d_vocab"], tokens: Int[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
+) -> PerExample:
+    """1 where every token of the answer (True in `mask`) is the most probable one at its place, else 0.
+
+    `logits[:, t]` predict `tokens[:, t]`.
+    """
+    return ((logits.argmax(-1) == tokens) | ~mask).all(-1).to(logits.dtype)
+
+
 METRICS: dict[str, Metric] = {
     function.__name__: Metric(function.__name__, function.__name__.replace("_", " "), function)
-    for function in (log_probability, probability, logit_difference, accuracy)
+    for function in (log_probability, probability, logit_difference, probability_difference, accuracy)
 }
 """Our own metrics; a recipe can name them, and those of installed packages."""
 assert tuple(METRICS) == OURS

@@ -1,0 +1,267 @@
+"""Answers of two tokens: `python -m docs.two_tokens` writes assets/results/two_tokens, one file a seed.
+
+    fox red cup . owl big hat . ant old key . elk raw map . owl   ->   big hat
+
+A teacher of three layers and students of two are trained here on looking up both words (minutes of one core); each
+student, which knows little yet, then learns from the teacher with its matched heads alone: on cross-entropy over the
+whole answer or over its first token, with and without CKA. Every row is the accuracy on fresh prompts. A row that is
+there is not made again; the models lie in a folder that is thrown away with the cache.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import workbench as wb
+from workbench import seeds, storage
+from workbench.models import sources
+from workbench.models.hooked_model import HookedModel
+from workbench.patching.execution import Execution
+from workbench.storage.provenance import provenance
+from workbench.tasks.base import Pair, PromptPairs, Split, Stage
+from workbench.tasks.drawing import distinct
+from workbench.tasks.forcing import answer_logits, greedy_answers
+from workbench.tasks.prompts import PromptSettings
+from workbench.tasks.vocabulary import word_level_tokenizer
+from workbench.tasks.wording import split_by_hash
+
+FOLDER = Path(__file__).parents[1] / "assets/results/two_tokens"
+SEEDS = (0, 1, 2)
+KEYS = tuple("fox owl ant elk bee cat dog hen pig rat ape cow".split())
+FIRST = tuple("red big old raw wet dry hot icy new sad shy sly".split())
+SECOND = tuple("cup hat key map pen box bag jar pot lid net rod".split())
+SETTINGS = PromptSettings(multi_token=True)
+TRAIN, DISCOVERY, TEST = 96, 64, 400
+QUERIES = 6
+"""After each scene that a model is trained on."""
+log = logging.getLogger("two_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """The two words that stand after a key: which pair belongs to the one that is named again?"""
+
+    entries: int = 4
+
+    name: ClassVar[str] = "lookup"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage(name="A", title="word fetcher", position="last"),)
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.entries
+
+    def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
+        """The corrupt prompt gives the keys other words."""
+        draw = seeds.chooser(seed, self.name, self.entries, split)
+
+        def make(place: int) -> Pair | None:
+            keys, asked = draw.sample(KEYS, self.entries), place % self.entries
+            first, second = draw.sample(FIRST, 2 * self.entries), draw.sample(SECOND, 2 * self.entries)
+            scene = [f"{key} {one} {two} ." for key, one, two in zip(keys, first, second, strict=False)]
+            other = [
+                f"{key} {one} {two} ."
+                for key, one, two in zip(keys, first[self.entries :], second[self.entries :], strict=True)
+            ]
+            if split_by_hash(scene) != split:
+                return None
+            wrong = (asked + 1) % self.entries
+            return Pair(
+                clean=" ".join([*scene, keys[asked]]),
+                corrupt=" ".join([*other, keys[asked]]),
+                answer=f" {first[asked]} {second[asked]}",
+                distractor=f" {first[wrong]} {second[wrong]}",
+                positions={},
+            )
+
+        yield from distinct(make, scenes=scenes, key=lambda pair: pair.clean, what=f"{self.name} ({split})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """What a student learns from."""
+
+    title: str
+    answers: Literal["whole", "first"] = "whole"
+    weight: float = 0.0
+    positions: str = "last"
+
+
+CONDITIONS: Mapping[str, Condition] = {
+    "first": Condition(title="CE on the first token", answers="first"),
+    "whole": Condition(title="CE on all answer tokens"),
+    "whole_cka_last": Condition(title="the same + CKA at the prompt's last token", weight=0.3),
+    "whole_cka": Condition(
+        title="CE on all answer tokens + CKA at all answer tokens", weight=0.3, positions="answering"
+    ),
+}
+UNTIL: Mapping[str, float] = {"teacher": 0.98, "student": 0.4}
+"""Share of whole answers right in the last 20 batches at which a model's own training ends: a student knows some."""
+MOST, STEPS = 4000, 150
+"""At most so many steps of that, and the steps of a distillation."""
+SIZES: Mapping[str, tuple[int, int]] = {"teacher": (3, 64), "student": (2, 48)}
+"""Layers and width."""
+
+
+def main() -> int:
+    """All seeds and conditions that are not there yet."""
+    for seed in SEEDS:
+        row(seed)
+    return 0
+
+
+def row(seed: int) -> None:
+    """A seed's file: its student before, and after each condition; written after each."""
+    file = FOLDER / f"seed_{seed}.json"
+    rows: dict[str, Any] = storage.read_json(file)["rows"] if file.exists() else {}
+    missing = [name for name in ("teacher", "before", *CONDITIONS) if name not in rows]
+    if not missing:
+        return
+    teacher, student = wb.Teacher.load(trained("teacher", 0), check=False), None
+    student = wb.Student.load(trained("student", seed), check=False)
+    task = wb.task(Lookup())
+    train, test = (
+        task.pairs(teacher, scenes=count, split=split, seed=part, settings=SETTINGS)
+        for count, split, part in ((TRAIN, "train", seed), (TEST, "test", 0))
+    )
+    matching = None
+    for name in missing:
+        log.info("seed %d: %s", seed, name)
+        model: HookedModel = teacher if name == "teacher" else student
+        if name in CONDITIONS:
+            matching = matching or matched(student, teacher, task)
+            model = distilled(student, teacher, matching, train, CONDITIONS[name], seed)
+        rows[name] = accuracies(model, test)
+        about = {
+            "command": "python -m docs.two_tokens",
+            "seed": seed,
+            "commit": provenance()["commit"],
+            "steps": STEPS,
+            "trained_until": dict(UNTIL),
+            "prompts": {"train": len(train), "discovery": DISCOVERY, "test": len(test)},
+        }
+        storage.write_json(file, {**about, "rows": rows})
+
+
+def matched(student: wb.Student, teacher: wb.Teacher, task: Any) -> Any:
+    """Heads matched by what they say at the last token of the prompt; circuits by the first token's log-probability."""
+    pairs = task.pairs(teacher, scenes=DISCOVERY, settings=SETTINGS)
+    quiet = Execution(progress=False)
+    ours, theirs = (
+        wb.find_circuit(model, pairs, method="mean_ablation", heads=4, execution=quiet) for model in (student, teacher)
+    )
+    return wb.match(student, teacher, ours, theirs, pairs, rule="similarity")
+
+
+def distilled(
+    student: wb.Student, teacher: wb.Teacher, matching: Any, train: PromptPairs, condition: Condition, seed: int
+) -> wb.Student:
+    """The student after a condition: the matched heads train, on the teacher's own answers."""
+    settings: dict[str, Any] = {"answers": condition.answers, "steps": STEPS, "batch": 32}
+    return wb.distill(
+        student,
+        teacher,
+        matching,
+        train,
+        weight=condition.weight,
+        positions=condition.positions,
+        seed=seed,
+        learning_rate=3e-3,
+        **settings,
+    ).student
+
+
+def accuracies(model: HookedModel, test: PromptPairs) -> dict[str, float]:
+    """Of the first token, of the second after the right first one, of the whole answer, and of the whole answer by
+    greedy decoding, which must be the same."""
+    tokens = test.answer_tokens
+    assert tokens is not None
+    right = answer_logits(model, test).argmax(-1) == tokens
+    decoded = greedy_answers(model, test) == tokens
+    return {
+        "first": share(right[:, 0]),
+        "second": share(right[:, 1]),
+        "whole": share(right.all(1)),
+        "decoded": share(decoded.all(1)),
+    }
+
+
+def share(right: Tensor) -> float:
+    """Of prompts."""
+    return float(right.double().mean())
+
+
+def trained(part: Literal["teacher", "student"], seed: int) -> Path:
+    """The folder of a model that is trained on the task, made where it is not there."""
+    folder = sources.cache_root() / "two_tokens" / f"{part}-{seed}-{UNTIL[part]:g}"
+    if (folder / "config.json").exists():
+        return folder
+    log.info("training %s %d", part, seed)
+    tokenizer = word_level_tokenizer([*KEYS, *FIRST, *SECOND, "."])
+    layers, width = SIZES[part]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with seeds.local(seed, "two tokens", part):
+        model = LlamaForCausalLM(config)
+    learn(model, tokenizer, seed, part)
+
+    def fill(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+    storage.replace_directory(folder, fill)
+    return folder
+
+
+def learn(model: nn.Module, tokenizer: Any, seed: int, part: Literal["teacher", "student"]) -> None:
+    """Cross-entropy on both words of every key that is asked, of scenes of the train split, new ones in each step."""
+    draw = seeds.chooser(seed, "two tokens, scenes", part)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    number, scene = tokenizer.get_vocab(), 4 * Lookup().entries
+    asked = torch.arange(scene, scene + 4 * QUERIES).unflatten(0, (QUERIES, 4))[:, :2]  # key -> first -> second
+    recent: list[float] = []
+    for step in range(MOST):
+        tokens = torch.tensor([[number[word] for word in sequence(draw)] for _ in range(32)])
+        logits, targets = model(input_ids=tokens).logits[:, asked], tokens[:, asked + 1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        recent = [*recent[-19:], share((logits.argmax(-1) == targets).all(-1))]
+        if step % 100 == 0:
+            log.info("  step %d: loss %.3f, right %.3f", step, loss.item(), recent[-1])
+        if len(recent) == 20 and sum(recent) / 20 >= UNTIL[part]:
+            break
+    log.info("  %d steps", step + 1)
+    model.eval()
+
+
+def sequence(draw: Any) -> list[str]:
+    """A scene of the train split, and queries of its keys with their words."""
+    while True:
+        keys, first, second = (draw.sample(words, Lookup().entries) for words in (KEYS, FIRST, SECOND))
+        scene = [f"{key} {one} {two} ." for key, one, two in zip(keys, first, second, strict=True)]
+        if split_by_hash(scene) == "train":
+            return " ".join([*scene, *(draw.choice(scene) for _ in range(QUERIES))]).split()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    sys.exit(main())

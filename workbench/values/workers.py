@@ -1,0 +1,155 @@
+"""Independent jobs on several processes of this machine, one thread each, to the same bits for every number of them.
+
+A job is a call of a module's function with plain values, which writes into a place of its own or returns plain values.
+A worker that dies takes its pool with it: the jobs that are not done begin again in a new pool of one worker less (its
+death was, as a rule, that memory ran out), each from whatever it has written; after `DEATHS` deaths an error says so.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import InputError
+from workbench.values.bar import bar
+
+log = logging.getLogger("workbench")
+DEATHS = 3
+"""How many workers may die before the pool gives up."""
+LEAST = 600 * 2**20
+"""Bytes that a worker takes before it has done anything: Python and torch."""
+Told = Callable[[int, Any], None]
+"""What is said of a finished job: its number among the jobs, and what it returned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """How many processes work, and what the bar calls their jobs."""
+
+    workers: int
+    unit: str = "job"
+    what: str = "jobs"
+    need: int = LEAST
+    """Bytes of memory that a worker needs; no more work than find room."""
+
+    def run(self, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], tell: Told = lambda _, __: None) -> None:
+        """`work(*job)` of every job. `tell` is called here, in the order in which they end. Errors: the first of a job,
+        when the others at work have been ended; `InputError` where workers die again and again."""
+        waiting = dict(enumerate(jobs))
+        workers = fitting(min(self.workers, max(len(jobs), 1)), self.need)
+        with bar(total=len(jobs), desc=f"{self.what}, {workers} at once", unit=self.unit) as progress:
+            for deaths in range(DEATHS + 1):
+                try:
+                    if waiting:
+                        self._round(
+                            work, waiting, workers, lambda number, value: (progress.update(), tell(number, value))
+                        )
+                    return
+                except BrokenProcessPool:
+                    workers = max(1, workers - 1)
+                    if deaths < DEATHS:
+                        log.warning(
+                            "a worker died (out of memory, or killed); its %s goes on from what it has written, with "
+                            "--workers %d",
+                            self.unit,
+                            workers,
+                        )
+        raise InputError(
+            f"workers died {DEATHS + 1} times (out of memory, or killed); what was done is kept: go on with --resume "
+            "and fewer --workers."
+        )
+
+    @staticmethod
+    def _round(
+        work: Callable[..., Any], waiting: dict[int, tuple[Any, ...]], workers: int, tell: Callable[..., Any]
+    ) -> None:
+        """One pool's life; what is done is taken from `waiting`."""
+        context = multiprocessing.get_context("spawn")  # a fork of a process that has computed with threads may hang
+        before = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context, initializer=_one_thread)
+        try:
+            futures: dict[Future[Any], int] = {pool.submit(work, *job): number for number, job in waiting.items()}
+            for future in as_completed(futures):
+                value = future.result()
+                waiting.pop(futures[future])
+                tell(futures[future], value)
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.terminate()  # what is cut off has its checkpoint
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def free_cores() -> int:
+    """Cores that this process may use, less what others keep busy (the load of the last minute); at least one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, round(allowed - busy))
+
+
+def number_of_workers(asked: int | str | None) -> int | None:
+    """Of `--workers`: a number, or for `auto` one for each free core, and none where fewer than two are free (one
+    worker alone has one thread, and is slower than this process)."""
+    if not isinstance(asked, str):
+        return asked
+    free = free_cores()
+    return free if free > 1 else None
+
+
+def fitting(workers: int, need: int) -> int:
+    """As many workers as memory has room for; at least one."""
+    free = free_memory()
+    if free is None or workers * need <= free:
+        return workers
+    room = max(1, free // need)
+    log.warning(
+        "%d of %d workers: each needs about %.1f GB, and %.1f GB are free", room, workers, need / 1e9, free / 1e9
+    )
+    return room
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping, in this container where it is bounded; None where this can't be seen."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return min(free, _room_in_container() or free)
+
+
+def _room_in_container() -> int | None:
+    place = Path("/sys/fs/cgroup")
+    try:
+        most, used = ((place / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        lines = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if most == "max" else int(most) - int(used) + int(lines.get("inactive_file", 0))
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: what a worker needs that loads the same models."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return LEAST
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(LEAST, peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def _one_thread() -> None:
+    """In a worker, at its start: an interruption is the parent's to handle."""
+    import torch  # here: the command line asks for the free cores before torch is wanted
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)
