@@ -11,6 +11,7 @@ import torch
 import workbench as wb
 from tests.tasks.test_rows import GOOD, TOKENIZER, as_csv, jsonl
 from workbench import seeds
+from workbench.circuits.circuit import Member
 from workbench.distillation import losses
 from workbench.distillation.trainers import training_rows
 from workbench.errors import InputError
@@ -110,10 +111,15 @@ def test_every_method_takes_sets_or_says_that_it_does_not(tmp_path: Path) -> Non
     with torch.no_grad():
         logits = teacher.final_logits(pairs.clean, pairs.mask)
     whole = METRICS["accuracy"](logits, pairs.answers, pairs.distractors).mean()
-    circuit = wb.Circuit.of(teacher.heads[:4], shape=(teacher.n_layers, teacher.n_heads), method="some")
+    circuit = wb.Circuit.of(
+        [Member(head, "A", "last") for head in teacher.heads[:4]],
+        shape=(teacher.n_layers, teacher.n_heads),
+        method="some",
+    )
     report = wb.evaluate_circuit(teacher, pairs, circuit, random_circuits=1)
     assert report.full_accuracy == float(whole)
-    assert wb.attribute(teacher, pairs, execution=QUIET).values.isfinite().all()
+    edges = wb.attribute(teacher, pairs, execution=QUIET).values
+    assert edges[edges.isfinite()].abs().max() > 1e-4
     with pytest.raises(InputError, match=r"first_members\(\)"):
         direct_logit_attribution(teacher, pairs)
     assert direct_logit_attribution(teacher, pairs.first_members()).total.isfinite().all()
