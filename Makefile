@@ -12,7 +12,7 @@ WORKERS ?= auto
 # Which tests `make test` runs: those marked lengthy take half a minute or more, beside a faster test of the same kind.
 TESTS ?= not lengthy
 
-.PHONY: demo test test-all test-fast test-tl3 browser ray notebooks figures tables docs check lint types bench models dist resolve clean
+.PHONY: demo test test-all test-fast test-tl3 browser ray quantised notebooks figures tables docs check lint types bench models dist resolve clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo --workers auto $(if $(wildcard runs/demo/run.json),--resume)
@@ -41,6 +41,10 @@ browser: $(READY)  ## the explorer in headless Chromium, in JupyterLab and on it
 ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one (installs the extra)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
 	$(BIN)/python -m pytest -rs tests/study/test_study_ray.py
+
+quantised: $(READY)  ## teachers in 8 and 4 bits against full ones (installs the extra, with which every start takes seconds more)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
+	$(BIN)/python -m pytest -rs tests/models/test_quantised.py
 
 figures: $(READY)  ## draw the gallery in assets/figures and the picture of the explorer anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10.13", "3.11.9", "3.12.7", "3.13.1")
 """Those of the classifiers, each with a patch release that is easily had."""
 ENVIRONMENTS = {
-    "constraints.txt": ("--extra=dev", "--extra=ray"),
+    "constraints.txt": ("--extra=dev", "--extra=quantised", "--extra=ray"),
     "constraints-tl3.txt": ("--extra=adapters", "--extra=contract"),
 }
 """File of pins -> what the Makefile installs under it."""

@@ -4,7 +4,19 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import attribute_edges, cka_pairs, distill_step, eliminating, patching, programs
+from benchmarks import (
+    attribute_edges,
+    busy_neighbour,
+    cka_pairs,
+    cold_start,
+    distill_step,
+    eliminating,
+    explorer_head,
+    patching,
+    programs,
+    shared_prefix,
+    study_throughput,
+)
 from workbench import storage
 
 BENCHMARKS = {
@@ -14,6 +26,11 @@ BENCHMARKS = {
     **patching.RUNS,
     **eliminating.RUNS,
     "programs": programs.run,
+    "cold-start": cold_start.run,
+    "busy-neighbour": busy_neighbour.run,
+    "study-throughput": study_throughput.run,
+    "shared-prefix": shared_prefix.run,
+    "explorer-head": explorer_head.run,
 }
 
 
@@ -33,4 +50,5 @@ def main() -> int:
     return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":  # workers of a benchmark import this file
+    sys.exit(main())

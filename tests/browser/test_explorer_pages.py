@@ -118,6 +118,7 @@ def test_the_command_lines_page(
     reproduces(page)
     walk(page)
     typed(page)
+    views(page, watched)
     page.fill('input[name="file"]', "picked.json")
     page.click('[data-do="save"]')
     page.locator(".message", has_text="saved").wait_for()
@@ -177,6 +178,107 @@ def walk(page: Any) -> None:
     page.keyboard.press("Control+z")
     page.wait_for_selector(f"{cell('L1H5')}:not(.member)")
     settle(page)
+
+
+def views(page: Any, watched: Watched) -> None:
+    """Small pictures, side by side, groups, a ranking to step along, export, a link; readable in both themes and at
+    both widths."""
+    circuit = page.locator('[data-circuit="teacher"] .chip').all_inner_texts()
+    tile = page.locator("[data-tile]").nth(1)
+    name = tile.get_attribute("data-tile")
+    tile.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f'[data-in-view="{name}"]')
+    assert page.locator(f'[data-tile="{name}"]').get_attribute("aria-pressed") == "true"
+    page.click('[data-do="beside"]')
+    page.click(cell(HEAD))
+    page.wait_for_selector(f'[data-half="0"]:has-text("{HEAD}")')
+    assert page.locator('[data-half="1"]').inner_text().startswith(name)
+    settle(page)
+    page.click('summary:has-text("Group heads") >> nth=0')
+    for box in page.locator('[data-circuit="teacher"] .grouping input[type="checkbox"]').all():
+        box.check()
+    page.fill('[data-circuit="teacher"] input[name="role"]', "both")
+    page.click('[data-circuit="teacher"] [data-do="role"]')
+    page.wait_for_selector('[data-joint="both"]')
+    settle(page)
+    assert number(page, '[data-joint="both"]') != 0.0
+    link = page.evaluate("location.hash")
+    page.select_option('[data-do="source"]', label="the heat map in view")
+    page.click('[data-do="load"]')
+    page.wait_for_selector('[data-step="teacher"]')
+    seen = []
+    for size in (40, 3):
+        page.locator('[data-step="teacher"]').fill(str(size))
+        page.wait_for_selector(f'[data-left="teacher"]:has-text("{size} of 48 heads left")')
+        settle(page)
+        seen.append(number(page, RECOVERED))
+    assert seen[0] > seen[1] + 10, "the circuit loses what it did"
+    if page.locator('[data-do="code"]').get_attribute("aria-expanded") == "false":
+        page.click('[data-do="code"]')
+    for kind, begin in (("python", b"from "), ("json", b"{"), ("png", b"\x89PNG")):
+        with page.expect_download() as download:
+            page.click(f'[data-do="{kind}"]')
+        assert download.value.path().read_bytes().startswith(begin)
+    readable(page)
+    page.evaluate(f"location.hash = {link!r}")
+    page.locator(".message", has_text="restored").wait_for()
+    settle(page)
+    assert page.locator('[data-circuit="teacher"] .chip').all_inner_texts() == circuit
+    assert page.locator('[data-joint="both"]').count() == 1
+    page.click('[data-do="apart"]')
+    for bad, says in (("#view=%7Bx", "can't be read"), ("#view=%7B%7D", "not restored")):
+        page.evaluate(f"location.hash = {bad!r}")
+        page.locator(".message", has_text=says).wait_for()
+        assert page.locator('[data-circuit="teacher"] .chip').all_inner_texts() == circuit
+    settle(page)
+
+
+CONTRAST = """() => {
+  const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    paint.clearRect(0, 0, 1, 1);
+    paint.fillStyle = colour;
+    paint.fillRect(0, 0, 1, 1);
+    return [...paint.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => {
+    const v = c[i] / 255;
+    return sum + share * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const c = rgba(getComputedStyle(at).backgroundColor);
+      if (c[3] > 250) return c;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  for (const node of document.querySelectorAll(".wbx *")) {
+    const own = [...node.childNodes].some((each) => each.nodeType === 3 && each.textContent.trim());
+    if (!own || !node.checkVisibility() || node.closest(":disabled, .tip, option")) continue;
+    const [a, b] = [light(rgba(getComputedStyle(node).color)), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push([node.className || node.tagName, node.textContent.slice(0, 30), ratio.toFixed(2)]);
+  }
+  return low;
+}"""
+
+
+def readable(page: Any) -> None:
+    """Contrast of at least WCAG AA (4.5) for all text, nothing beyond the window's width, every button with a name."""
+    size = page.viewport_size
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_selector(f'.wbx[data-theme="{scheme}"]')
+        for width in (1440, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(CONTRAST) == [], (scheme, width)
+    named = "nodes => nodes.filter(node => !(node.innerText || node.ariaLabel || node.title)).length"
+    assert page.locator(".wbx button").evaluate_all(named) == 0
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size(size)
 
 
 def saved_over(page: Any, file: Path) -> None:

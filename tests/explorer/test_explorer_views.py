@@ -192,6 +192,11 @@ def test_steps_along_an_elimination(session: Session) -> None:
         assert stepped["on_prompts"]["logit_difference_recovered"] == pytest.approx(
             report.logit_difference_recovered, abs=1e-5
         )
+    told(session, "role", side="teacher", heads=[str(RANKING[0])], role="mine")
+    kept = told(session, "step", side="teacher", size=1)["circuits"]["teacher"]["heads"]
+    assert kept == [{"head": str(RANKING[0]), "role": "mine"}], "a name given by hand stays"
+    told(session, "undo")
+    told(session, "undo")
     assert told(session, "undo")["circuits"]["teacher"]["path"]["size"] == 4, "a walk is undone as one"
     ranks = session.do("load", side="teacher", source=MAP)["maps"]["panels"]["teacher"]["ranks"]
     (first,) = session.do("step", side="teacher", size=1)["circuits"]["teacher"]["heads"]

@@ -260,3 +260,13 @@ def test_memory_grows_with_what_is_asked(shape: ModelShape) -> None:
     small, large = (memory.step_bytes(shape, batch, 25, 4) for batch in (8, 800))
     assert large == 100 * small
     assert torch.finfo(torch.float32).bits == 8 * 4
+
+
+def test_a_quantised_teacher_is_planned_with_the_bytes_that_it_takes(model_folder: Callable[..., Path]) -> None:
+    shape = shape_of(str(model_folder("llama")))
+    matrices = shape.layers * (shape.attention_weights + shape.mlp_weights)
+    assert shape.quantisable == matrices
+    others, rows = 4 * (shape.parameters - matrices), shape.quantisable_rows
+    assert shape.weight_bytes(4) == 4 * shape.parameters
+    assert shape.weight_bytes(4, "int8") == others + matrices + 4 * rows
+    assert shape.weight_bytes(4, "nf4") == others + matrices // 2 + matrices // 16

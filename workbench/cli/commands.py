@@ -4,7 +4,7 @@ import argparse
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import InputError
@@ -248,7 +248,8 @@ def check_model(options: argparse.Namespace) -> None:
     workers = number_of_workers(options.workers) or 1
     if workers > 1 and options.device != "cpu":
         raise InputError(f"workers are processes on CPU cores, not on {options.device}; leave --workers out.")
-    jobs = [(model, options.device, options.dtype) for model in options.model]
+    how = {name: getattr(options, name) for name in ("device", "dtype", "quantisation", "device_map")}
+    jobs = [(model, how) for model in options.model]
     faults: list[str] = []
 
     def tell(number: int, said: tuple[str, str]) -> None:
@@ -269,15 +270,15 @@ def check_model(options: argparse.Namespace) -> None:
         raise InputError(faults[0])
 
 
-def _checked(model: str, device: str, dtype: str) -> tuple[str, str]:
+def _checked(model: str, how: Mapping[str, Any]) -> tuple[str, str]:
     """What is said of a model, and why it is refused (empty where it is not); in a worker, where there are some."""
     from workbench.patching import conformance
 
     text = ""
     try:
-        found = conformance.check_model(model, device=device, dtype=dtype)
-        text = found.text()
-        conformance.require_conformance(found)
+        supported = conformance.check_model(model, **how)
+        text = supported.text()
+        conformance.require_conformance(supported)
     except InputError as error:
         return text, str(error)
     return text, ""
@@ -314,10 +315,14 @@ def finetune_model(options: argparse.Namespace) -> None:
 
     config = _finetuning_config(options)
     training = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
+    where = f"test scenes of {config.task}" if config.rows is None else f"test rows of {config.rows}"
     print(
-        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
-        f"{training['steps']} steps"
+        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out {where} after {training['steps']} steps"
     )
+    if options.push_to_hub is not None:
+        from workbench.storage.hub import push_folder
+
+        print(push_folder(options.out, options.push_to_hub, private=options.private or None))
 
 
 def check_task(options: argparse.Namespace) -> None:

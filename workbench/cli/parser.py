@@ -23,7 +23,8 @@ distils it, and measures what that did. Three commands to begin with:
   workbench check-model MODEL     whether a model of your own is supported
 
 workbench recipes lists the bundled recipes, workbench --help all commands."""
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+QUANTISATIONS = ("int8", "nf4")
 RESUMED = "the same command with --resume goes on from here"
 CHECKPOINTED = "the same command goes on from its last checkpoint"
 Run = Callable[[argparse.Namespace], None]
@@ -211,6 +212,11 @@ def _declare_check_model(commands: Any) -> None:
         help="check several models on so many processes, one thread each, or `auto`: one for each free core",
     )
     _on_a_device(command_parser, device="cpu", dtype="float32")
+    _quantised(command_parser, "the model's")
+    command_parser.add_argument(
+        "--device-map",
+        help="in place of --device: a device, or how to spread the model over several, as accelerate takes it (auto)",
+    )
     _common(command_parser, run.check_model)
 
 
@@ -224,6 +230,7 @@ def _declare_explore(commands: Any) -> None:
     )
     explorer.add_arguments(command_parser)
     _on_a_device(command_parser, device="cpu", dtype="float32")
+    _quantised(command_parser, "the models'")
     _common(command_parser, run.explore)
 
 
@@ -265,6 +272,12 @@ def _declare_finetune(commands: Any) -> None:
     command_parser.add_argument(
         "--out", type=Path, required=True, help="where the model goes, as a Hugging Face directory"
     )
+    command_parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="put the finished model into this hub repository, made if there is none",
+    )
+    command_parser.add_argument("--private", action="store_true", help="of --push-to-hub: a private repository")
     command_parser.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
     command_parser.add_argument(
         "--set",
@@ -386,7 +399,18 @@ def _on_a_device(
         "--device", default=device, help=f"where the models are (default: {device or 'as the recipe'})"
     )
     command_parser.add_argument(
-        "--dtype", default=dtype, choices=DTYPES, help=f"of the models' weights (default: {dtype or 'as the recipe'})"
+        "--dtype",
+        default=dtype,
+        choices=DTYPES,
+        help=f"of the models' weights; auto: as they were saved (default: {dtype or 'as the recipe'})",
+    )
+
+
+def _quantised(command_parser: argparse.ArgumentParser, whose: str) -> None:
+    command_parser.add_argument(
+        "--quantisation",
+        choices=QUANTISATIONS,
+        help=f"hold {whose} matrices in 8 bits (torchao) or 4 (bitsandbytes), of the extra `quantised`",
     )
 
 

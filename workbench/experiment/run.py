@@ -1,8 +1,9 @@
 """A run: a recipe at work in a run folder, with its prompts and its models, which are loaded when first asked for."""
 
 import functools
+import json
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from workbench import storage
 from workbench.circuits.circuit import Circuit
@@ -14,6 +15,7 @@ from workbench.experiment.prompts import Prompts
 from workbench.experiment.recipe import Recipe, to_plain
 from workbench.experiment.runs import RunFolder
 from workbench.matching import HeadMap
+from workbench.matching.head_rows import Readings
 from workbench.models.hooked_model import Dtype, HookedModel, Student, Teacher
 from workbench.patching.replacement import (
     ReferenceMeans,
@@ -37,17 +39,22 @@ class Models:
     """Models by what they were loaded from and as; each is loaded, and checked, once. Runs of one study share them."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str, str, Dtype], HookedModel] = {}
+        self._loaded: dict[tuple[str, ...], HookedModel] = {}
         self._fingerprints: dict[int, str] = {}
+        self._readings: dict[int, Readings] = {}
 
-    def get(self, kind: type[Kind], source: str, *, device: str, dtype: Dtype) -> Kind:
-        """The model of a source, as a teacher or a student."""
-        key = (kind.__name__, source, device, dtype)
+    def get(self, kind: type[Kind], source: str, *, device: str, dtype: Dtype, **placing: Any) -> Kind:
+        """The model of a source, as a teacher or a student; `placing` as in `HookedModel.load`."""
+        key = (kind.__name__, source, device, dtype, json.dumps(placing, sort_keys=True))
         if key not in self._loaded:
-            self._loaded[key] = kind.load(located(source), device=device, dtype=dtype)
+            self._loaded[key] = kind.load(located(source), device=device, dtype=dtype, **placing)
         model = self._loaded[key]
         assert isinstance(model, kind)
         return model
+
+    def readings(self, model: HookedModel) -> Readings:
+        """What is kept of a model that does not change, for all runs that share these models."""
+        return self._readings.setdefault(id(model), Readings(model))
 
     def fingerprint(self, model: HookedModel) -> str:
         """Of a model's weights, taken once."""
@@ -78,9 +85,21 @@ class Run:
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, self-checked."""
-        dtype = self.recipe.teacher_dtype or self.recipe.dtype
-        return self.models.get(Teacher, self.recipe.teacher, device=self.recipe.device, dtype=dtype)
+        """The teacher, self-checked. Errors: `InputError` for one behind an endpoint."""
+        recipe = self.recipe
+        if recipe.endpoint is not None:
+            raise InputError(
+                f"{recipe.teacher} answers at {recipe.endpoint.url}, and is not loaded: it has no heads to match or "
+                "align here; leave `endpoint` out and name a model to load."
+            )
+        return self.models.get(
+            Teacher,
+            recipe.teacher,
+            device=recipe.device if recipe.teacher_device_map is None else "cpu",
+            dtype=recipe.teacher_dtype or recipe.dtype,
+            quantisation=recipe.teacher_quantisation,
+            device_map=recipe.teacher_device_map,
+        )
 
     @property
     def student(self) -> Student:
@@ -98,7 +117,9 @@ class Run:
         return self.recipe.student
 
     def both(self) -> dict[str, HookedModel]:
-        """Teacher and, where the recipe names one, student."""
+        """Teacher and, where the recipe names one, student; the student alone where the teacher answers elsewhere."""
+        if self.recipe.endpoint is not None:
+            return {"student": self.student}
         teacher: dict[str, HookedModel] = {"teacher": self.teacher}
         return teacher if self.recipe.student is None else {**teacher, "student": self.student}
 
@@ -106,6 +127,8 @@ class Run:
     def prompts(self) -> Prompts:
         """The recipe's prompts, in tokens that both models share, or in the student's with the teacher's reading beside
         them."""
+        if self.recipe.endpoint is not None:
+            return Prompts(self.recipe, self.student.tokenizer)
         ours, theirs = (self.teacher if self.recipe.student is None else self.student).tokenizer, self.teacher.tokenizer
         return (
             Prompts(self.recipe, theirs)
@@ -115,7 +138,10 @@ class Run:
 
     def read_by(self, model: HookedModel, prompts: PromptPairs) -> PromptPairs:
         """Prompts in the tokens of one of the models."""
-        return prompts.for_teacher if model is self.teacher else prompts
+        return prompts.for_teacher if self._is_teacher(model) else prompts
+
+    def _is_teacher(self, model: HookedModel) -> bool:
+        return self.recipe.endpoint is None and model is self.teacher
 
     def circuit(self, name: str) -> Circuit:
         """The circuit of `teacher` or `student` in the run folder. Errors: `InputError` when it is not there, or was
@@ -167,7 +193,7 @@ class Run:
 
     def outside(self, model: HookedModel, prompts: PromptPairs | None = None) -> Replacement:
         """What stands in for the heads outside a circuit on the test prompts (or some of them)."""
-        role = "teacher" if model is self.teacher else "student"
+        role = "teacher" if self._is_teacher(model) else "student"
         there = self.read_by(model, self.prompts.test) if prompts is None else prompts
         return self.stand_in(role, model, self.recipe.evaluation.ablation, there)[0]
 

@@ -142,7 +142,7 @@ def session_of(
     identity = _identity(models, material)
     known = _SESSIONS.get(name)
     if known is not None and known[0] == identity:
-        known[1].head_map, known[1].folder = head_map, folder
+        known[1].head_map, known[1].folder, known[1].runs = head_map, folder, tuple(runs)
         return known[1]
     forget(name)
     _SESSIONS[name] = (identity, begun())

@@ -48,6 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--circuit", help="a circuit of the teacher to begin with (JSON)")
     command.add_argument(
         "--run",
+        dest="runs",
         action="append",
         default=[],
         metavar="FOLDER",
@@ -91,7 +92,7 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
     from workbench.tasks.prompts import PromptSettings
 
     def loaded(source: str) -> Teacher:
-        return Teacher.load(source, device=options.device, dtype=options.dtype)
+        return Teacher.load(source, device=options.device, dtype=options.dtype, quantisation=options.quantisation)
 
     def rows(source: str | None) -> Any:
         if source is None or not options.skip_bad_rows:
@@ -116,7 +117,7 @@ def server_of(options: argparse.Namespace, settings: Mapping[str, Any]) -> "Expl
         ),
         circuits=circuits,  # pyright: ignore[reportArgumentType]
         folder=options.folder,
-        runs=options.run,
+        runs=options.runs,
         memory=int(options.memory * 2**30) if math.isfinite(options.memory) else 0,
     )
     return ExplorerServer(session, port=options.port, allowed=options.allow_host)

@@ -244,7 +244,7 @@ def circuit_parts(state: State, subject: Subject) -> list[Part]:
     side, circuit, outside, pair = subject.side, state.circuits[subject.side], state.outside, state.pair
     return [
         Part(
-            key=("report on", side, outside, circuit.members, key_of(pair)),
+            key=("report on", side, outside, tuple(circuit.scope.items()), key_of(pair)),
             label=f"{side}: circuit on this pair",
             run=lambda: view.of_report(subject.report_on(pair, circuit, outside)),
         ),
@@ -256,7 +256,7 @@ def report_part(state: State, subject: Subject, circuit: Circuit) -> Part:
     """A circuit alone on the evaluated prompts."""
     outside = state.outside
     return Part(
-        key=("report", subject.side, outside, circuit.members),
+        key=("report", subject.side, outside, tuple(circuit.scope.items())),
         label=f"{subject.side}: {len(circuit.heads)} heads on the test prompts",
         run=lambda: view.of_report(subject.report(circuit, outside)),
     )
@@ -266,7 +266,7 @@ def random_part(state: State, subject: Subject) -> Part:
     """Random circuits of equal size, as a control."""
     side, circuit, outside = subject.side, state.circuits[subject.side], state.outside
     return Part(
-        key=("random", side, outside, circuit.members),
+        key=("random", side, outside, tuple(circuit.scope.items())),
         label=f"{side}: random circuits",
         run=lambda: view.of_report(subject.report(circuit, outside, random_circuits=5)),
     )
@@ -468,7 +468,7 @@ def _path(state: State, subject: Subject, known: Known, sources: Mapping[str, So
     curve = source.curve
     of_search = [] if curve is None else [(size, curve.share(size)) for size in curve.sizes]
     circuit = state.circuits[subject.side]
-    size = next((n for n in range(total + 1) if source.first(n).members == circuit.members), None)
+    size = len(circuit.heads) if set(source.ranking[: len(circuit.heads)]) == set(circuit.heads) else None
     return {
         "source": source.name,
         "heads": total,

@@ -303,7 +303,11 @@ class Session:
             raise InputError(f"no ranking is loaded for the {side}; load a circuit that was found by a search.")
         if type(size) is not int or not 0 <= size <= len(source.ranking):
             raise InputError(f"{_word(size)} heads can't be taken; the ranking has {len(source.ranking)}.")
-        after, done = self.state.with_circuit(side, source.first(size)), f"stepped along {source.name}"
+        circuit = source.first(size)
+        for role, heads in self.state.circuits[side].roles.items():  # a name given by hand stays
+            named = [head for head in heads if role not in source.circuit.role_of(head).split("+")]
+            circuit = with_role(circuit, named, role)
+        after, done = self.state.with_circuit(side, circuit), f"stepped along {source.name}"
         if self._past and self._past[-1].done == done:
             self._become(after)
             return done
@@ -471,7 +475,14 @@ class Session:
                     "layer": state.layer,
                 },
                 "sources": {
-                    side: [MAP, *(name for name, each in self.sources.items() if each.circuit.shape == subject.shape)]
+                    side: [
+                        MAP,
+                        *(
+                            name
+                            for name, each in self.sources.items()
+                            if each.circuit.shape == subject.shape and not name.startswith(MAP)
+                        ),
+                    ]
                     for side, subject in self.subjects.items()
                 },
                 "link": self.link(),

@@ -4,7 +4,9 @@ chosen tokens.
 m, the number of rows, is the number of prompts times the tokens of the position.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +20,58 @@ from workbench.models.hooked_model import HookedModel
 from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Position
+
+ROOM = 256 * 2**20
+"""Bytes of a model's activations that are kept at most."""
+
+
+class Readings:
+    """A model's activations on one set of prompts, kept for as long as its weights stay what they are: the arms of a
+    run compare their students with one teacher on the same prompts."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
+        self._prompts: tuple[Tensor, Tensor] | None = None
+        self._activations: dict[str, Tensor] = {}
+
+    def read(self, prompts: PromptPairs, names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations by hook name on the clean prompts, of a forward that is not made again."""
+        same = self._prompts is not None and all(
+            torch.equal(*each) for each in zip(self._prompts, (prompts.clean, prompts.mask), strict=True)
+        )
+        missing = [name for name in names if not same or name not in self._activations]
+        if missing or not names:
+            activations = self.model.early_activations(prompts.clean, prompts.mask, names)
+            if sum(value.numel() * value.element_size() for value in activations.values()) > ROOM:
+                return activations
+            self._prompts, self._activations = (
+                (prompts.clean, prompts.mask),
+                {**(self._activations if same else {}), **activations},
+            )
+        return {name: self._activations[name] for name in names}
+
+
+_READINGS: ContextVar[tuple[Readings, ...]] = ContextVar("readings that are kept", default=())
+
+
+@contextmanager
+def reading_once(*readings: Readings) -> Iterator[None]:
+    """Inside, heads of these models are read from what is kept. Their weights must not change."""
+    token = _READINGS.set(readings)
+    try:
+        yield
+    finally:
+        _READINGS.reset(token)
+
+
+def read(model: HookedModel, prompts: PromptPairs, names: Sequence[str]) -> dict[str, Tensor]:
+    """A model's activations by hook name on the clean prompts of its own reading."""
+    readings = next((each for each in _READINGS.get() if each.model is model), None)
+    return (
+        model.early_activations(prompts.clean, prompts.mask, names)
+        if readings is None
+        else readings.read(prompts, names)
+    )
 
 
 def require_fitting(

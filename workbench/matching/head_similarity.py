@@ -19,6 +19,7 @@ from workbench.matching.head_rows import (
     hook_names,
     output_weights,
     place,
+    read,
     require_fitting,
 )
 from workbench.models.hooked_model import HookedModel
@@ -149,12 +150,14 @@ def circuit_ckas(
     )
 
 
-def read(model: HookedModel, prompts: PromptPairs, names: Sequence[str], compared: Compared) -> dict[str, Tensor]:
+def _read(model: HookedModel, prompts: PromptPairs, names: Sequence[str], compared: Compared) -> dict[str, Tensor]:
     """Activations of the clean prompts by hook name, or clean minus corrupt."""
-    clean = model.activations(prompts.clean, prompts.mask, names)[1]
-    if compared == "activations":
-        return clean
-    return difference(clean, model.activations(prompts.corrupt, prompts.mask, names)[1])
+    clean = read(model, prompts, names)
+    return (
+        clean
+        if compared == "activations"
+        else difference(clean, model.early_activations(prompts.corrupt, prompts.mask, names))
+    )
 
 
 class _CircuitRows:
@@ -177,7 +180,7 @@ class _CircuitRows:
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
         self.scope = own_scope(ours, positions) or dict.fromkeys(ours.heads, (positions,))
         sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
-        self.activations = [read(model, side, hook_names(heads, activation), compared) for model, heads, side in sides]
+        self.activations = [_read(model, side, hook_names(heads, activation), compared) for model, heads, side in sides]
         self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
         self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}
 

@@ -11,7 +11,7 @@ from workbench import seeds
 from workbench.errors import InputError
 from workbench.matching import CircuitAlignment, HeadMap, circuit_alignment
 from workbench.matching.aligned_pairs import AlignedPair
-from workbench.matching.head_rows import Activation, head_rows, hook_names, output_weights, place
+from workbench.matching.head_rows import Activation, head_rows, hook_names, output_weights, place, read
 from workbench.models.hooked_model import HookedModel
 from workbench.similarity.cka import Estimator, linear_cka, shuffled_floor
 from workbench.storage import read_typed
@@ -89,12 +89,8 @@ def pair_ckas(
     """CKA of every pair on these prompts with its shuffled floor. The debiased estimator has a floor of 0; the biased
     one's depends on m."""
     require_readings(prompts, student.tokenizer, teacher.tokenizer)
-    ours = student.early_activations(
-        prompts.clean, prompts.mask, hook_names([pair.student for pair in pairs], activation)
-    )
-    theirs = teacher.early_activations(
-        prompts.for_teacher.clean, prompts.for_teacher.mask, hook_names([pair.teacher for pair in pairs], activation)
-    )
+    ours = read(student, prompts, hook_names([pair.student for pair in pairs], activation))
+    theirs = read(teacher, prompts.for_teacher, hook_names([pair.teacher for pair in pairs], activation))
     our_weights, their_weights = (
         output_weights(model, heads, activation)
         for model, heads in ((student, [p.student for p in pairs]), (teacher, [p.teacher for p in pairs]))

@@ -24,6 +24,9 @@ from transformers.utils import logging as transformers_logging
 
 from workbench import storage
 from workbench.errors import InputError
+from workbench.models import quantisation
+from workbench.models.devices import DeviceMap, require_placed
+from workbench.models.quantisation import Quantisation
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -39,6 +42,8 @@ config."""
 WHOLE_NUMBERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 RANKS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 """What `transformers` would read before anything else."""
+HALF_AND_WIDER = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes of safetensors that a model computes in."""
 LFS = b"version https://git-lfs"
 
 
@@ -49,22 +54,60 @@ class Source:
     directory: Path
     model: Any
     tokenizer: Any
+    dtype: torch.dtype
+    """Of the activations, and of every weight that is not quantised."""
+    placed: bool = False
+    """Whether the model is where it stays."""
 
 
-def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager") -> Any:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placing:
+    """In how many bits a model's weights are held, and on which devices."""
+
+    quantisation: Quantisation | None = None
+    """Of weights that a folder holds in full."""
+    stored: bool = False
+    """Whether a folder of quantised weights is taken, as it is."""
+    device: str = "cpu"
+    """Of quantised weights, which are made where they stay."""
+    device_map: DeviceMap | None = None
+    """As `accelerate` takes it; None: full weights in the CPU's memory."""
+
+
+IN_MEMORY = Placing()
+
+
+def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager", placing: Placing = IN_MEMORY) -> Any:
     """The `transformers` model of a folder, in eval mode, with no weight but the folder's own.
 
     Errors: `InputError` for a config that is none, weights that are missing, left over, misshapen, pickled, quantised
-    or outside the folder, and whatever `transformers` raises.
+    (unless `placing` takes them) or outside the folder, and whatever `transformers` raises.
     """
-    values = read_config(directory)
-    weights = weight_files(directory)
+    values = read_config(directory, quantised=placing.stored)
+    stored = quantisation.stored_method(values) is not None
+    if stored and placing.quantisation is not None:
+        raise InputError(
+            f"{directory} holds quantised weights already; leave the quantisation out, or give the model that they "
+            "were made from."
+        )
+    weights = weight_files(directory, quantised=stored)
     _require_plausible(directory, values, weights)
-    config = config_of(directory)
+    config = config_of(directory, quantised=placing.stored)
     _require_generation(directory)
+    more: dict[str, Any] = {}
+    if package := quantisation.PACKAGES.get(placing.quantisation or ""):
+        require_package(package, "quantised")
+    if stored:
+        _require_quantised(directory, values, weights)
+    if placing.device_map is not None:
+        more["device_map"] = placing.device_map
+    elif stored or placing.quantisation is not None:
+        more["device_map"] = {"": placing.device}
     remedy = "compare config.json with the weights, or save the model anew with save_pretrained"
     loading = refusing(f"{directory} could not be loaded by transformers", remedy)
     with quiet(), loading, torch.random.fork_rng(devices=[]):  # it draws what is missing, which is then refused
+        if placing.quantisation is not None:
+            more["quantization_config"] = quantisation.settings_of(placing.quantisation, dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -74,19 +117,38 @@ def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager"
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **more,
         )
         model, report = loaded
+    require_placed(getattr(model, "hf_device_map", None) or {})
     require_complete(directory, model, report)
     _require_tied(directory, model, weights)
     return model.eval()
 
 
+def _require_quantised(directory: Path, values: dict[str, Any], weights: dict[Path, list[str]]) -> None:
+    """Refuse weights that are not quantised as the config says: they would be rounded in silence."""
+    file, held = directory / "config.json", set[str]()
+    for place in weights:
+        with safe_open(place, framework="pt") as opened:
+            held |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  no mapping
+    if not held & WHOLE_NUMBERS:
+        raise InputError(
+            f"{file} says that the weights are quantised (quantization_config), and they are not; delete that entry, "
+            "and ask for a quantisation on loading."
+        )
+    try:
+        require_package(quantisation.package_of(values, str(file)), "quantised")
+    except InputError as error:
+        raise InputError(f"{file} is of quantised weights: {error}") from None
+
+
 # --- the config ---
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` without what would choose code or files to load. Errors: `InputError` when it is no model's, or a
-    quantised one's."""
+def read_config(directory: Path, *, quantised: bool = False) -> dict[str, Any]:
+    """`config.json` without what would choose code or files to load. Errors: `InputError` when it is no model's, or
+    (unless `quantised`) a quantised one's."""
     file = directory / "config.json"
     if not file.exists() and not file.is_symlink():
         raise InputError(
@@ -98,12 +160,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind:
         raise InputError(f"{file} says no model_type; copy the model's own config.json there.")
     for part in _mappings(values):
-        quantised = part.get("quantization_config") or part.get("compression_config")
-        if quantised:
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        if quantisation.stored_method(part) is None:
+            continue
+        package = quantisation.package_of(part, str(file))
+        if part is not values:
+            raise InputError(f"{file} quantises a part of the model ({package}); give the model that it was made from.")
+        if not quantised:
             raise InputError(
-                f"{file} is of quantised weights (quantization_config: {method}), which can't be taken apart exactly; "
-                "give the model that they were made from, or a GGUF file."
+                f"{file} is of quantised weights (quantization_config: {package}), and {quantisation.TRAINS}; load it "
+                "as a teacher, or give the model that they were made from."
             )
     return _without_loaders(values)
 
@@ -126,9 +191,9 @@ def _without_loaders(value: Any) -> Any:
     }
 
 
-def config_of(directory: Path) -> Any:
+def config_of(directory: Path, *, quantised: bool = False) -> Any:
     """A folder's config as `transformers` reads it, from a copy that holds nothing else. Errors: `InputError`."""
-    values = read_config(directory)
+    values = read_config(directory, quantised=quantised)
     what, remedy = f"{directory / 'config.json'} could not be loaded by transformers", "mend the value that it names"
     with tempfile.TemporaryDirectory() as place, quiet(), refusing(what, remedy):
         storage.write_text(Path(place) / "config.json", json.dumps(values))
@@ -197,7 +262,7 @@ def require_file(file: Path, remedy: str) -> None:
 # --- the weights ---
 
 
-def weight_files(directory: Path) -> dict[Path, list[str]]:
+def weight_files(directory: Path, *, quantised: bool = False) -> dict[Path, list[str]]:
     """The safetensors files of a folder and the tensors that each holds.
 
     Errors: `InputError` when there are none (pickled weights are never loaded), one of them lies outside the folder or
@@ -211,7 +276,7 @@ def weight_files(directory: Path) -> dict[Path, list[str]]:
             "model with save_pretrained."
         )
     if _present(index) and not _present(single):
-        return _sharded(directory, index)
+        return _sharded(directory, index, quantised=quantised)
     if not _present(single):
         raise InputError(
             f"{directory} has no .safetensors weights ({SINGLE}, or {INDEX} with its shards). Pickled weights are "
@@ -225,11 +290,12 @@ def weight_files(directory: Path) -> dict[Path, list[str]]:
             f"{directory} holds {SINGLE} and the shards of {INDEX}: two sets of weights; delete the one that is not "
             "meant."
         )
-    return {single: tensors_in(directory, SINGLE)}
+    return {single: tensors_in(directory, SINGLE, quantised=quantised)}
 
 
-def tensors_in(directory: Path, name: str) -> list[str]:
-    """Names of the tensors in a folder's safetensors file. Errors: `InputError` when it is none, damaged or outside."""
+def tensors_in(directory: Path, name: str, *, quantised: bool = False) -> list[str]:
+    """Names of the tensors in a folder's safetensors file. Errors: `InputError` when it is none, damaged, outside, or
+    (unless `quantised`) of whole numbers."""
     file, remedy = directory / name, "copy or download it again"
     if Path(name).is_absolute() or ".." in Path(name).parts or not _inside(directory, file):
         raise InputError(f"{file} lies outside {directory}; put the weights themselves into the folder.")
@@ -240,10 +306,10 @@ def tensors_in(directory: Path, name: str) -> list[str]:
             whole = [name for name in names if opened.get_slice(name).get_dtype() in WHOLE_NUMBERS]
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is no whole safetensors file ({error}); {remedy}.") from None
-    quantised = [name for name in whole if name.endswith(".weight")]
-    if quantised:
+    weights = [name for name in whole if name.endswith(".weight")]
+    if weights and not quantised:
         raise InputError(
-            f"{file} holds whole numbers for {_some(quantised)}: quantised weights; give the model that they were made "
+            f"{file} holds whole numbers for {_some(weights)}: quantised weights; give the model that they were made "
             "from, or a GGUF file."
         )
     return names
@@ -279,9 +345,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _sharded(directory: Path, index: Path) -> dict[Path, list[str]]:
+def _sharded(directory: Path, index: Path, *, quantised: bool) -> dict[Path, list[str]]:
     names = _weight_map(index)
-    held = {directory / name: tensors_in(directory, name) for name in sorted(set(names.values()))}
+    held = {directory / name: tensors_in(directory, name, quantised=quantised) for name in sorted(set(names.values()))}
     listed = {(directory / name, tensor) for tensor, name in names.items()}
     there = {(file, tensor) for file, tensors in held.items() for tensor in tensors}
     if listed != there:
@@ -290,6 +356,26 @@ def _sharded(directory: Path, index: Path) -> dict[Path, list[str]]:
             f"{index} does not say what its files hold: {_some(wrong)}; save the model anew with save_pretrained."
         )
     return held
+
+
+def stored_dtype(directory: Path, values: dict[str, Any]) -> torch.dtype:
+    """The dtype that a folder's weights were saved in: what its config says, else what its first wide tensor is of.
+
+    Errors: `InputError` where neither is a dtype that a model computes in.
+    """
+    inner = values.get("text_config")
+    parts = [values, *([inner] if isinstance(inner, dict) else [])]
+    stated = next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
+    if stated is None:
+        for file in weight_files(directory, quantised=True):
+            with safe_open(file, framework="pt") as opened:
+                kinds = [opened.get_slice(name).get_dtype() for name in opened.keys()]  # noqa: SIM118  no mapping
+            stated = next((HALF_AND_WIDER[kind] for kind in kinds if kind in HALF_AND_WIDER), None)
+            if stated is not None:
+                break
+    if stated is None or stated.removeprefix("torch.") not in HALF_AND_WIDER.values():
+        raise InputError(f"{directory} does not say a dtype to compute in ({stated}); give one, such as bfloat16.")
+    return getattr(torch, stated.removeprefix("torch."))
 
 
 def require_complete(source: Path, model: Any, report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import torch
 from einops import einsum
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from workbench import seeds, storage
 from workbench.errors import InputError, nearest
-from workbench.models import folders, hooks, sources
-from workbench.models.devices import require_device
+from workbench.models import folders, hooks, quantisation, sources
+from workbench.models.devices import DeviceMap, require_device, require_device_map
+from workbench.models.quantisation import Quantisation
 from workbench.models.transformer_lens import HookedTransformerLike, hooked_model, refuse_unfit
 from workbench.values.refs import Head
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from workbench.models.card import StudentDescription
 
 Matrix = Literal["q", "k", "v", "o"]
-Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+Dtype = Literal["float32", "float64", "bfloat16", "float16", "auto"]
+"""`auto`: as the weights were saved."""
 FUSED = re.compile(r"\.qkv\.|\.gate_up_proj\.")
 """Matrices that a bridge has split, and no longer uses: of queries, keys and values, and of an MLP's gate and input."""
 Loaded = TypeVar("Loaded", bound="HookedModel")
@@ -51,8 +53,13 @@ class HookedModel:
     `model` is the hooked transformer itself, for whatever this wrapper does not offer.
     """
 
+    quantisable: ClassVar[bool] = True
+    """Whether its weights may be quantised: those of a model that trains may not."""
+
     def __init__(self, model: HookedTransformerLike, *, name: str = "model") -> None:
         refuse_unfit(model)
+        if not self.quantisable:
+            _refuse_quantised(model, name)
         if hasattr(model, "enable_compatibility_mode") and not getattr(model, "compatibility_mode", False):
             cast(Any, model).enable_compatibility_mode(no_processing=True)
         self.model = model
@@ -70,19 +77,26 @@ class HookedModel:
         device: str = "cpu",
         dtype: Dtype | str = "float32",
         check: bool = True,
+        quantisation: Quantisation | str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> Loaded:
         """Load a bundled model by its name (`teacher`, `student`, ...), or from a hub id, a Hugging Face directory, a
         PEFT/LoRA adapter directory (merged) or a GGUF file.
 
-        `check=False` skips the self-check (it costs a forward of the plain model; skip it for a model loaded before).
-        Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one, and for a
-        device or a dtype that there is not.
+        `dtype`: `auto` for that in which the weights were saved. `check=False` skips the self-check (it costs a forward
+        of the plain model; skip it for a model loaded before). `quantisation`: hold the matrices of a teacher in 8 or 4
+        bits (`workbench.models.quantisation`); a folder that holds such weights needs no setting. `device_map`: where
+        the parts of the model lie, in place of `device`: a device, `{part: device}`, or how to spread it over several
+        (`auto`, `balanced`), as `accelerate` takes it. Errors: `InputError` when the source can't be had or the hooked
+        model does not equal the plain one, for a device or a dtype that there is not, and for a student of quantised
+        weights.
         """
-        require_device(device)
-        precision = _dtype_named(dtype)
-        opened = sources.open_source(source, dtype=precision)
+        placing = _placing(cls.quantisable, device, quantisation, device_map)
+        opened = sources.open_source(source, dtype=_dtype_named(dtype), placing=placing)
         tokens, mask = _probe(opened.model.get_input_embeddings().weight.shape[0], _context(opened.model.config))
         expected = None
+        where = opened.model.get_input_embeddings().weight.device
+        tokens, mask = tokens.to(where), mask.to(where)
         if check:
             remedy = "compare its config.json with that of the model that it was made from"
             with torch.no_grad(), folders.refusing(f"{source} does not run in `transformers` in {dtype}", remedy):
@@ -92,7 +106,7 @@ class HookedModel:
                 f"{source} has no finite logits on a padded batch in {dtype}, in `transformers` itself; load it in "
                 "float32."
             )
-        hooked = hooked_model(opened, precision, device)
+        hooked = hooked_model(opened, str(where) if opened.placed else device)
         loaded = cls(hooked, name=str(source))
         loaded.tokenizer = (
             opened.tokenizer
@@ -151,6 +165,17 @@ class HookedModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(parameter for _, parameter in self.model.named_parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, and of every weight that is not quantised."""
+        kinds = (parameter for _, parameter in self.model.named_parameters())
+        return next(kind.dtype for kind in kinds if not quantisation.is_quantised(kind))
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the weights lie on several devices."""
+        return len({parameter.device for _, parameter in self.model.named_parameters()}) > 1
 
     @property
     def heads(self) -> list[Head]:
@@ -273,6 +298,7 @@ class HookedModel:
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """W_O of every head of a layer, in the autograd graph."""
         weight, inputs_first = self._weight(layer, "o")
+        weight = quantisation.full(weight)
         if weight.ndim == 3:
             return weight
         return (weight if inputs_first else weight.T).unflatten(0, (self.n_heads, self.d_head))
@@ -343,7 +369,11 @@ class HookedModel:
         """SHA-256 over names and values of all parameters: the key of anything computed with this model."""
         named = sorted(self.parameters().items())
         return storage.digest(
-            *(part for name, value in named for part in (f"{name}{tuple(value.shape)}{value.dtype}", value)),
+            *(
+                part
+                for name, value in named
+                for part in (f"{name}{tuple(value.shape)}{value.dtype}", quantisation.full(value))
+            ),
             separator="",
         )
 
@@ -359,6 +389,8 @@ class Teacher(HookedModel):
 
 class Student(HookedModel):
     """A model that trains; it comes up in eval mode and can be saved as an ordinary Hugging Face directory."""
+
+    quantisable = False
 
     description: "StudentDescription | None" = None
     """What its model card says of it, besides where it comes from; whoever trains it sets it."""
@@ -471,13 +503,34 @@ def _context(config: Any) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def _dtype_named(dtype: str) -> torch.dtype:
+def _placing(
+    quantisable: bool, device: str, quantised: Quantisation | str | None, device_map: DeviceMap | None
+) -> folders.Placing:
+    """Where and in how many bits a model is to be held. Errors: `InputError` for what can't be, before it is loaded."""
+    require_device(device)
+    if device_map is not None:
+        if torch.device(device).type != "cpu":
+            raise InputError(f"device {device!r} and a device_map say where the model lies; give one of the two.")
+        require_device_map(device_map)
+    name = None if quantised is None else quantisation.quantisation_named(quantised)
+    if name is not None and not quantisable:
+        raise InputError(f"{quantisation.TRAINS}; {quantisation.REMEDY}.")
+    return folders.Placing(quantisation=name, stored=quantisable, device=device, device_map=device_map)
+
+
+def _refuse_quantised(model: HookedTransformerLike, name: str) -> None:
+    quantised = next((key for key, value in model.named_parameters() if quantisation.is_quantised(value)), None)
+    if quantised is not None:
+        raise InputError(f"{name} holds {quantised} in fewer bits, and {quantisation.TRAINS}; {quantisation.REMEDY}.")
+
+
+def _dtype_named(dtype: str) -> torch.dtype | None:
     known = get_args(Dtype)
     if dtype not in known:
         raise InputError(
             f"the dtype is {dtype!r}, and it must be one of {', '.join(known)}; {nearest(str(dtype), known)}"
         )
-    return getattr(torch, dtype)
+    return None if dtype == "auto" else getattr(torch, dtype)
 
 
 def self_check(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.models import quantisation
 from workbench.models.hooked_model import HookedModel
 
 Map = Callable[[Tensor], Tensor]
@@ -75,7 +76,11 @@ def decoder_parts(model: HookedModel, *, post_norms: bool = False) -> DecoderPar
     """
     hooked: Any = model.model
     known = KNOWN_PARTS | (POST_NORMS if post_norms else set())
-    if not hasattr(hooked, "original_model") or not all(_known(block, known) for block in hooked.blocks):
+    if (
+        not hasattr(hooked, "original_model")
+        or model.is_spread
+        or not all(_known(block, known) for block in hooked.blocks)
+    ):
         return None
     return DecoderParts(
         blocks=tuple(_block_parts(model, layer) for layer in range(model.n_layers)),
@@ -166,7 +171,7 @@ def _capped(cap: float, logits: Tensor) -> Tensor:
 
 def _columns(projection: nn.Module) -> Float[Tensor, "d_model columns"]:
     """A projection's weight with the inputs first (a Linear stores the outputs first, a Conv1D the inputs)."""
-    weight: Any = projection.weight
+    weight: Any = quantisation.full(projection.weight)  # pyright: ignore[reportArgumentType]
     return weight.detach() if type(projection).__name__ == "Conv1D" else weight.detach().T
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.errors import InputError
-from workbench.models import hooks, projections
+from workbench.models import hooks, projections, quantisation
 from workbench.models.hooked_model import Matrix, WeightSlice
 from workbench.values.refs import Head
 
@@ -233,7 +233,7 @@ def _factors(module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
 def _matrix(module: Any, name: str) -> tuple[nn.Parameter, bool]:
     """A projection's weight, and whether its first axis is the input's (Conv1D) rather than the output's (Linear)."""
     conv = type(module).__name__ == "Conv1D"
-    if not conv and type(module) is not nn.Linear:
+    if (not conv and type(module) is not nn.Linear) or quantisation.is_quantised(module.weight):
         raise InputError(
             f"{name} computes a projection with {type(module).__name__}, whose weight is not a matrix of its own; "
             "align `z`, and train it as it is."

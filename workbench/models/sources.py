@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from workbench import storage
 from workbench.errors import InputError
 from workbench.models import merging
 from workbench.models.folders import (
+    IN_MEMORY,
+    Placing,
     Source,
     config_of,
     plain_model,
     quiet,
+    read_config,
     refusing,
     require_complete,
     require_fitting,
     require_package,
+    stored_dtype,
     tokenizer_in,
 )
 from workbench.models.transformer_lens import refuse_architecture
@@ -43,8 +48,10 @@ HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
 """What is downloaded of a hub repository: no code, no pickled weights."""
 
 
-def open_source(name: str | Path, *, dtype: torch.dtype) -> Source:
+def open_source(name: str | Path, *, dtype: torch.dtype | None, placing: Placing = IN_MEMORY) -> Source:
     """Load from a hub id, a model directory, an adapter directory or a `.gguf` file.
+
+    `dtype`: None for that in which the weights were saved.
 
     Errors: `InputError` when the name is neither a path nor cached and the hub can't be reached, or the directory is
     incomplete, damaged, or of an architecture that can't be supported exactly.
@@ -53,13 +60,22 @@ def open_source(name: str | Path, *, dtype: torch.dtype) -> Source:
     adapter = directory if _is_adapter(directory) else None
     if adapter is not None:
         directory = _base_directory(adapter)
-    refuse_architecture(config_of(directory), str(name))
-    model = plain_model(directory, dtype=dtype)
+        if placing.quantisation is not None:
+            raise InputError(
+                f"{name} is an adapter, and merging it into quantised weights would change it; merge it first: "
+                "Student.load(adapter).save(directory), and quantise that."
+            )
+        placing = replace(placing, stored=False)
+    refuse_architecture(config_of(directory, quantised=placing.stored), str(name))
+    if dtype is None:
+        dtype = stored_dtype(directory, read_config(directory, quantised=placing.stored))
+    model = plain_model(directory, dtype=dtype, placing=placing)
     if adapter is not None:
         model = merging.merged(model, adapter)
     tokenizer = tokenizer_in(*filter(None, (adapter, directory)))
     require_fitting(adapter or directory, tokenizer, model.get_input_embeddings().weight.shape[0])
-    return Source(directory=directory, model=model.eval(), tokenizer=tokenizer)
+    placed = placing.device_map is not None or bool(getattr(model, "is_quantized", False))
+    return Source(directory=directory, model=model.eval(), tokenizer=tokenizer, dtype=dtype, placed=placed)
 
 
 def _is_adapter(directory: Path) -> bool:
@@ -101,7 +117,7 @@ def _hub_snapshot(name: str) -> Path:
         HfApi().model_info(name, timeout=5)
         known = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
         if (known / "config.json").exists():
-            refuse_architecture(config_of(known), name)
+            refuse_architecture(config_of(known, quantised=True), name)
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except InputError:
         raise

@@ -98,14 +98,14 @@ def _architecture(config: Any) -> str:
         return str(getattr(config, "model_type", "model of no known type"))
 
 
-def hooked_model(opened: folders.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
+def hooked_model(opened: folders.Source, device: str) -> HookedTransformerLike:
     """The hooked transformer of the installed TransformerLens around a loaded `transformers` model.
 
     Errors: `InputError` for a config that TransformerLens does not read, or does not fit the weights.
     """
     what = f"{opened.directory} could not be hooked by TransformerLens"
     with folders.refusing(what, "compare its config.json with that of the model that it was made from"):
-        return _hooked_model(opened, dtype, device)
+        return _hooked_model(opened, opened.dtype, device)
 
 
 def _hooked_model(opened: folders.Source, dtype: torch.dtype, device: str) -> HookedTransformerLike:
@@ -123,7 +123,8 @@ def _hooked_model(opened: folders.Source, dtype: torch.dtype, device: str) -> Ho
 
         bridge = TransformerBridge.boot_transformers(
             str(opened.directory),
-            hf_model=opened.model.to(device),  # the bridge records the device of a given model, but does not move it
+            # the bridge records the device of a given model (or of its parts, by its device map), but does not move it
+            hf_model=opened.model if opened.placed else opened.model.to(device),
             tokenizer=copy.deepcopy(opened.tokenizer),
             device=device,
             dtype=dtype,
@@ -143,6 +144,11 @@ def _hooked_transformer(opened: folders.Source, dtype: torch.dtype, device: str)
         "GPTNeoXForCausalLM": "convert_neox_weights",
     }
     architecture = type(opened.model).__name__
+    if opened.placed:
+        raise InputError(
+            "quantised weights and device maps need TransformerLens 4 (TransformerBridge); load the model in full, on "
+            "one device."
+        )
     if architecture not in converters:
         raise InputError(
             f"{architecture} directories load on TransformerLens 4 (TransformerBridge); on 3.9 pass a "

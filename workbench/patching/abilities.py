@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.models import export, hooks
+from workbench.models import export, hooks, quantisation
 from workbench.models.hooked_model import HookedModel, Matrix
 from workbench.patching.ablation import ablated_logits, ablation_profiles, counterfactual_outputs, plain_logits
 from workbench.patching.activation import activation_patch
@@ -164,7 +164,7 @@ def _gradient(model: HookedModel, pairs: PromptPairs, head: Head, matrix: Matrix
 
 @contextmanager
 def _differentiable(parameter: Tensor) -> Iterator[None]:
-    if not parameter.is_floating_point():
+    if quantisation.is_quantised(parameter) or not parameter.is_floating_point():
         raise InputError("its weights are quantised, and do not train; train a student in float32 or bfloat16.")
     before = parameter.requires_grad
     try:

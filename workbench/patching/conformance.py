@@ -35,7 +35,7 @@ TEETH = 10
 """How much larger than what is allowed an effect must be to show anything; or ten times that than what is found."""
 TRIES = 8
 """How many heads are tried for one whose path has an effect."""
-HALVES = ("bfloat16", "float16")
+HALVES = (torch.bfloat16, torch.float16)
 Verdict = Literal["ok", "inconclusive", "WRONG"]
 
 
@@ -113,15 +113,19 @@ class Conformance:
         return "\n".join(lines)
 
 
-def check_model(source: str | Path, *, device: str = "cpu", dtype: Dtype = "float32", seed: int = 0) -> Conformance:
+def check_model(
+    source: str | Path, *, device: str = "cpu", dtype: Dtype = "float32", seed: int = 0, **placing: Any
+) -> Conformance:
     """Load a model with its self-check, then patch it: everything (= the corrupt run), and heads of the first and the
     last layer (= hooked forwards); and ask each method what it can do. Half precision is judged in float32, and its
-    loss is said.
+    loss is said. `placing`: `quantisation` and `device_map`, as `Teacher.load` takes them.
 
     Errors: `InputError` with the reason for a model that can't be supported exactly.
     """
-    half = _clean_logits(Teacher.load(source, device=device, dtype=dtype), seed) if dtype in HALVES else None
-    model = Teacher.load(source, device=device, dtype="float32" if half is not None else dtype)
+    loaded = Teacher.load(source, device=device, dtype=dtype, **placing)
+    is_half = loaded.dtype in HALVES
+    half = _clean_logits(loaded, seed) if is_half else None
+    model = Teacher.load(source, device=device, dtype="float32", **placing) if is_half else loaded
     pairs = random_pairs(model, seed=seed)
     patcher, slow = PathPatcher(model, pairs), HookedPatcher(model, pairs)
     config: Any = model.model.cfg
@@ -133,7 +137,7 @@ def check_model(source: str | Path, *, device: str = "cpu", dtype: Dtype = "floa
         engine=patcher.engine,
         checks=(_everything(patcher), _ablated(slow), _embedded(patcher), *_paths(patcher, slow, seed=seed)),
         abilities=abilities(model, pairs, engine=patcher.engine),
-        precision="" if half is None else _loss(half, patcher.clean_logits, dtype),
+        precision="" if half is None else _loss(half, patcher.clean_logits, loaded.dtype),
     )
 
 
@@ -147,10 +151,11 @@ def _clean_logits(model: HookedModel, seed: int) -> Tensor:
     return model.final_logits(pairs.clean, pairs.mask).float()
 
 
-def _loss(half: Tensor, full: Tensor, dtype: str) -> str:
+def _loss(half: Tensor, full: Tensor, dtype: torch.dtype) -> str:
     largest, size = float((half - full).abs().max()), float(full.abs().max())
+    name = str(dtype).removeprefix("torch.")
     return (
-        f"judged in float32: in {dtype} the same logits (up to {size:.1e}) come out up to {largest:.1e} apart, and "
+        f"judged in float32: in {name} the same logits (up to {size:.1e}) come out up to {largest:.1e} apart, and "
         "effects "
         "smaller than that are rounding"
     )

@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from workbench.distillation.loop import require_wide
 from workbench.errors import InputError
 from workbench.experiment import Prompts, located
 from workbench.experiment.conditions import METHOD
@@ -16,6 +19,7 @@ from workbench.plan.shapes import ModelShape, shape_of
 from workbench.plan.stages import Road
 from workbench.study.config import StudyConfig
 from workbench.study.grid import Study
+from workbench.tasks.tokenizers import same_vocabulary
 from workbench.tasks.vocabulary import mixture_words, tokenizer_of, word_level_tokenizer
 
 WORDS = (
@@ -73,6 +77,11 @@ def _shape(name: str, configs: Mapping[str, str]) -> ModelShape:
 
 
 def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> tuple[Road, tuple[str, ...]]:
+    if recipe.endpoint is not None:
+        raise InputError(
+            "a teacher behind an endpoint has no config here, so its run can't be planned; plan the recipe with a "
+            "teacher that is loaded, for what the student costs."
+        )
     teacher = _shape(recipe.teacher, configs)
     student = None if recipe.student is None else _shape(recipe.student, configs)
     named_tokenizer = _tokenizer(recipe, configs, tokenizer)
@@ -81,7 +90,12 @@ def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> 
         words = replace(recipe, data=replace(recipe.data, prompts=bare), device="cpu")
         prompts, note = Prompts(words, word_level_tokenizer(mixture_words())), (WORDS,)
     else:
-        prompts, note = Prompts(replace(recipe, device="cpu"), named_tokenizer), ()
+        ours = None if recipe.student is None else _beside(recipe.student, configs)
+        at_hand = replace(recipe, device="cpu")
+        if ours is None or same_vocabulary(ours, named_tokenizer):
+            prompts, note = Prompts(at_hand, named_tokenizer), ()
+        else:
+            prompts, note = Prompts(at_hand, ours, teacher=named_tokenizer), ()
     road = Road(recipe=recipe, teacher=teacher, student=student, prompts=prompts)
     _preflight(road)
     return road, note
@@ -91,6 +105,8 @@ def _preflight(road: Road) -> None:
     """What a run of the recipe would refuse before it computes anything, as far as configs tell."""
     trained = training_conditions(road.recipe.conditions if road.student is not None else ())
     require_recipe(road.recipe, road.prompts, trained)
+    if trained and road.student is not None and road.recipe.dtype == "auto":
+        require_wide(getattr(torch, road.student.dtype))
     if road.student is None or not trained:
         return
     require_same_logits(road.recipe, road.prompts, trained, teacher=road.teacher.d_vocab, student=road.student.d_vocab)
@@ -105,7 +121,12 @@ def _tokenizer(recipe: Recipe, configs: Mapping[str, str], given: str | None) ->
     """The given one, or one that lies beside the teacher's config."""
     if given is not None:
         return tokenizer_of(given)
-    beside = Path(configs.get(recipe.teacher, located(recipe.teacher)))
+    return _beside(recipe.teacher, configs)
+
+
+def _beside(model: str, configs: Mapping[str, str]) -> Any | None:
+    """The tokenizer that lies beside a model's config, where there is one."""
+    beside = Path(configs.get(model, located(model)))
     has_one = beside.suffix == ".gguf" or any(
         (beside / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     )
@@ -155,7 +176,8 @@ def _study(study: Study, roads: Mapping[str, Road]) -> Iterator[StageCost]:
 def _cell(study: Study, name: str, road: Road, scenes: int) -> Iterator[StageCost]:
     """A student at one data size: trials x steps."""
     config, recipe = study.config, replace(road.recipe, data=replace(road.recipe.data, train_scenes=scenes))
-    at = replace(road, recipe=recipe, prompts=Prompts(replace(recipe, device="cpu"), road.prompts.tokenizer))
+    prompts = Prompts(replace(recipe, device="cpu"), road.prompts.tokenizer, teacher=road.prompts.teacher)
+    at = replace(road, recipe=recipe, prompts=prompts)
     where, seeds = f"{name}, {scenes} scenes", len(config.seeds)
     conditions = study.conditions(name, scenes)
     yield from at.caches(conditions, seeds, title=f"{where}: teacher outputs")

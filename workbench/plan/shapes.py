@@ -6,7 +6,7 @@ biases and norms are counted as they are; the weights that a token is multiplied
 class.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workbench import storage
 from workbench.errors import InputError
 from workbench.models import sources
+from workbench.models.quantisation import IN_FULL, Quantisation, stored_bytes, stored_method
+from workbench.storage import located
 from workbench.values.refs import Head
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
@@ -55,9 +57,25 @@ class ModelShape:
     attention_bias: bool
     parallel: bool = False
     """The MLP of a block reads what enters the block (NeoX), not what attention leaves."""
+    dtype: str = "float32"
+    """In which the weights were saved, as the config says."""
+    stored: Quantisation | None = None
+    """How the weights were saved, where they are quantised."""
+    quantisable: int = 0
+    """Weights that a quantisation holds in fewer bits, in `quantisable_rows` rows."""
+    quantisable_rows: int = 0
     savable: bool = True
     """Whether a trained student of this architecture can be written back: its queries, keys and values are matrices of
     their own, or fused as GPT-2, GPT-NeoX or Phi-3 do."""
+
+    def weight_bytes(self, width: int, quantisation: Quantisation | None = None) -> int:
+        """Bytes of all weights, `width` each but for those that are quantised."""
+        kind = self.stored or quantisation
+        if kind is None:
+            return width * self.parameters
+        return width * (self.parameters - self.quantisable) + stored_bytes(
+            kind, self.quantisable, self.quantisable_rows, width
+        )
 
     @property
     def query_weights(self) -> int:
@@ -120,6 +138,7 @@ def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelS
     embeddings = {id(parameter): parameter.numel() for parameter in _embeddings(model)}
     layers = config.num_hidden_layers
     idle = _idle_experts(model, config)
+    matrix_shapes = [value.shape for value in _quantisable(model)]
     return ModelShape(
         name=source,
         layers=layers,
@@ -132,10 +151,21 @@ def shape_of(source: str, *, configs: Mapping[str, str] | None = None) -> ModelS
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         mlp_weights=(matrices - sum(embeddings.values()) - idle) // layers - attention,
         attention_bias=_has_attention_bias(model, heads * d_head),
+        dtype=str(getattr(config.get_text_config(), "dtype", None) or "float32").removeprefix("torch."),
+        stored={"torchao": "int8", "bitsandbytes": "nf4"}.get(stored_method(config.to_dict()) or ""),  # pyright: ignore[reportArgumentType]
+        quantisable=sum(shape.numel() for shape in matrix_shapes),
+        quantisable_rows=sum(shape[0] for shape in matrix_shapes),
         savable=any(_is_savable(name, value) for name, value in model.named_parameters()),
         parallel=config.model_type in PARALLEL
         or bool(getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)),
     )
+
+
+def _quantisable(model: nn.Module) -> Iterator[torch.Tensor]:
+    """The matrices that `workbench.models.quantisation` holds in fewer bits."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith(IN_FULL):
+            yield module.weight
 
 
 def _kv_heads(config: Any, heads: int) -> int:
@@ -185,7 +215,8 @@ def _config(source: str, configs: Mapping[str, str]) -> Any:
     if Path(source).suffix == ".gguf":
         return _read(sources.local_directory(source))
     if Path(source).is_dir():
-        return _read(_base_of(Path(source)))
+        base = _base_of(Path(source))
+        return _read(Path(source)) if base is None else _config(located(base), configs)
     try:
         return AutoConfig.from_pretrained(
             source, local_files_only=bool(constants.HF_HUB_OFFLINE), trust_remote_code=False
@@ -197,12 +228,12 @@ def _config(source: str, configs: Mapping[str, str]) -> Any:
         ) from None
 
 
-def _base_of(directory: Path) -> Path:
-    """The model that an adapter changes (a merged adapter has its base's shape); a model's directory itself."""
+def _base_of(directory: Path) -> str | None:
+    """The model that an adapter changes (a merged adapter has its base's shape); None for a model's own directory."""
     adapter = directory / "adapter_config.json"
     if not adapter.exists():
-        return directory
-    return Path(str(storage.read_json(adapter).get("base_model_name_or_path")))
+        return None
+    return str(storage.read_json(adapter).get("base_model_name_or_path"))
 
 
 def _read(path: Path) -> Any:

@@ -9,6 +9,7 @@ from workbench.circuits.discovery import receiver_position
 from workbench.circuits.methods.registry import method_named
 from workbench.experiment import CONDITIONS, Prompts
 from workbench.experiment.recipe import Recipe
+from workbench.matching.aligned_pairs import is_own
 from workbench.patching import ablation as ablating
 from workbench.patching import path
 from workbench.plan import memory, sweeps
@@ -37,18 +38,28 @@ class Road:
     @property
     def width(self) -> int:
         """Bytes of a student's weight."""
-        return WIDTHS[self.recipe.dtype]
+        assert self.student is not None
+        return _width(self.recipe.dtype, self.student)
 
     def width_of(self, shape: ModelShape) -> int:
-        """Bytes of a model's weight."""
-        return WIDTHS[self.recipe.teacher_dtype or self.recipe.dtype] if shape is self.teacher else self.width
+        """Bytes of a number that a model computes with: a weight, where it is not quantised, and an activation."""
+        theirs = self.recipe.teacher_dtype or self.recipe.dtype
+        return _width(theirs if shape is self.teacher else self.recipe.dtype, shape)
+
+    def read_by(self, shape: ModelShape, prompts: PromptPairs) -> PromptPairs:
+        """Prompts in the tokens of a model."""
+        return prompts.for_teacher if shape is self.teacher else prompts
+
+    def weight_bytes(self, shape: ModelShape) -> int:
+        """Bytes of a model's weights, of which a teacher's may be quantised."""
+        return shape.weight_bytes(
+            self.width_of(shape), self.recipe.teacher_quantisation if shape is self.teacher else None
+        )
 
     @property
     def resident(self) -> int:
         """Bytes of both models' weights."""
-        return sum(
-            self.width_of(shape) * shape.parameters for shape in (self.teacher, self.student) if shape is not None
-        )
+        return sum(self.weight_bytes(shape) for shape in (self.teacher, self.student) if shape is not None)
 
     def circuit_heads(self, shape: ModelShape) -> int:
         """At most so many heads has a circuit: `discovery.heads` for each stage of a search, or in all; with a target
@@ -80,7 +91,7 @@ class Road:
             if shape is not None:
                 heads = self.trained_heads if role == "student" else None
                 trained = None if heads is None else self.trained("circuit").parameters
-                size = self.width_of(shape) * shape.parameters
+                size = self.weight_bytes(shape)
                 yield ModelCost(
                     role=role,
                     name=shape.name,
@@ -124,7 +135,8 @@ class Road:
 
     def discovery(self, role: str, shape: ModelShape, *, title: str | None = None) -> Iterator[StageCost]:
         """Ablation of every head, the search stage by stage, and the circuit on test prompts."""
-        name, pairs, reference = title or role, self.prompts.discovery, self.prompts.reference
+        name, pairs = title or role, self.read_by(shape, self.prompts.discovery)
+        reference = self.read_by(shape, self.prompts.reference)
         (count, tokens), searched = pairs.clean.shape, self.recipe.discovery.method == "path_patching"
         ablated = self.recipe.discovery.method == "mean_ablation"
         if self.student is not None or ablated:
@@ -154,13 +166,14 @@ class Road:
 
     def by_method(self, name: str, shape: ModelShape) -> StageCost:
         """A method of discovery, by the most runs that it says it takes."""
-        pairs, config = self.prompts.discovery, self.recipe.discovery
+        pairs, config = self.read_by(shape, self.prompts.discovery), self.recipe.discovery
+        reference = self.read_by(shape, self.prompts.reference)
         (count, tokens), width = pairs.clean.shape, self.width_of(shape)
         runs = method_named(config.method, config.options).runs(shape.layers * shape.heads, shape.layers)
         return self.cost(
             f"discover {name}: {config.method}",
             f"at most {runs} runs of {count} prompts",
-            runs * forward(shape, count, tokens) + forward(shape, *self.prompts.reference.clean.shape),
+            runs * forward(shape, count, tokens) + forward(shape, *reference.clean.shape),
             shape,
             pairs,
             memory.patching_bytes(shape, count, tokens, width, batch=path.BATCH),
@@ -168,7 +181,8 @@ class Road:
 
     def search(self, name: str, shape: ModelShape, *, repeats: int = 1) -> Iterator[StageCost]:
         """The stages of a backward search; the first carries the clean and corrupt runs that all share."""
-        pairs, positions = self.prompts.discovery, {stage.name: stage.position for stage in self.prompts.stages}
+        pairs = self.read_by(shape, self.prompts.discovery)
+        positions = {stage.name: stage.position for stage in self.prompts.stages}
         (count, tokens), heads = pairs.clean.shape, self.recipe.discovery.heads
         shared = sweeps.clean_and_corrupt(shape, pairs, batch=path.BATCH)
         peak = memory.patching_bytes(shape, count, tokens, self.width_of(shape), batch=path.BATCH)
@@ -194,7 +208,7 @@ class Road:
 
     def examined(self, name: str, shape: ModelShape) -> StageCost:
         """A circuit's report and its curve of faithfulness over size, random ones beside it."""
-        test, draws = self.prompts.test, self.recipe.evaluation.random_circuits
+        test, draws = self.read_by(shape, self.prompts.test), self.recipe.evaluation.random_circuits
         sizes = len(default_sizes(shape.layers * shape.heads)) - 1
         sets = 2 + 2 * (1 + draws) * sizes - 2 * draws if self.recipe.evaluation.curve else 0
         count = min(len(test), self.recipe.evaluation.curve_prompts)
@@ -220,11 +234,11 @@ class Road:
         """What stands in for ablated heads: a forward over reference prompts, or over the corrupt test prompts."""
         kind = self.recipe.evaluation.ablation
         prompts = self.prompts.test if kind == "counterfactual" else self.prompts.reference
-        return 0 if kind == "zero" else forward(shape, *prompts.clean.shape)
+        return 0 if kind == "zero" else forward(shape, *self.read_by(shape, prompts).clean.shape)
 
     def evaluation_bytes(self, shape: ModelShape) -> int:
         """A batch's forward; with counterfactual ablation every head's output on all test prompts."""
-        count, tokens = self.prompts.test.clean.shape
+        count, tokens = self.read_by(shape, self.prompts.test).clean.shape
         batch = min(ablating.BATCH, count)
         held = (
             0
@@ -237,13 +251,13 @@ class Road:
         """Similarities and CKA of the pairs on the discovery prompts, impacts read again (each time with the reference
         means)."""
         assert self.student is not None
-        pairs, shapes = self.prompts.discovery, (self.teacher, self.student)
-        runs = 1 + ("similarity" in self.recipe.matching.distances)
-        reference = self.prompts.reference.clean.shape
-        operations = sum(runs * forward(shape, *pairs.clean.shape) + 2 * forward(shape, *reference) for shape in shapes)
-        peak = max(
-            memory.means_bytes(shape, len(pairs), pairs.clean.shape[1], self.width_of(shape)) for shape in shapes
-        )
+        runs, operations, peak = 1 + ("similarity" in self.recipe.matching.distances), 0, 0
+        pairs = self.read_by(self.teacher, self.prompts.discovery)
+        for shape in (self.teacher, self.student):
+            read = self.read_by(shape, self.prompts.discovery).clean.shape
+            reference = self.read_by(shape, self.prompts.reference).clean.shape
+            operations += runs * forward(shape, *read) + 2 * forward(shape, *reference)
+            peak = max(peak, memory.means_bytes(shape, *read, self.width_of(shape)))
         return self.cost(title, f"{len(pairs)} prompts, both models", operations, self.teacher, pairs, peak)
 
     def caches(self, conditions: Sequence[str], seeds: int, *, title: str = "teacher outputs") -> Iterator[StageCost]:
@@ -254,7 +268,8 @@ class Road:
             {CONDITIONS[name].aligns or "" for name in conditions if CONDITIONS[name].trains},
             key=lambda kind: (kind != "", kind),
         )
-        (count, tokens), shards = self.prompts.train.clean.shape, self.recipe.teacher_outputs == "shards"
+        train, shards = self.read_by(self.teacher, self.prompts.train), self.recipe.teacher_outputs == "shards"
+        count, tokens = train.clean.shape
         for kind in kinds:
             times = seeds if kind in ("random", "shuffled") else 1
             layers = min(self.teacher.layers, self.matched_heads) if kind else 0
@@ -279,13 +294,15 @@ class Road:
                 f"{count} prompts, "
                 f"{f'at most {layers} layers' if kind else 'logits'}{f', {times} times' if times > 1 else ''}"
             )
+            if kind and self.recipe.alignment.differs:  # the corrupt prompts' outputs beside the clean ones'
+                times, size, peak = 2 * times, 2 * size, peak + (0 if shards else size // times)
             operations = times * forward(self.teacher, count, tokens)
             yield self.cost(
                 f"{title} ({kind or 'no alignment'})",
                 what,
                 operations,
                 self.teacher,
-                self.prompts.train,
+                train,
                 peak,
                 disk=size,
             )
@@ -308,6 +325,7 @@ class Road:
             accumulate=config.accumulate,
             whole=config.alignment_batch == "whole",
             live=self.recipe.teacher_outputs == "live",
+            runs=self.runs(condition),
         )
         operations = config.steps * step.operations() + self.validations()
         saved = self.width * (3 * trained.parameters + (self.student.parameters if self.recipe.save_students else 0))
@@ -317,11 +335,15 @@ class Road:
             what=f"{runs} x {config.steps} steps of {config.batch} prompts",
             operations=runs * operations,
             forwards=runs * operations / plain,
-            memory=self.training_bytes(trained, tokens),
+            memory=self.training_bytes(trained, tokens, runs=self.runs(condition)),
             disk=runs * saved,
         )
 
-    def training_bytes(self, trained: Trained, tokens: int) -> int:
+    def runs(self, condition: str) -> int:
+        """The student's forwards in a step under a condition."""
+        return self.recipe.alignment.runs if CONDITIONS[condition].aligns else 1
+
+    def training_bytes(self, trained: Trained, tokens: int, *, runs: int = 1) -> int:
         """Teacher, untrained student, the student that trains, its gradients, leaves and AdamW's state, and a step's
         activations."""
         assert self.student is not None
@@ -330,14 +352,15 @@ class Road:
         cast = HALF * (self.student.parameters if trained.touched is None else trained.touched) if half else 0
         state = trained.gradient_and_optimizer_bytes(self.student, self.width) + cast
         step = memory.step_bytes(self.student, micro, tokens, HALF if half else self.width)
-        return self.resident + self.width * self.student.parameters + state + step
+        return self.resident + self.width * self.student.parameters + state + runs * step
 
     def aligned_tokens(self) -> int:
         """Tokens of each prompt at which a pair is aligned: those of one position, or at most those of any stage's."""
         train, positions = self.prompts.train, self.recipe.alignment.positions
         config = self.recipe.discovery
         own = method_named(config.method, config.options).acts_at(self.prompts.stages)
-        names = own if positions == "own" else [positions]
+        beside = "".join(f"+{name}" for name in positions.split("+")[1:])
+        names = [f"{name}{beside}" for name in own] if is_own(positions) else [positions]
         return max(int(train.position(name).sum(1).max()) for name in names)
 
     def validations(self) -> int:
@@ -351,14 +374,19 @@ class Road:
         """So many trained students, and the teacher once, on the test prompts: circuits, and CKA of the pairs (which
         the teacher runs for)."""
         assert self.student is not None
-        test = self.prompts.test
-        plain = {shape.name: forward(shape, *test.clean.shape) for shape in (self.student, self.teacher)}
+        test, theirs = self.prompts.test, self.read_by(self.teacher, self.prompts.test).clean.shape
+        plain = {self.student.name: forward(self.student, *test.clean.shape)}
+        plain[self.teacher.name] = forward(self.teacher, *theirs)
         each = self.outside(self.student) + (self.report_runs + 1) * plain[self.student.name] + plain[self.teacher.name]
         once = self.outside(self.teacher) + self.report_runs * plain[self.teacher.name] if teacher else 0
         peak = max(
             self.evaluation_bytes(self.student),
-            memory.means_bytes(self.teacher, len(test), test.clean.shape[1], self.width_of(self.teacher)),
+            memory.means_bytes(self.teacher, *theirs, self.width_of(self.teacher)),
         )
         what = f"{runs} students{' and the teacher' if teacher else ''}, {len(test)} prompts"
         beyond = self.width * self.student.parameters + peak
         return self.cost(title, what, runs * each + once, self.student, test, beyond)
+
+
+def _width(dtype: str, shape: ModelShape) -> int:
+    return WIDTHS.get(shape.dtype if dtype == "auto" else dtype, 4)

@@ -83,6 +83,8 @@ class Step:
     """The alignment sees the whole batch, which a split batch pays with a second forward."""
     live: bool = False
     """The teacher runs on each batch."""
+    runs: int = 1
+    """The student's forwards with a backward: those on the corrupt prompts and with heads interchanged too."""
 
     def operations(self, *, lowest: int = 0) -> int:
         """Student forward and backward, alignment, and what a split batch or a live teacher adds."""
@@ -94,4 +96,9 @@ class Step:
         )
         taught = forward(self.teacher, self.batch, self.tokens) if self.live else 0
         back = backward(self.student, self.batch, self.tokens, touched=self.trained.matrices, lowest=lowest)
-        return once + again + taught + back + self.pairs * cka(self.rows, self.student.d_head, self.teacher.d_head)
+        return (
+            self.runs * (once + back)
+            + again
+            + taught
+            + self.pairs * cka(self.rows, self.student.d_head, self.teacher.d_head)
+        )

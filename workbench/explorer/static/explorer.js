@@ -101,6 +101,8 @@ class Page {
     this.watchTheme();
     this.wire = new Wire(model, { apply: (view) => this.update(view), waiting: (busy) => this.waiting(busy), polling: () => (this.polled = true) });
     this.wire.ask({ do: "hello" });
+    this.followed = () => this.follow();
+    if (model.fragment) addEventListener("hashchange", this.followed);
   }
 
   ask(command) {
@@ -110,6 +112,7 @@ class Page {
 
   close() {
     this.wire.close();
+    removeEventListener("hashchange", this.followed);
     this.media?.removeEventListener("change", this.themed);
     this.observer?.disconnect();
     this.resized?.disconnect();
@@ -153,10 +156,13 @@ class Page {
     this.view = view;
     if (!this.themeNow) this.retheme();
     this.draw(view);
-    const begun = this.beginWithStrongest(view);
+    const begun = (view.setup && this.follow()) || this.beginWithStrongest(view);
+    if (!begun) this.writeFragment();
     if (view.error) this.tell(view.error, "error", view.asks && this.overwrite());
     else if (view.notice) this.tell(view.notice, "notice");
     else if (this.said && !this.polled) this.tell("", "");
+    if (this.damaged && !begun) this.tell("The link's end can't be read; it is ignored.", "error");
+    if (!begun) this.damaged = false;
     this.root.dataset.ready = String(!view.pending.length && !begun);
   }
 
@@ -170,6 +176,31 @@ class Page {
     if (layer < 0) return false;
     this.ask({ do: "select", side, head: `L${layer}H${panel.ranks[layer].indexOf(1)}` });
     return true;
+  }
+
+  // ---- links: the view in the address's fragment
+  /** Ask for the view that the address names; whether one is asked for. */
+  follow() {
+    const text = this.model.fragment?.read() ?? "";
+    if (!text.startsWith("view=") || text === this.written) return false;
+    this.written = text;
+    let link;
+    try {
+      link = JSON.parse(decodeURIComponent(text.slice(5)));
+    } catch {
+      this.damaged = true;
+      return false;
+    }
+    this.hasBegun = Boolean(link?.select);
+    this.showCode(link?.open === "code");
+    this.ask({ do: "restore", view: link });
+    return true;
+  }
+
+  writeFragment() {
+    if (!this.model.fragment || this.wire.open.size) return;
+    this.written = `view=${encodeURIComponent(JSON.stringify({ ...this.view.link, open: this.at.codePanel.hidden ? "" : "code" }))}`;
+    this.model.fragment.write(this.written);
   }
 
   /** What asks before a circuit's file is overwritten. */
@@ -202,9 +233,11 @@ class Page {
     this.section("settings", [view.settings, view.stopped], () => this.drawSettings(view));
     const members = Object.fromEntries(Object.entries(view.circuits).map(([side, each]) => [side, each.heads]));
     this.section("maps", [view.maps, view.selected, members], () => this.drawMaps(view));
-    this.section("head", [view.head, view.settings.weighted, view.settings.metric, view.settings.position], () => this.drawHead(view));
+    this.section("compare", [view.beside, view.beside && view.head, view.settings], () => this.drawCompare(view));
+    this.section("head", [view.head, view.matches, view.pair, Boolean(view.beside), view.settings.weighted, view.settings.metric, view.settings.position], () => this.drawHead(view));
+    this.section("thumbnails", [view.thumbnails, view.selected], () => this.drawThumbnails(view));
     this.section("shares", [view.attribution, view.selected], () => this.drawShares(view));
-    this.section("circuits", [view.circuits, view.settings, view.undo, view.selected.side], () => this.drawCircuits(view));
+    this.section("circuits", [view.circuits, view.settings, view.undo, view.selected.side, view.sources], () => this.drawCircuits(view));
     this.section("code", view.code, () => (this.at.code.textContent = view.code));
     this.section("status", [view.pending, view.stopped], () => this.drawStatus(view));
     this.at.undo.disabled = !view.undo;
@@ -219,27 +252,30 @@ class Page {
     const at = (this.at = {});
     const button = (text, onclick, more = {}) => h("button", { type: "button", onclick, ...more }, text);
     at.undo = button("Undo", () => this.ask({ do: "undo" }), { "data-do": "undo" });
-    at.codeButton = button("Code", () => this.toggleCode(), { "data-do": "code", "aria-expanded": "false" });
+    at.codeButton = button("Export", () => this.showCode(at.codePanel.hidden), { "data-do": "code", "aria-expanded": "false" });
+    at.linkButton = this.model.fragment ? button("Copy link", () => this.copyLink(), { "data-do": "link", title: "A link that opens this view again, as long as this explorer runs" }) : null;
     at.theme = button("◐", () => this.turnTheme(), { title: "Light or dark", "aria-label": "Light or dark" });
     at.message = h("p.message", { role: "alert" });
     at.status = h("div.status", { role: "status", "aria-live": "polite" });
     at.waiting = h("p.waiting", { hidden: true }, "Waiting for the kernel: it is busy with something else.");
     at.code = h("pre.code", { tabindex: "0", "aria-label": "Python lines" });
-    at.codePanel = h("div.card.codepanel", { hidden: true }, h("div.row", {}, h("h3", {}, "Python that reproduces this view"), button("Copy", () => this.copy(), { "data-do": "copy" })), at.code);
-    for (const name of ["pair", "prompts", "settings", "maps", "head", "circuits", "shares"]) at[name] = h("div");
+    at.codePanel = h("div.card.codepanel", { hidden: true }, h("div.row", {}, h("h3", {}, "Python that reproduces this view"), button("Copy", () => this.copy(at.code, "The Python lines are"), { "data-do": "copy" }), h("span.grow"), button("Python file", () => this.download("explorer.py", this.view.code), { "data-do": "python" }), button("JSON", () => this.download("explorer.json", JSON.stringify(this.view, null, 1)), { "data-do": "json", title: "All numbers in view" }), button("PNG", () => this.picture(), { "data-do": "png", title: "The maps and the attention in view" })), at.code);
+    for (const name of ["pair", "prompts", "settings", "maps", "head", "circuits", "shares", "thumbnails"]) at[name] = h("div");
+    at.compare = h("div.card.comparecard", { hidden: true });
     at.headsCard = h("div.card.headscard", {}, h("h3", {}, "Heads"), at.settings, at.maps);
     const back = button("↑ Map", () => at.maps.scrollIntoView({ block: "start", behavior: "instant" }), { "data-do": "back", title: "Back to the map of heads", class: "back" });
     at.headCard = h("div.card.headcard", {}, back, at.head);
-    at.columns = h("div.columns", {}, h("div.left", {}, at.headsCard, h("div.card", {}, h("h3", {}, "Circuits"), at.circuits), h("div.card", {}, at.shares)), at.headCard);
+    at.columns = h("div.columns", {}, h("div.left", {}, at.headsCard, h("div.card", {}, at.thumbnails), h("div.card", {}, h("h3", {}, "Circuits"), at.circuits), h("div.card", {}, at.shares)), at.headCard);
     at.tip = h("div.tip", { role: "tooltip", hidden: true });
     const names = setup.models.map((each) => h("span.model", {}, h("b", {}, SIDES[each.side]), ` ${shortName(each.name)} · ${each.layers} × ${each.heads} heads`));
     fill(
       this.root,
-      h("header", {}, h("h2", {}, "Explorer"), h("span.task", {}, setup.material.title), names, h("span.grow"), at.undo, at.codeButton, at.theme),
+      h("header", {}, h("h2", {}, "Explorer"), h("span.task", {}, setup.material.title), names, h("span.grow"), at.undo, at.linkButton ?? [], at.codeButton, at.theme),
       h("div.line", {}, at.status, at.message),
       at.waiting,
       at.codePanel,
       h("div.card", {}, at.pair, at.prompts),
+      at.compare,
       at.columns,
       at.tip,
     );
@@ -263,22 +299,85 @@ class Page {
     this.retheme();
   }
 
-  toggleCode() {
-    this.at.codePanel.hidden = !this.at.codePanel.hidden;
-    this.at.codeButton.setAttribute("aria-expanded", String(!this.at.codePanel.hidden));
+  showCode(open) {
+    this.at.codePanel.hidden = !open;
+    this.at.codeButton.setAttribute("aria-expanded", String(open));
+    if (this.written) this.writeFragment();
   }
 
-  async copy() {
+  async copy(node, what) {
     try {
-      await navigator.clipboard.writeText(this.at.code.textContent);
-      this.tell("The Python lines are on the clipboard.", "notice");
+      await navigator.clipboard.writeText(node.textContent);
+      this.tell(`${what} on the clipboard.`, "notice");
     } catch {
       const range = document.createRange();
-      range.selectNodeContents(this.at.code);
+      range.selectNodeContents(node);
       getSelection().removeAllRanges();
       getSelection().addRange(range);
-      this.tell("The Python lines are selected: copy them with the keyboard.", "notice");
+      this.tell(`${what} selected: copy with the keyboard.`, "notice", node.isConnected ? null : node);
     }
+  }
+
+  copyLink() {
+    this.writeFragment();
+    this.copy(h("code.link", {}, location.href), "The link to this view is");
+  }
+
+  // ---- export
+  download(name, content) {
+    const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type: "text/plain" }));
+    const link = h("a", { href: url, download: name });
+    this.root.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 10000);
+  }
+
+  /** The maps, their scale and the attention in view as one picture. */
+  picture() {
+    const [maps, size, edge] = [this.setup.models.map((each) => ({ ...each, panel: this.view.maps.panels[each.side] })), 22, 24];
+    const widths = maps.map((each) => Math.max(150, each.heads * size + 30));
+    const tallest = Math.max(...maps.map((each) => each.layers)) * size;
+    const matrix = this.matrix?.canvas;
+    const shown = matrix ? 330 : 0;
+    const [width, height] = [widths.reduce((sum, each) => sum + each + edge, edge) + shown, Math.max(tallest, shown) + 130];
+    const canvas = h("canvas", { width: 2 * width, height: 2 * height });
+    const draw = canvas.getContext("2d");
+    const write = (text, x, y, font = "12px", colour = this.colours.ink, room = width - x - 8) => Object.assign(draw, { font: `${font} ${this.colours.font}`, fillStyle: colour }).fillText(text, x, y, room);
+    draw.scale(2, 2);
+    draw.fillStyle = this.colours.background;
+    draw.fillRect(0, 0, width, height);
+    const method = this.setup.methods.find((each) => each.value === this.view.settings.method);
+    write(`${this.setup.material.title}: ${method.title}`, edge, 26, "bold 14px");
+    let left = edge;
+    maps.forEach(({ side, layers, heads, panel }, place) => {
+      write(SIDES[side], left, 48, "bold 12px", this.colours.ink, widths[place]);
+      for (let layer = 0; layer < layers; layer++) {
+        const top = 58 + (layers - 1 - layer) * size;
+        write(String(layer), left, top + 15, "10px", this.colours.muted);
+        for (let index = 0; index < heads; index++) {
+          const value = panel?.values?.[layer][index] ?? null;
+          draw.fillStyle = value === null ? this.colours.missing : mixed(this.colours.diverging, 0.5 + value / this.view.maps.largest / 2);
+          draw.fillRect(left + 20 + index * size, top, size - 1, size - 1);
+          if (!this.view.circuits[side].heads.some((each) => each.head === `L${layer}H${index}`)) continue;
+          Object.assign(draw, { strokeStyle: this.colours.ink, lineWidth: 2 }).strokeRect(left + 21 + index * size, top + 1, size - 3, size - 3);
+        }
+      }
+      left += widths[place] + edge;
+    });
+    if (matrix) {
+      write(`${this.view.head.head} of the ${SIDES[this.view.head.side]}: attention`, left, 48, "bold 12px");
+      draw.drawImage(matrix, left, 58, shown - edge, shown - edge);
+    }
+    const panel = maps.map((each) => each.panel).find((each) => each?.unit);
+    const scale = draw.createLinearGradient(edge, 0, edge + 200, 0);
+    this.colours.diverging.forEach((colour, place, all) => scale.addColorStop(place / (all.length - 1), colour));
+    draw.fillStyle = scale;
+    draw.fillRect(edge, height - 44, 200, 10);
+    write(shownEnd(-this.view.maps.largest), edge, height - 20, "11px", this.colours.muted);
+    write(shownEnd(this.view.maps.largest), edge + 170, height - 20, "11px", this.colours.muted);
+    write(`${panel?.unit ?? ""}; framed: in the circuit`, edge + 220, height - 34, "11px", this.colours.muted);
+    canvas.toBlob((blob) => this.download("explorer.png", blob), "image/png");
   }
 
   // ---- the pair
@@ -294,7 +393,7 @@ class Page {
     const details = h("details", { open: this.typing, ontoggle: (event) => (this.typing = event.target.open) }, h("summary", {}, "Type a pair"), form);
     fill(
       this.at.pair,
-      h("div.row", {}, h("h3", {}, "Prompt"), pick, h("button", { type: "button", "aria-label": "Previous pair", title: "Previous pair", onclick: step(-1) }, "‹"), h("button", { type: "button", "aria-label": "Next pair", title: "Next pair", onclick: step(1) }, "›"), h("span.muted", {}, `${pairs.length} pairs of ${title}`)),
+      h("div.row", {}, h("h3", {}, "Prompt"), pick, h("button", { type: "button", "aria-label": "Previous pair", title: "Previous pair", onclick: step(-1) }, "‹"), h("button", { type: "button", "aria-label": "Next pair", title: "Next pair", onclick: step(1) }, "›"), h("span.muted", {}, `${pairs.length} pairs of ${title}`), this.setup.material.cut ? h("small", { "data-cut": "" }, this.setup.material.cut) : []),
       details,
     );
   }
@@ -361,7 +460,14 @@ class Page {
     this.setup.models.forEach((each) => this.paint(each, view, panels[each.side], largest));
     const ticks = [-largest, -largest / 2, 0, largest / 2, largest].map((value) => h("span", {}, shown(value, { sign: true })));
     const bar = h("div.scale", { css: { background: `linear-gradient(to right, ${this.colours.diverging.join(",")})` } });
-    fill(this.grids.legend, ready ? [h("div", {}, bar, h("div.ticks", {}, ticks)), h("span.muted", {}, `${ready.examples > 1 ? "mean " : ""}${ready.unit}`, h("br"), "framed: in the circuit · ring: in view · layers upward, heads across")] : null);
+    fill(this.grids.legend, ready ? [h("div", {}, bar, h("div.ticks", {}, ticks)), h("span.muted", {}, `${ready.examples > 1 ? "mean " : ""}${ready.unit}`, h("br"), "framed: in the circuit · ring: in view · layers upward, heads across", this.estimates(panels))] : null);
+  }
+
+  /** How much of the maps is estimated as yet. */
+  estimates(panels) {
+    const cells = Object.values(panels).flatMap((panel) => panel?.estimated?.flat() ?? []);
+    const count = cells.filter(Boolean).length;
+    return count ? [h("br"), h("b", { "data-estimated": count }, `striped: ${count} of ${cells.length} heads are estimated by attribution; exact ones follow, the largest first`)] : [];
   }
 
   /** One model's cells, made once: a grid that arrow keys walk through. */
@@ -407,14 +513,17 @@ class Page {
         cell.style.setProperty("background", value === null ? "var(--grid)" : mixed(this.colours.diverging, 0.5 + value / largest / 2));
         cell.style.setProperty("color", strong ? this.colours.strong_ink : this.colours.ink);
         cell.classList.toggle("member", name in members);
+        const guessed = Boolean(panel?.estimated?.[layer][index]);
+        cell.classList.toggle("estimated", guessed);
         cell.textContent = name in members && this.cell[0] > 20 ? initials(members[name]) : panel && value === null ? "×" : "";
         const chosen = view.selected.head === name && view.selected.side === side;
         cell.setAttribute("aria-selected", String(chosen));
         const lines = [`${name} of the ${side}`];
         if (value === null) lines.push(panel ? "×: not measured" : "being computed");
         else {
-          lines.push(`${shown(value, { sign: true })}, rank ${panel.ranks[layer][index]} of ${panel.measured}`);
-          if (panel.low) lines.push(`95 % interval ${shown(panel.low[layer][index], { sign: true })} to ${shown(panel.high[layer][index], { sign: true })}`);
+          lines.push(`${guessed ? "≈ " : ""}${shown(value, { sign: true })}, rank ${panel.ranks[layer][index]} of ${panel.measured}`);
+          if (guessed) lines.push("estimated by attribution; the exact value follows");
+          else if (panel.low) lines.push(`95 % interval ${shown(panel.low[layer][index], { sign: true })} to ${shown(panel.high[layer][index], { sign: true })}`);
         }
         if (name in members) lines.push(`framed: in the circuit; ${initials(members[name])}: ${members[name].replaceAll("_", " ")}`);
         cell.dataset.tip = lines.join("\n");
@@ -477,24 +586,36 @@ class Page {
       this.matrix = null;
     }
     this.headKey = key;
-    this.section("headTop", [key, head.member], () => {
+    this.section("headTop", [key, head.member, view.matches, view.beside], () => {
       const toggle = h("button.primary", { type: "button", "data-do": "toggle", "aria-pressed": String(head.member), onclick: () => this.ask({ do: "toggle", side: head.side, head: head.head }) }, head.member ? "Drop from the circuit" : "Add to the circuit");
-      fill(this.at.headTop, h("div.row", {}, h("h3", { "data-in-view": head.head }, `${head.head} of the ${SIDES[head.side]}`), h("span.grow"), toggle));
+      const pin = h("button", { type: "button", "data-do": "beside", title: "Keep this head on this pair beside the next one that you look at", onclick: () => this.ask({ do: "beside", side: head.side, head: head.head }) }, "Hold beside");
+      fill(this.at.headTop, h("div.row", {}, h("h3", { "data-in-view": head.head }, `${head.head} of the ${SIDES[head.side]}`), h("span.grow"), pin, toggle), this.walkMatches(view));
     });
-    this.section("facts", [key, head.impacts, head.share, head.partners, settings.metric, settings.position], () => fill(this.at.facts, this.facts(head, view)));
+    this.section("facts", [key, head.impacts, head.guess, head.score, head.estimated, head.change, head.share, head.partners, settings.metric, settings.position], () => fill(this.at.facts, this.facts(head, view)));
     this.section("attention", [key, head.attention, settings.weighted], () => {
       this.matrix = null;
       fill(this.at.attention, this.attention(head, view));
       if (this.matrix) this.drawMatrix();
     });
-    this.section("reads", [key, head.reads], () => fill(this.at.reads, this.reads(head)));
-    this.section("feeds", [key, head.feeds], () => fill(this.at.feeds, this.feeds(head)));
+    this.section("reads", [key, head.reads, head.guess], () => fill(this.at.reads, this.reads(head)));
+    this.section("feeds", [key, head.feeds, head.guess], () => fill(this.at.feeds, this.feeds(head)));
+  }
+
+  /** Buttons that walk the matched pairs of teacher and student. */
+  walkMatches({ matches }) {
+    if (!matches || !this.setup.models.some((each) => each.side === "student")) return [];
+    const step = (by, sign, name) => h("button", { type: "button", "aria-label": name, title: name, "data-match": by, onclick: () => this.ask({ do: "match", step: by }) }, sign);
+    const where = matches.at === null ? `${matches.count} matched pairs` : `matched pair ${matches.at + 1} of ${matches.count}`;
+    return h("div.row.matches", {}, step(-1, "‹", "Previous matched pair"), step(1, "›", "Next matched pair"), h("span.muted", { "data-matched": "" }, `${where} (by ${matches.rule.replaceAll("_", " ")}), the teacher's head here, the student's beside it`));
   }
 
   facts(head, view) {
     const metric = view.settings.metric.replaceAll("_", " ");
-    const impacts = head.impacts && !head.impacts.error ? Object.entries(head.impacts) : [];
-    const rows = impacts.map(([kind, value]) => h("li", {}, h("span", {}, `${kind} ablation`), h("b", { "data-impact": kind }, shown(value, { sign: true }))));
+    const guessed = !head.impacts && head.guess?.impacts && !head.guess.impacts.error;
+    const impacts = guessed ? Object.entries(head.guess.impacts) : head.impacts && !head.impacts.error ? Object.entries(head.impacts) : [];
+    const rows = impacts.map(([kind, value]) => h("li", {}, h("span", {}, `${kind} ablation`), h("b", { "data-impact": kind, "data-guess": guessed || null, title: guessed ? ESTIMATE : null }, guessed ? "≈ " : "", shown(value, { sign: true }))));
+    const score = h("li", {}, h("span", {}, "in the map above"), h("b", { "data-score": "", title: head.estimated ? ESTIMATE : null }, head.estimated ? "≈ " : "", shown(head.score, { sign: true })));
+    const change = head.change ? [h("h4", {}, "Before and after distillation"), h("ul", { "data-change": "" }, h("li", {}, h("span", {}, "student, before"), h("b", {}, shown(head.change.student, { sign: true }))), h("li", {}, h("span", {}, "student, after"), h("b", {}, shown(head.change.after, { sign: true }))), h("li", {}, h("span", {}, "change"), h("b", {}, head.change.student === null || head.change.after === null ? "–" : shown(head.change.after - head.change.student, { sign: true }))))] : [];
     const { share } = head;
     const partners = head.partners.map((each) => {
       const found = each.nearest?.error ? h("span.error", {}, each.nearest.error) : each.nearest ? each.nearest.map(([name, value]) => [this.headButton(each.side, name), ` ${value.toFixed(2)} `]) : "…";
@@ -504,7 +625,7 @@ class Page {
     return h(
       "div.facts",
       {},
-      h("div", {}, h("h4", {}, `Fall of the ${metric} when ablated`), h("ul", {}, impacts.length ? rows : h("li.muted", {}, head.impacts?.error ?? "…")), h("small", {}, `at ${view.settings.position === "all" ? "all tokens" : view.settings.position.replaceAll("_", " ")}; positive: the head helps`)),
+      h("div", {}, h("h4", {}, `Fall of the ${metric} when ablated`), h("ul", {}, score, impacts.length ? rows : h("li.muted", {}, head.impacts?.error ?? "…")), h("small", {}, guessed ? `${ESTIMATE}; ` : "", `at ${view.settings.position === "all" ? "all tokens" : view.settings.position.replaceAll("_", " ")}; positive: the head helps`), change),
       h(
         "div",
         {},
@@ -609,8 +730,9 @@ class Page {
   }
 
   reads(head) {
-    const { reads } = head;
-    const title = h("h4", {}, "Reads from", h("small", {}, " path effect through its q, k, v"));
+    const guessed = !head.reads && head.guess?.reads && !head.guess.reads.error;
+    const reads = guessed ? head.guess.reads : head.reads;
+    const title = h("h4", {}, "Reads from", h("small", {}, guessed ? ` ≈ ${ESTIMATE}` : " path effect through its q, k, v"));
     if (!reads || reads.error) return h("div", {}, title, h("p.muted", {}, reads?.error ?? "…"));
     if (!reads.length) return h("div", {}, title, h("p.muted", {}, /^L0H/.test(head.head) ? "It is in the first layer: no head is below it." : "No head below has an effect through it."));
     const most = Math.max(...reads.map((each) => Math.abs(each.together)));
@@ -619,8 +741,9 @@ class Page {
   }
 
   feeds(head) {
-    const { feeds } = head;
-    const title = h("h4", {}, "Feeds", h("small", {}, " path effect on the inputs above"));
+    const guessed = !head.feeds && head.guess?.feeds && !head.guess.feeds.error;
+    const feeds = guessed ? head.guess.feeds : head.feeds;
+    const title = h("h4", {}, "Feeds", h("small", {}, guessed ? ` ≈ ${ESTIMATE}` : " path effect on the inputs above"));
     if (!feeds || feeds.error) return h("div", {}, title, h("p.muted", {}, feeds?.error ?? "…"));
     const all = [["logits", feeds.logits], ...feeds.heads];
     const most = Math.max(...all.map(([, value]) => Math.abs(value ?? 0))) || 1;
@@ -660,18 +783,116 @@ class Page {
       const file = h("input", { type: "text", name: "file", value: this.file ?? "circuit.json", "aria-label": "File name", oninput: (event) => (this.file = event.target.value) });
       const save = h("form.row", { onsubmit: (event) => (event.preventDefault(), this.ask((this.saving = { do: "save", side: this.view.selected.side, name: file.value }))) }, file, h("button", { type: "submit", "data-do": "save" }, `Save the ${selected.side}'s circuit`));
       const compare = h("button", { type: "button", "data-do": "compare", onclick: () => this.ask({ do: "compare" }) }, "Against random circuits");
-      fill(this.at.circuits, h("div.row.controls", {}, outside), this.at.blocks, h("div.row.tail", {}, save, h("span.grow"), compare));
+      this.at.load = h("div");
+      delete this.drawn.load;
+      fill(this.at.circuits, h("div.row.controls", {}, outside, this.at.load), this.at.blocks, h("div.row.tail", {}, save, h("span.grow"), compare));
     });
-    fill(this.at.blocks, Object.entries(view.circuits).map(([side, circuit]) => this.circuit(side, circuit, view)));
+    this.section("load", [view.sources, selected.side], () => {
+      const choice = h("select", { "data-do": "source" }, view.sources[selected.side].map((name) => h("option", { value: name }, name)));
+      fill(this.at.load, h("form.row", { onsubmit: (event) => (event.preventDefault(), this.ask({ do: "load", side: selected.side, source: choice.value })) }, h("label", {}, "circuit or ranking ", choice), h("button", { type: "submit", "data-do": "load", title: "Take it as the circuit; where a search has left its ranking, step along it" }, `Load for the ${selected.side}`)));
+    });
+    for (const [side, circuit] of Object.entries(view.circuits)) {
+      const block = (this.at[`block ${side}`] ??= h("div.circuit", { "data-circuit": side }));
+      if (block.parentNode !== this.at.blocks) this.at.blocks.append(block);
+      const rows = (block.rows ??= {});
+      for (const name of ["title", "path", "groups", "meters"]) if (!rows[name]) block.append((rows[name] = h("div")));
+      this.section(`title ${side}`, [circuit.heads, circuit.method], () => fill(rows.title, this.circuitTitle(side, circuit)));
+      this.section(`path ${side}`, circuit.path, () => this.drawPath(rows.path, side, circuit.path));
+      this.section(`groups ${side}`, [circuit.groups, view.settings.metric, view.settings.outside], () => this.drawGroups(rows.groups, side, circuit, view));
+      fill(rows.meters, this.meters(side, circuit, circuit.on_prompts, view));
+    }
   }
 
-  circuit(side, circuit, view) {
+  // ---- stepping along a ranking
+  drawPath(node, side, path) {
+    if (!path) return fill(node);
+    if (!path.heads) return fill(node, h("p.muted", {}, `${path.source} has no ranking of a search beside it.`));
+    if (node.dataset.source !== path.source || !node.firstChild?.matches?.(".steps")) {
+      node.dataset.source = path.source;
+      const slider = h("input", { type: "range", min: 0, max: path.heads, step: 1, "data-step": side, "aria-label": `Heads left along ${path.source}` });
+      slider.addEventListener("input", () => {
+        clearTimeout(this.stepping);
+        node.said.textContent = `${slider.value} of ${path.heads} heads …`;
+        this.stepping = setTimeout(() => this.ask({ do: "step", side, size: Number(slider.value) }), 90);
+      });
+      Object.assign(node, { slider, said: h("small", { "aria-live": "polite", "data-left": side }), chart: h("canvas.pathchart", { role: "img" }), legend: h("small") });
+      fill(node, h("div.steps", {}, h("h5", {}, `along ${path.source}: `, node.said), slider, node.chart, node.legend));
+    }
+    if (path.size !== null && document.activeElement !== node.slider) node.slider.value = path.size;
+    node.said.textContent = path.size === null ? "changed by hand: move the slider to step again" : `${path.size} of ${path.heads} heads left${path.next ? `, next to go ${path.next}` : ""}`;
+    const here = Object.fromEntries(path.here);
+    node.legend.textContent = `faithfulness by heads left: dots on this page's test prompts (${path.here.length} sizes)${path.search.length ? `, line as the search saw it on its own ${path.search_prompts} prompts` : ""}${path.chosen ? `; dashed: its choice, ${path.chosen}` : ""}`;
+    node.chart.setAttribute("aria-label", `Faithfulness along the path: ${path.here.map(([size, value]) => `${size} heads ${shown(value)}`).join(", ")}`);
+    node.chart.dataset.here = JSON.stringify(here);
+    this.chart(node.chart, path);
+  }
+
+  chart(canvas, path) {
+    const [width, height, left, bottom] = [Math.max(220, Math.min(460, this.at.blocks.clientWidth - 10)), 110, 30, 16];
+    const ratio = window.devicePixelRatio || 1;
+    Object.assign(canvas, { width: width * ratio, height: height * ratio });
+    canvas.style.setProperty("width", `${width}px`);
+    canvas.style.setProperty("height", `${height}px`);
+    const draw = canvas.getContext("2d");
+    draw.scale(ratio, ratio);
+    const most = Math.max(1, ...[...path.here, ...path.search].map(([, value]) => value ?? 0));
+    const at = (size, value) => [left + ((width - left - 8) * size) / path.heads, 6 + (height - bottom - 10) * (1 - value / most)];
+    Object.assign(draw, { font: `10px ${this.colours.font}`, fillStyle: this.colours.muted, strokeStyle: this.colours.grid, lineWidth: 1 });
+    for (const value of [0, 0.5, 1]) {
+      const [x, y] = at(0, value);
+      draw.fillText(shown(value), 4, y + 3);
+      draw.strokeRect(x, y, width - left - 8, 0);
+    }
+    for (const size of [0, Math.round(path.heads / 2), path.heads]) draw.fillText(String(size), at(size, 0)[0] - 5, height - 3);
+    const stroke = (points, colour, dash = []) => {
+      draw.setLineDash(dash);
+      Object.assign(draw, { strokeStyle: colour, lineWidth: 1.5 });
+      draw.beginPath();
+      points.forEach(([x, y], place) => (place ? draw.lineTo(x, y) : draw.moveTo(x, y)));
+      draw.stroke();
+      draw.setLineDash([]);
+    };
+    stroke(path.search.filter(([, value]) => value !== null).map(([size, value]) => at(size, value)), this.colours.muted);
+    if (path.chosen) stroke([at(path.chosen, 0), at(path.chosen, most)], this.colours.muted, [3, 3]);
+    for (const [size, value] of path.here) {
+      if (value === null) continue;
+      draw.fillStyle = this.colours.categories[0];
+      draw.beginPath();
+      draw.arc(...at(size, Math.max(0, value)), size === path.size ? 5 : 2.5, 0, 7);
+      draw.fill();
+    }
+    if (path.size !== null) stroke([at(path.size, 0), at(path.size, most)], this.colours.ink);
+  }
+
+  // ---- groups
+  drawGroups(node, side, circuit, view) {
+    if (!circuit.heads.length) return fill(node);
+    const metric = view.settings.metric.replaceAll("_", " ");
+    const rows = circuit.groups.map(({ role, heads, effect }) => {
+      const numbers = effect?.error ? [h("td", { colspan: 2 }, effect.error)] : [h("td.number", { "data-joint": role }, shown(effect?.joint, { sign: true })), h("td.small", {}, shown(effect?.singly, { sign: true }))];
+      return h("tr", {}, h("td", {}, role), h("td.wrap", {}, heads.map((head) => this.headButton(side, head))), numbers);
+    });
+    const table = h("table.groups", {}, h("thead", {}, h("tr", {}, h("th", {}, "role"), h("th", {}, "heads"), h("th", { title: `Fall of the ${metric} on the test prompts when all of them are ablated at once` }, "together"), h("th", { title: "The sum of the falls when each is ablated alone; where it is less than together, they stand in for each other" }, "sum of single"))), h("tbody", {}, rows));
+    const chosen = (this.grouping ??= {});
+    const boxes = circuit.heads.map(({ head }) => h("label.check", {}, h("input", { type: "checkbox", checked: Boolean(chosen[`${side} ${head}`]), value: head, onchange: (event) => (chosen[`${side} ${head}`] = event.target.checked) }), head));
+    const name = h("input", { type: "text", name: "role", maxlength: 40, placeholder: "e.g. value fetcher", "aria-label": "Name of the group", list: `wbx-roles-${side}` });
+    const send = (event) => {
+      event.preventDefault();
+      const heads = circuit.heads.map((each) => each.head).filter((head) => chosen[`${side} ${head}`]);
+      this.grouping = {};
+      this.ask({ do: "role", side, heads, role: name.value.trim() });
+    };
+    const form = h("form.grouping", { onsubmit: send }, h("div.row", {}, boxes), h("div.row", {}, name, h("datalist", { id: `wbx-roles-${side}` }, circuit.groups.map(({ role }) => h("option", { value: role }))), h("button", { type: "submit", "data-do": "role" }, "Group the ticked heads")));
+    const open = (this.groupsOpen ??= {});
+    fill(node, table, h("details", { open: open[side], ontoggle: (event) => (open[side] = event.target.open) }, h("summary", {}, "Group heads by hand"), form));
+  }
+
+  circuitTitle(side, circuit) {
     const [layers, heads] = circuit.shape;
     const chips = circuit.heads.map((each) => h("span.chip", { title: each.role }, this.headButton(side, each.head), h("button", { type: "button", "aria-label": `Drop ${each.head}`, title: `Drop ${each.head} from the circuit`, onclick: () => this.ask({ do: "toggle", side, head: each.head }) }, "×")));
     const clear = circuit.heads.length ? h("button.quiet", { type: "button", onclick: () => this.ask({ do: "clear", side }) }, "empty it") : null;
-    const report = circuit.on_prompts;
     const title = h("h4", {}, `${SIDES[side]}: ${circuit.heads.length} of ${layers * heads} heads `, h("small", {}, circuit.method), " ", clear);
-    return h("div.circuit", { "data-circuit": side }, title, h("div.chips", {}, chips.length ? chips : h("span.muted", {}, "no head yet: everything is ablated")), this.meters(side, circuit, report, view));
+    return [title, h("div.chips", {}, chips.length ? chips : h("span.muted", {}, "no head yet: everything is ablated"))];
   }
 
   meters(side, circuit, report, view) {
@@ -702,6 +923,78 @@ class Page {
     return h("div.meter", { title }, h("span.name", {}, name), h("span.track", {}, h("span.value", { css: { "--w": `${Math.max(0, Math.min(1, share ?? 0)) * 100}%` } }), mark === null ? null : h("span.mark", { title: "Mean of random circuits of as many heads", css: { left: `${Math.max(0, Math.min(1, mark)) * 100}%` } })), h("b", { "data-meter": name }, text), delta);
   }
 
+  // ---- all heads of a layer, small
+  drawThumbnails({ thumbnails, selected }) {
+    const { layers } = this.setup.models.find((each) => each.side === selected.side);
+    const { layer, follows, heads, pictures } = thumbnails;
+    const options = [h("option", { value: "", selected: follows }, `of the head in view (${layer})`), Array.from({ length: layers }, (_, each) => h("option", { value: each, selected: !follows && each === layer }, `layer ${each}`))];
+    const choice = h("select", { "data-set": "layer", "aria-label": "Layer", onchange: (event) => this.ask({ do: "set", layer: event.target.value === "" ? null : Number(event.target.value) }) }, options);
+    const title = h("div.row", {}, h("h3", {}, `Attention of layer ${layer}, ${SIDES[selected.side]}`), h("span.grow"), choice);
+    if (!pictures || pictures.error) return fill(this.at.thumbnails, title, h("p.muted", {}, pictures?.error ?? "…"));
+    const tiles = heads.map(({ head, score }) => {
+      const canvas = h("canvas", { width: pictures.cells, height: pictures.cells, "aria-hidden": "true" });
+      this.small(canvas, pictures, Number(head.split("H")[1]));
+      const chosen = head === selected.head;
+      const words = `${head}: effect ${shown(score, { sign: true })}`;
+      return h("button.tile", { type: "button", "data-tile": head, "aria-pressed": String(chosen), "aria-label": words, title: words, onclick: (event) => this.choose(selected.side, head, event) }, canvas, h("span", {}, h("b", {}, head), ` ${shown(score, { sign: true })}`));
+    });
+    const again = document.activeElement?.dataset?.tile;
+    fill(this.at.thumbnails, title, h("div.tiles", {}, tiles), h("small", {}, "The largest effect in the map first; down: the token that looks, across: the one looked at; each on a scale of its own."));
+    if (again) this.at.thumbnails.querySelector(`[data-tile="${again}"]`)?.focus();
+  }
+
+  small(canvas, { cells, heads }, index) {
+    const bytes = Uint8Array.from(atob(heads[index]), (each) => each.charCodeAt(0));
+    const draw = canvas.getContext("2d");
+    const image = draw.createImageData(cells, cells);
+    const wash = Array.from({ length: 256 }, (_, step) => mixed(this.colours.wash, step / 255).match(/\d+/g).map(Number));
+    bytes.forEach((step, place) => image.data.set([...wash[step], 255], 4 * place));
+    draw.putImageData(image, 0, 0);
+  }
+
+  // ---- two heads, or two pairs, side by side
+  drawCompare(view) {
+    const { beside, head, settings } = view;
+    this.at.compare.hidden = !beside;
+    if (!beside) return fill(this.at.compare);
+    const close = h("button", { type: "button", "data-do": "apart", onclick: () => this.ask({ do: "beside" }) }, "Close");
+    const first = head && { ...head, clean: view.pair.clean, picked: view.pair.picked };
+    const two = [first, beside];
+    const name = (each) => (each ? `${each.head} of the ${SIDES[each.side]}` : "no head in view");
+    const pair = (each) => (!each ? "" : each.picked === null ? "your own pair" : `pair ${each.picked + 1}`);
+    const kinds = Object.keys(beside.impacts && !beside.impacts.error ? beside.impacts : {});
+    const numbers = [
+      ...(beside.same_pair || settings.average ? [["in the map", (each) => each.score]] : []),
+      ...kinds.map((kind) => [`${kind} ablation`, (each) => each.impacts?.[kind]]),
+      ["direct share", (each) => each.share?.share],
+    ].map(([title, read]) => {
+      const [a, b] = two.map((each) => (each ? (read(each) ?? null) : null));
+      return h("tr", {}, h("td", {}, title), [a, b, a === null || b === null ? null : a - b].map((value) => h("td.number", {}, shown(value, { sign: true }))));
+    });
+    const table = h("table.versus", {}, h("thead", {}, h("tr", {}, ["", ...two.map((each) => (each ? `${each.side} ${each.head}, ${pair(each)}` : "–")), "difference"].map((each) => h("th", {}, each)))), h("tbody", {}, numbers));
+    const halves = two.map((each, place) => {
+      const title = h("h4", { "data-half": place }, name(each), h("small", {}, ` on ${pair(each)}${place ? ", held" : ", in view"}`));
+      if (!each?.attention || each.attention.error) return h("div", {}, title, h("p.muted", {}, each?.attention?.error ?? "…"));
+      const canvas = h("canvas.matrix", { role: "img", "aria-label": `Attention of ${name(each)} on ${pair(each)}` });
+      this.plainMatrix(canvas, each.attention);
+      const last = each.attention.weights.at(-1);
+      const best = last.map((value, index) => [value, index]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+      return h("div", {}, title, canvas, h("p.caption", {}, "the last token looks at ", best.map(([value, index], at) => [at ? ", " : "", h("b", {}, quoted(each.attention.tokens, index)), ` ${shown(value)}`])));
+    });
+    fill(this.at.compare, h("div.row", {}, h("h3", {}, "Side by side"), h("span.grow"), close), h("div.halves", {}, halves, table));
+  }
+
+  plainMatrix(canvas, { weights, tokens }) {
+    const n = tokens.length;
+    const cell = Math.max(2, Math.min(12, Math.floor(300 / n)));
+    const largest = Math.max(...weights.flat()) || 1;
+    Object.assign(canvas, { width: n * cell, height: n * cell });
+    const draw = canvas.getContext("2d");
+    draw.fillStyle = this.colours.background;
+    draw.fillRect(0, 0, n * cell, n * cell);
+    weights.forEach((row, query) => row.forEach((value, at) => ((draw.fillStyle = mixed(this.colours.wash, value / largest)), draw.fillRect(at * cell, query * cell, cell, cell))));
+  }
+
   // ---- what goes on
   drawStatus({ pending, stopped }) {
     const [now] = pending;
@@ -725,6 +1018,8 @@ const LETTERS = {
   into: "The input of a head above (q, k or v), or the logits",
   effect: "The fall of the metric when this path alone carries the corrupt prompt's output; no bar: below 0.0001, rounding",
 };
+const ESTIMATE = "estimated by attribution; the exact value follows";
+const shownEnd = (value) => shown(value, { sign: true });
 const initials = (role) => role.split("+").map((part) => part[0]).join("").slice(0, 2);
 const quoted = (tokens, index) => `“${visible(tokens[index])}” (${index})`;
 const shortName = (name) => name.split("/").slice(-2).join("/");

@@ -14,6 +14,10 @@ async function post(command) {
 }
 
 const model = {
+  fragment: {
+    read: () => location.hash.slice(1),
+    write: (text) => history.replaceState(null, "", `#${text}`),
+  },
   get: (name) => (name === "theme" ? new URLSearchParams(location.search).get("theme") || "auto" : undefined),
   on: (event, listener) => event === "msg:custom" && listeners.add(listener),
   off: (event, listener) => listeners.delete(listener),
