@@ -356,30 +356,6 @@ def discovery(subject: str) -> str:
     return markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
 
 
-TWO_TOKENS = {
-    "teacher": "the teacher",
-    "before": "the student before",
-    "first": "CE on the first token",
-    "whole": "CE on all answer tokens",
-    "whole_cka_last": "the same + CKA at the prompt's last token",
-    "whole_cka": "the same + CKA at all answer tokens",
-}
-
-
-def two_tokens() -> str:
-    """Answers of two tokens: what a student learns of the first, the second and the whole, over seeds."""
-    seeds = [storage.read_json(path)["rows"] for path in sorted((RESULTS / "two_tokens").glob("seed_*.json"))]
-
-    def row(name: str) -> list[str]:
-        cells = [[rows[name][part] for rows in seeds] for part in ("first", "second", "whole")]
-        one = name == "teacher"  # the same for every seed
-        return [TWO_TOKENS[name], *(number(values[0]) if one else over_seeds(values) for values in cells)]
-
-    return markdown(
-        ("trained on", "first token", "second, after the right first", "whole answer"), map(row, TWO_TOKENS)
-    )
-
-
 def mind_heads() -> str:
     """Theory of mind's circuit head by head: where each is needed, what it looks at, reads and writes."""
     heads = storage.read_json(RESULTS / "mind_circuit/heads.json")["heads"]
@@ -526,7 +502,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
     "two-tokenizers": lambda: run("smollm2_to_bundled"),
-    "two-tokens": two_tokens,
     "mixture": mixture,
     "benchmarks": benchmarks,
 }

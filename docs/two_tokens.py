@@ -3,7 +3,7 @@
     fox red cup . owl big hat . ant old key . elk raw map . owl   ->   big hat
 
 A teacher of three layers and students of two are trained here on looking up both words (minutes of one core); each
-student, which knows little yet, then learns from the teacher with its matched heads alone: on cross-entropy over the
+student, which knows some, then learns from the teacher with its matched heads alone: on cross-entropy over the
 whole answer or over its first token, with and without CKA. Every row is the accuracy on fresh prompts. A row that is
 there is not made again; the models lie in a folder that is thrown away with the cache.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import workbench as wb
+from docs.tables import markdown, number, over_seeds
 from workbench import seeds, storage
 from workbench.models import sources
 from workbench.models.hooked_model import HookedModel
@@ -113,7 +114,20 @@ def main() -> int:
     """All seeds and conditions that are not there yet."""
     for seed in SEEDS:
         row(seed)
+    log.info("%s", table())
     return 0
+
+
+def table() -> str:
+    """What a student learns of the first token, the second and the whole answer: mean and 95 % interval over seeds."""
+    rows = [storage.read_json(FOLDER / f"seed_{seed}.json")["rows"] for seed in SEEDS]
+    titles = {"before": "the student before", **{name: condition.title for name, condition in CONDITIONS.items()}}
+    parts = ("first", "second", "whole")
+    lines = [["the teacher", *(number(rows[0]["teacher"][part]) for part in parts)]]  # the same for every seed
+    lines += [
+        [title, *(over_seeds([each[name][part] for each in rows]) for part in parts)] for name, title in titles.items()
+    ]
+    return markdown(("trained on", "first token", "second, after the right first", "whole answer"), lines)
 
 
 def row(seed: int) -> None:

@@ -174,6 +174,7 @@ def test_whole_answers_are_in_the_table_where_answers_may_have_several_tokens(
         )
         assert 0 < slow < 1
         assert rows[name].whole_answers == pytest.approx(slow)
+        assert rows[name].whole_accuracy == pytest.approx(rows[name].full_accuracy), "one token is the whole answer"
     assert run("evaluate", "--recipe", recipe, "--out", tmp_path / "plain", "--set", "conditions=[base]") == 0
     assert "whole answers" not in capsys.readouterr().out
 

@@ -26,8 +26,10 @@ INDEX = torch.arange(len(PROMPTS))
 class Stub(HTTPServer):
     """Answers completions from the teacher's logits, as vLLM does; counts its requests."""
 
-    def __init__(self, cache: TeacherCache) -> None:
+    def __init__(self, cache: TeacherCache, model: Any = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.model = model
+        """Answers prompts that the cache does not hold."""
         ids = [tuple(tokens[mask].tolist()) for tokens, mask in zip(PROMPTS.clean, PROMPTS.mask, strict=True)]
         self.said = dict(zip(ids, cache.logits.double().log_softmax(-1).tolist(), strict=True))
         self.requests, self.texts, self.status, self.spoilt = 0, False, 200, {}
@@ -37,6 +39,11 @@ class Stub(HTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def choice(self, prompt: list[int], k: int, number: int) -> dict[str, Any]:
+        if self.model is not None and tuple(prompt) not in self.said:
+            tokens = torch.tensor([prompt])
+            with torch.no_grad():
+                logits = self.model.final_logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+            self.said[tuple(prompt)] = logits[0].double().log_softmax(-1).tolist()
         row = self.said[tuple(prompt)]
         best = sorted(range(len(row)), key=lambda token: -row[token])[:k]
         names = word_tokenizer().convert_ids_to_tokens(best) if self.texts else [f"token_id:{token}" for token in best]
@@ -139,3 +146,53 @@ def test_what_a_server_gets_wrong_is_refused(stub: Stub, cache: TeacherCache) ->
     with pytest.raises(InputError, match="no address"):
         Endpoint(url="localhost:8000", model="tiny")
     assert "secret" not in repr(Endpoint(url=stub.url, model="tiny", key="secret"))
+
+
+def test_a_recipe_whose_teacher_answers_elsewhere(
+    small_recipe: Loader, cache: TeacherCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import yaml
+
+    from workbench.cli import main
+    from workbench.models.hooked_model import Student, Teacher
+
+    value = small_recipe(conditions=["full_kl", "circuit_ce"], evaluation={"random_circuits": 1, "curve": False})
+    value["training"] = {**value["training"], "heads": "circuit", "task_loss": "ce_teacher"}
+    teacher = Teacher.load(value["teacher"], check=False)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(value))
+    monkeypatch.setenv("MY_KEY", "secret")
+    server = Stub(cache, teacher)
+
+    def run(out: str, *settings: str) -> int:
+        words = [word for setting in settings for word in ("--set", setting)]
+        return main(["evaluate", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / out), *words])
+
+    elsewhere = ("teacher=tiny", f"endpoint.url={server.url}", f"endpoint.top={teacher.d_vocab}")
+    with in_background(server):
+        assert run("served", *elsewhere, "endpoint.key_variable=MY_KEY") == 0
+        assert run("loaded") == 0
+        table = capsys.readouterr().out
+        assert run("refused", *elsewhere, "conditions=[circuit_ce_cka]") == 2
+        assert "align activations, and an endpoint gives none; name conditions without" in capsys.readouterr().err
+        assert run("refused", *elsewhere, "training.heads=matched") == 2
+        assert "set `training.heads: circuit` to train the student's own circuit" in capsys.readouterr().err
+        assert run("refused", "teacher=tiny", "endpoint.url=http://me:secret@localhost/v1") == 2
+        assert "environment variable" in capsys.readouterr().err
+    # predicted = measured: all log-probabilities are the teacher itself, so the students are those of the loaded one
+    for condition in ("full_kl-0", "circuit_ce-0"):
+        served, loaded = (
+            Student.load(tmp_path / out / "conditions" / condition / "student", check=False)
+            for out in ("served", "loaded")
+        )
+        untrained = Student.load(value["student"], check=False)
+        models = (served, loaded, untrained)
+        logits, same, before = (each.final_logits(PROMPTS.clean, PROMPTS.mask).detach() for each in models)
+        assert float((logits - same).abs().max()) < 1e-4
+        assert float((logits - before).abs().max()) > 1e-2
+    # the key is nowhere, and what needs a loaded teacher is not there
+    written = b"".join(file.read_bytes() for file in (tmp_path / "served").rglob("*") if file.is_file())
+    assert b"secret" not in written
+    assert b"MY_KEY" in written
+    assert not list((tmp_path / "served").rglob("*teacher*.json"))
+    assert not (tmp_path / "served" / "head_map.json").exists()
+    assert "full / KL" in table

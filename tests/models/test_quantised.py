@@ -1,6 +1,7 @@
 """A teacher whose matrices are held in fewer bits: what it computes beside the full one, and what refuses it; where the
 parts of a model lie, and the dtype that it was saved in."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from workbench.models.hooked_model import Student, Teacher
 from workbench.patching.path import PathPatcher
 from workbench.tasks.base import PromptPairs
 
-KINDS = ("int8", "nf4")
-needs_packages = pytest.mark.skipif(
-    not all(map(find_spec, quantisation.PACKAGES.values())), reason="the extra quantised"
-)
+
+def of(kind: str, *more: Any) -> Any:
+    package = quantisation.PACKAGES[kind]
+    absent = pytest.mark.skipif(find_spec(package) is None, reason=f"{package}, of the extra quantised")
+    return pytest.param(kind, *more, marks=absent, id=kind)
+
+
+KINDS = [of("int8"), of("nf4")]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what the packages import
 
 
@@ -33,15 +38,14 @@ def teacher() -> Teacher:
 
 @pytest.fixture(scope="module")
 def pairs(teacher: Teacher) -> PromptPairs:
-    return wb.task("entity_tracking", boxes=5).pairs(teacher, scenes=4)
+    return wb.task("entity_tracking", boxes=3).pairs(teacher, scenes=4)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1])
 
 
-@needs_packages
-@pytest.mark.parametrize(("kind", "apart", "alike"), [("int8", 0.02, 0.999), ("nf4", 0.2, 0.9)])
+@pytest.mark.parametrize(("kind", "apart", "alike"), [of("int8", 0.02, 0.99), of("nf4", 0.2, 0.9)])
 def test_a_quantised_teacher_is_an_exact_model_near_the_full_one(
     kind: Any, apart: float, alike: float, teacher: Teacher, pairs: PromptPairs
 ) -> None:
@@ -84,20 +88,18 @@ def dequantised(quantised: Teacher) -> Teacher:
     return plain
 
 
-@needs_packages
-@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Phi3", "Qwen3", "Gemma2"])
-def test_every_way_of_storing_queries_keys_and_values(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Phi3"])
+def test_every_way_of_storing_queries_keys_and_values(family: str, kind: Any, tmp_path: Path) -> None:
     folder = miniature(family, FAMILIES[family], tmp_path)
-    for kind in KINDS:
-        loaded = Teacher.load(folder, quantisation=kind)  # with its self-check: heads' outputs add up
-        some = any(map(quantisation.is_quantised, loaded.parameters().values()))
-        assert some == ((family, kind) != ("GPT2", "int8")), "torchao leaves GPT-2's Conv1D as they are"
-        head = loaded.output_weights(0)
-        assert head.shape == (loaded.n_heads, loaded.d_head, loaded.model.cfg.d_model)
-        assert head.is_floating_point()
+    loaded = Teacher.load(folder, quantisation=kind)  # with its self-check: heads' outputs add up
+    some = any(map(quantisation.is_quantised, loaded.parameters().values()))
+    assert some == ((family, kind) != ("GPT2", "int8")), "torchao leaves GPT-2's Conv1D as they are"
+    head = loaded.output_weights(0)
+    assert head.shape == (loaded.n_heads, loaded.d_head, loaded.model.cfg.d_model)
+    assert head.is_floating_point()
 
 
-@needs_packages
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_were_saved_quantised_are_a_teachers_alone(kind: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -116,6 +118,21 @@ def test_weights_that_were_saved_quantised_are_a_teachers_alone(kind: Any, tmp_p
         Student(quantised.model)
 
 
+def test_a_config_that_says_quantised_of_full_weights_is_refused(tmp_path: Path) -> None:
+    folder = miniature("Llama", {}, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for method, more in (("bitsandbytes", {"load_in_4bit": True}), ("torchao", {})):
+        stated = {"quantization_config": {"quant_method": method, **more}}
+        (folder / "config.json").write_text(json.dumps(config | stated))
+        with pytest.raises(InputError, match=r"and they are not; delete that entry"):
+            Teacher.load(folder)
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
+    )
+    with pytest.raises(InputError, match="rounds the activations too, so that heads do not add up"):
+        Teacher.load(folder)
+
+
 def test_a_student_is_never_quantised_and_names_are_checked() -> None:
     with pytest.raises(InputError, match="quantised weights do not train; leave the quantisation to the teacher"):
         Student.load("student", quantisation="int8")
@@ -132,7 +149,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_device_map_that_this_machine_can_follow(teacher: Teacher, pairs: PromptPairs) -> None:
     expected = teacher.final_logits(pairs.clean, pairs.mask)
     for device_map in ("cpu", {"": "cpu"}):
-        placed = Teacher.load("teacher", device_map=device_map)
+        placed = Teacher.load("teacher", device_map=device_map, check=False)
         assert torch.equal(placed.final_logits(pairs.clean, pairs.mask), expected)
         assert not placed.is_spread
 
@@ -151,7 +168,7 @@ def test_a_device_map_that_this_machine_can_follow(teacher: Teacher, pairs: Prom
 )
 def test_a_device_map_that_it_cannot_is_refused(device_map: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Teacher.load("teacher", device_map=device_map)
+        Teacher.load("teacher", device_map=device_map, check=False)
 
 
 def test_a_device_map_and_a_device_are_one_too_many_and_parts_never_come_and_go() -> None:
@@ -168,4 +185,4 @@ def test_the_dtype_that_the_weights_were_saved_in(tmp_path: Path) -> None:
     loaded = Teacher.load(tmp_path / "saved", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.fingerprint() == half.fingerprint()
-    assert Teacher.load("teacher", dtype="auto").dtype == torch.float32
+    assert Teacher.load("teacher", dtype="auto", check=False).dtype == torch.float32

@@ -1,5 +1,6 @@
 """Fine-tuning on trees of prompts: a tree is worth its prompts one by one, and training resumes to the bit."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ModelFolder
+from tests.miniatures import FAMILIES, miniature
 from workbench.cli import main
 from workbench.errors import InputError
+from workbench.experiment.recipe import parse_config, read_yaml
 from workbench.models.sources import quiet
 from workbench.pretraining.finetuning import Finetuning, FinetuningConfig, finetune
+from workbench.pretraining.rows import _prompt
 from workbench.tasks.entity_tracking import EntityTracking, split_of
 from workbench.tasks.trees import joined, tree, trees_of
 
@@ -172,23 +177,131 @@ def test_what_trains(trains: str, model_folder: ModelFolder) -> None:
     assert any("lm_head" in name for name in changed) == (trains == "all")
 
 
-def test_layers_that_are_kept_are_the_models_own(model_folder: ModelFolder) -> None:
-    folder = model_folder("llama", layers=4)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma2", "mixtral"])
+def test_layers_that_are_kept_are_the_models_own(kind: str, model_folder: ModelFolder) -> None:
+    folder = model_folder(kind, layers=4)
     shallow = Finetuning(tuning(folder, keep_layers=[0, 2])).model
     with quiet():
         plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     whole = plain(torch.tensor(PROMPTS[:1])).logits
-    plain.model.layers = nn.ModuleList([plain.model.layers[0], plain.model.layers[2]])
-    expected, found = (model(torch.tensor(PROMPTS[:1]), use_cache=False).logits for model in (plain, shallow))
-    assert furthest(found, expected) <= TOLERANCE
+    name, blocks = next((name, each) for name, each in plain.named_modules() if isinstance(each, nn.ModuleList))
+    parent, _, place = name.rpartition(".")
+    setattr(plain.get_submodule(parent), place, nn.ModuleList([blocks[0], blocks[2]]))
+    expected, logits = (model(torch.tensor(PROMPTS[:1]), use_cache=False).logits for model in (plain, shallow))
+    assert furthest(logits, expected) <= TOLERANCE
     assert furthest(whole, expected) >= 100 * TOLERANCE
+    assert shallow.config.num_hidden_layers == 2
 
 
 def test_layers_that_are_not_there_are_refused(model_folder: ModelFolder) -> None:
     with pytest.raises(InputError, match="layers 0 to 2"):
         Finetuning(tuning(model_folder("llama"), keep_layers=[0, 3]))
-    with pytest.raises(InputError, match="Llama"):
-        Finetuning(tuning(model_folder("gpt2"), keep_layers=[0, 1]))
+
+
+def test_a_model_that_takes_no_trees_trains_on_its_prompts_one_by_one(tmp_path: Path) -> None:
+    """ALiBi counts distances by places, not by positions."""
+    folder = miniature("Bloom", FAMILIES["Bloom"], tmp_path)
+    training = Finetuning(tuning(folder))
+    assert not training.takes_trees
+    trees = training.scenes("train", 2, "some")
+    assert len(trees) == 6, "one prompt a tree"
+    expected = []
+    for row in range(6):
+        length = int((trees.branch[row] != -1).sum())
+        expected.append(training.model(trees.tokens[row : row + 1, :length]).logits[0, -1])
+    assert furthest(training.logits(trees), torch.stack(expected)) <= TOLERANCE
+    with pytest.raises(ValueError, match="unpack"):  # of the mask that a tree needs
+        training._in_trees(trees)
+    training.advance()
+    assert training.log[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rate_rises_and_falls(schedule: str, model_folder: ModelFolder) -> None:
+    training = Finetuning(tuning(model_folder("llama"), schedule=schedule, steps=10, warmup=2))
+    rates = [training.share(step) for step in range(10)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2] == 1.0
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))
+    assert 0 < rates[-1] < 0.2
+    steady = Finetuning(tuning(model_folder("llama"), steps=10, warmup=2))
+    assert [steady.share(step) for step in range(10)] == [0.5, *[1.0] * 9]
+    assert training.identity != steady.identity
+    assert "schedule" not in steady.config.described()
+
+
+def arithmetic(file: Path, count: int = 60) -> Path:
+    """Rows of GOAT's columns, in words that the tokenizer knows."""
+    words = ("apple", "book", "key", "coin")
+    rows = [
+        {
+            "instruction": f"The {words[row % 4]} is in Box {row % 7}, the {words[row // 4 % 4]} is in Box {row // 16}",
+            "input": "",
+            "output": f"Box {row % 7}",
+            "answer": str(row % 7),
+        }
+        for row in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_rows_of_text_train_a_teacher_and_resume_to_the_bit(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """The recipe of GOAT on rows of its columns, by the command line, with a miniature."""
+    file = arithmetic(tmp_path / "goat.jsonl")
+    small = {"steps": 4, "scenes": 4, "evaluate_every": 2, "evaluation_scenes": 3, "checkpoint_every": 2, "warmup": 1}
+    small |= {"precision": "full", "device": "cpu", "rows": str(file), "model": str(model_folder("gpt2"))}
+    recipe = parse_config(FinetuningConfig, read_yaml("llama3_goat_teacher"), overrides=small)
+    words = [word for key, value in small.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    out = tmp_path / "teacher"
+    assert main(["finetune", "--recipe", "llama3_goat_teacher", "--out", str(out), "--threads", "1", *words]) == 0
+    whole = Finetuning(recipe)
+    first, second = Finetuning(recipe), Finetuning(recipe)
+    for _ in range(4):
+        whole.advance()
+    for _ in range(2):
+        first.advance()
+    first.save(tmp_path / "work")
+    second.resume(tmp_path / "work")
+    for _ in range(2):
+        second.advance()
+    assert second.log == whole.log
+    saved = load_file(out / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(whole).items() if name in saved)
+    assert whole.rows is not None
+    texts = {split: {row.clean for row in rows} for split, rows in whole.rows.items()}
+    assert not texts["train"] & texts["test"]
+    assert not texts["train"] & texts["calibration"]
+    end = whole.tokenizer.eos_token or ""
+    assert all(row.clean.endswith("\nAnswer:") and row.answer.endswith(end) for row in whole.rows["train"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompt": ["{instructoin}"]}, "row 1: no column 'instructoin'; did you mean 'instruction'"),
+        ({"answer": "{output"}, "can't be read"),
+        ({"answer": "{0}"}, "which is no column"),
+        ({"longest": 2}, "no rows for train"),
+        ({"rows": "nowhere.jsonl"}, "rows of text columns"),
+    ],
+)
+def test_rows_that_can_not_be_used_are_refused(
+    settings: dict[str, Any], said: str, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    usual = {"rows": str(arithmetic(tmp_path / "rows.jsonl")), "prompt": ["{instruction}"], "answer": " {output}"}
+    with pytest.raises(InputError, match=said):
+        Finetuning(tuning(model_folder("llama"), **(usual | settings)))
+
+
+def test_alpacas_two_prompts(tmp_path: Path) -> None:
+    config = parse_config(FinetuningConfig, read_yaml("llama3_alpaca_teacher"))
+    with_input, without = (
+        _prompt(config.prompt, {"instruction": "Add.", "input": given, "output": "3"}, 1) for given in ("1 2", "")
+    )
+    assert "### Input:\n1 2\n\n### Response:\n" in with_input
+    assert "Input" not in without
+    assert without.endswith("### Response:\n")
 
 
 def test_it_learns(model_folder: ModelFolder) -> None:

@@ -11,6 +11,7 @@ import torch
 import workbench as wb
 from tests.tasks.test_rows import GOOD, TOKENIZER, as_csv, jsonl
 from workbench import seeds
+from workbench.circuits.circuit import Member
 from workbench.distillation import losses
 from workbench.distillation.trainers import training_rows
 from workbench.errors import InputError
@@ -23,7 +24,7 @@ from workbench.values.metrics import METRICS
 
 QUIET = Execution(progress=False)
 SETS: list[dict[str, Any]] = [
-    {**GOOD, "answer": [" apple", " cup", " bell"], "distractor": [" book", " hat"]},
+    {**GOOD, "answer": [" cup", " apple", " bell"], "distractor": [" book", " hat"]},
     {**GOOD, "clean": GOOD["corrupt"], "corrupt": GOOD["clean"], "answer": " book", "distractor": [" apple"]},
 ]
 
@@ -67,10 +68,10 @@ def test_rows_with_sets_are_read_and_saved(tmp_path: Path, kind: str) -> None:
     as_cells[1]["answer"] = " book"
     file = jsonl(tmp_path, *SETS) if kind == "jsonl" else as_csv(tmp_path, *as_cells)
     dataset = load_pairs(file, TOKENIZER)
-    assert dataset["answer"][:] == [[" apple", " cup", " bell"], [" book"]]
+    assert dataset["answer"][:] == [[" cup", " apple", " bell"], [" book"]]
     pairs = encode(dataset, TOKENIZER)
     ids = {word: TOKENIZER(word)["input_ids"][0] for word in ("apple", "cup", "bell", "book", "hat")}
-    assert pairs.answers.tolist() == [[ids["apple"], ids["cup"], ids["bell"]], [ids["book"], -1, -1]]
+    assert pairs.answers.tolist() == [[ids["cup"], ids["apple"], ids["bell"]], [ids["book"], -1, -1]]
     assert pairs.distractors.tolist() == [[ids["book"], ids["hat"]], [ids["apple"], -1]]
     save_pairs(dataset, tmp_path / "saved.parquet")
     assert encode(read_saved(tmp_path / "saved.parquet", TOKENIZER), TOKENIZER).fingerprint() == pairs.fingerprint()
@@ -110,9 +111,15 @@ def test_every_method_takes_sets_or_says_that_it_does_not(tmp_path: Path) -> Non
     with torch.no_grad():
         logits = teacher.final_logits(pairs.clean, pairs.mask)
     whole = METRICS["accuracy"](logits, pairs.answers, pairs.distractors).mean()
-    report = wb.evaluate_circuit(teacher, pairs, wb.Circuit.of(teacher.heads, shape=(6, 4), method="all"))
+    circuit = wb.Circuit.of(
+        [Member(head, "A", "last") for head in teacher.heads[:4]],
+        shape=(teacher.n_layers, teacher.n_heads),
+        method="some",
+    )
+    report = wb.evaluate_circuit(teacher, pairs, circuit, random_circuits=1)
     assert report.full_accuracy == float(whole)
-    assert wb.attribute(teacher, pairs, execution=QUIET).values.isfinite().all()
+    edges = wb.attribute(teacher, pairs, execution=QUIET).values
+    assert edges[edges.isfinite()].abs().max() > 1e-4
     with pytest.raises(InputError, match=r"first_members\(\)"):
         direct_logit_attribution(teacher, pairs)
     assert direct_logit_attribution(teacher, pairs.first_members()).total.isfinite().all()

@@ -315,10 +315,14 @@ def finetune_model(options: argparse.Namespace) -> None:
 
     config = _finetuning_config(options)
     training = finetune(config, options.out, options.work or options.out.with_name(f"{options.out.name}-work"))
+    where = f"test scenes of {config.task}" if config.rows is None else f"test rows of {config.rows}"
     print(
-        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out test scenes of {config.task} after "
-        f"{training['steps']} steps"
+        f"{options.out}: accuracy {training['test_accuracy']:.3f} on held-out {where} after {training['steps']} steps"
     )
+    if options.push_to_hub is not None:
+        from workbench.storage.hub import push_folder
+
+        print(push_folder(options.out, options.push_to_hub, private=options.private or None))
 
 
 def check_task(options: argparse.Namespace) -> None:

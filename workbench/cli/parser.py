@@ -272,6 +272,12 @@ def _declare_finetune(commands: Any) -> None:
     command_parser.add_argument(
         "--out", type=Path, required=True, help="where the model goes, as a Hugging Face directory"
     )
+    command_parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="put the finished model into this hub repository, made if there is none",
+    )
+    command_parser.add_argument("--private", action="store_true", help="of --push-to-hub: a private repository")
     command_parser.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
     command_parser.add_argument(
         "--set",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from workbench.errors import InputError
 from workbench.matching.config import Activation, Compared
 from workbench.models.names import Attention
 from workbench.similarity.names import Estimator, Measure
@@ -19,6 +20,25 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class EndpointConfig:
+    """Where a teacher that is not loaded answers: an OpenAI-compatible server (vLLM, SGLang, llama.cpp)."""
+
+    url: str
+    """Up to the version, e.g. http://localhost:8000/v1. No key in it: this is written into a run's description."""
+    top: Annotated[int, Field(ge=1)] = 20
+    """How many log-probabilities of the answer's token are asked for; the KL sees the others as one outcome."""
+    key_variable: str = "WORKBENCH_ENDPOINT_KEY"
+    """The environment variable that holds the server's key, where it wants one; the key itself is nowhere written."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")) or "@" in self.url or "?" in self.url:
+            raise InputError(
+                "endpoint.url is an address such as http://localhost:8000/v1, without a key; put that into the "
+                f"environment variable {self.key_variable}."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -10,6 +10,7 @@ from workbench.distillation.processes import launched
 from workbench.distillation.reports import read_training
 from workbench.experiment.cards import write_cards
 from workbench.experiment.conditions import TEACHER, TITLES
+from workbench.experiment.discover import discover
 from workbench.experiment.distill import distill
 from workbench.experiment.evaluate import evaluate
 from workbench.experiment.match import aligned_ckas, all_ckas, match, mean_cka_and_floor
@@ -49,7 +50,10 @@ def run_conditions(
     with launched(run.recipe.device).main_first():
         run.prompts.require("reference", "discovery", "train", "validation", "test")
         preflight(run, dict.fromkeys(condition for condition, _ in arms))
-        match(run)
+        if run.recipe.endpoint is None:
+            match(run)
+        else:
+            discover(run)
     if workers is not None:
         from workbench.experiment.workers import run_in_processes  # which trains by what stands here
 
@@ -65,7 +69,7 @@ def run_arms(run: Run, arms: Sequence[tuple[str, int]], *, resume: bool = False)
             log.info("%s, seed %d", TITLES[condition], seed)
             run_condition(run, condition, seed, resume=resume, records=processes.is_main)
     processes.wait()
-    if processes.is_main and not _has_row(run, TEACHER, 0):
+    if processes.is_main and run.recipe.endpoint is None and not _has_row(run, TEACHER, 0):
         with shared_prefixes(run.recipe.evaluation.shared_prefixes):
             _record(run, TEACHER, 0, run.teacher, trained=0, steps=0)
     with processes.main_first():
@@ -96,7 +100,7 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
     origin = run.condition_origin(condition, seed)
     report, outcomes = evaluate(run, model, run.circuit("teacher" if is_teacher else "student"))
     ckas = []
-    if not is_teacher:
+    if not is_teacher and run.recipe.endpoint is None:  # else there is no teacher's head to compare with
         with reading_once(run.models.readings(run.teacher), Readings(model)):  # all heads first, then some of them
             all_ckas(run, model, run.prompts.test).save(folder / "circuit_ckas.safetensors")
             ckas = aligned_ckas(run, model, run.head_map(), run.prompts.test)

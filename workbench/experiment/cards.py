@@ -34,18 +34,18 @@ def described(
     facts = training_facts(
         config, count=slices.count, fraction=slices.fraction, steps=steps, prompts=len(run.prompts.train)
     )
-    ours, theirs = (run.circuit(name) for name in ("student", "teacher"))
+    circuits = {name: run.circuit(name) for name in run.both()}
     head_map = head_map_of(run, spec, seed) if spec.aligns else None
     return StudentDescription(
         base=short_name(run.recipe.student),
         teacher=short_name(run.recipe.teacher),
         facts={"condition": f"{TITLES[condition]}, seed {seed}", "task": run.recipe.data.task, **facts},
         circuits={
-            name: [str(head) for head in circuit.heads] for name, circuit in (("student", ours), ("teacher", theirs))
+            name: [str(head) for head in circuits[name].heads] for name in ("student", "teacher") if name in circuits
         },
         matches=[str(pair) for pair in pairs],
         recipe=yaml.safe_dump({**to_plain(run.recipe), **models}, sort_keys=False),
-        files=shared_files(head_map, ours, theirs),
+        files=shared_files(head_map, circuits["student"], circuits.get("teacher")),
     )
 
 

@@ -1,6 +1,7 @@
 """The third stage: a fresh student trained under a condition."""
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from workbench.distillation.answers import answered
 from workbench.distillation.assembly import teacher_outputs, trained_slices
 from workbench.distillation.config import TrainingConfig
 from workbench.distillation.counterfactual import teacher_alignment_outputs
+from workbench.distillation.endpoint import Endpoint, endpoint_outputs
 from workbench.distillation.loop import Distillation
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.processes import launched
@@ -45,10 +47,13 @@ def distill(run: Run, condition: str, seed: int, *, resume: bool) -> tuple[Stude
         pairs = weighted_by_impact(pairs, profiles(run, "student", run.student)[run.recipe.matching.metric])
     processes = launched(student.device)
     with processes.main_first():
-        prompts = answered(run.prompts.train, run.teacher, student, config)
-        outputs = teacher_alignment_outputs(
-            partial(_teacher_outputs, run, config), run.teacher, prompts, pairs, config.alignment
-        )
+        if run.recipe.endpoint is not None:
+            prompts, outputs = run.prompts.train, _endpoint_outputs(run, student)
+        else:
+            prompts = answered(run.prompts.train, run.teacher, student, config)
+            outputs = teacher_alignment_outputs(
+                partial(_teacher_outputs, run, config), run.teacher, prompts, pairs, config.alignment
+            )
     training = Distillation(
         student,
         slices,
@@ -78,6 +83,16 @@ def _teacher_outputs(run: Run, config: TrainingConfig, prompts: PromptPairs, nam
     top = None if run.recipe.teacher_top is None else Top(k=run.recipe.teacher_top, temperature=config.temperature)
     folder = sources.cache_root() / "teacher"
     return teacher_outputs(run.recipe.teacher_outputs, run.teacher, prompts, names, folder, top=top)
+
+
+def _endpoint_outputs(run: Run, student: Student) -> TeacherOutputs:
+    """What a teacher that answers elsewhere says of the training prompts."""
+    endpoint = run.recipe.endpoint
+    assert endpoint is not None
+    key = os.environ.get(endpoint.key_variable)
+    where = Endpoint(url=endpoint.url, model=run.recipe.teacher, top=endpoint.top, key=key)
+    folder = sources.cache_root() / "endpoint"
+    return endpoint_outputs(where, run.prompts.train, student.tokenizer, d_vocab=student.d_vocab, folder=folder)
 
 
 def is_trained(run: Run, condition: str, seed: int) -> bool:

@@ -35,7 +35,8 @@ def preflight(run: Run, conditions: Iterable[str] = ()) -> None:
         return
     if run.recipe.dtype == "auto":
         require_wide(run.student.dtype)
-    require_same_logits(run.recipe, run.prompts, trained, teacher=run.teacher.d_vocab, student=run.student.d_vocab)
+    if run.recipe.endpoint is None:
+        require_same_logits(run.recipe, run.prompts, trained, teacher=run.teacher.d_vocab, student=run.student.d_vocab)
     if run.recipe.save_students:
         try:
             require_savable(run.student.model)
@@ -52,9 +53,14 @@ def require_recipe(recipe: Recipe, prompts: Prompts, trained: Sequence[Condition
     """The part of it that a recipe and its prompts tell."""
     for name in recipe.discovery.options.get("positions") or ():
         prompts.discovery.position(name)
-    if recipe.student is not None:
+    for condition in trained:
+        if recipe.endpoint is not None and condition.aligns:
+            raise InputError(f"{condition.title} aligns activations, and an endpoint gives none; load the teacher.")
+        if recipe.endpoint is not None and condition.trains == "circuit" and recipe.training.heads == "matched":
+            raise InputError("no heads are matched to a teacher behind an endpoint; set `training.heads: circuit`.")
+    if recipe.student is not None and recipe.endpoint is None:
         require_alignable(recipe, prompts)
-    elif trained:
+    elif trained and recipe.student is None:
         raise InputError(NO_STUDENT)
     if trained and recipe.dtype != "auto":
         require_wide(getattr(torch, recipe.dtype))

@@ -12,9 +12,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from workbench.circuits.config import DiscoveryConfig, ReplacementKind
-from workbench.distillation.config import AlignmentConfig, TeacherSource, TrainingConfig
+from workbench.distillation.config import AlignmentConfig, EndpointConfig, TeacherSource, TrainingConfig
 from workbench.errors import InputError, nearest
-from workbench.experiment.conditions import TABLE, Condition, ConditionName
+from workbench.experiment.conditions import CONDITIONS, TABLE, Condition, ConditionName
 from workbench.experiment.upgrades import SCENES, upgraded_recipe
 from workbench.matching.config import MatchingConfig
 from workbench.models.names import Attention
@@ -128,7 +128,12 @@ class Recipe:
 
     title: str = "Circuit distillation"
     teacher: str
+    """A model to load; with an `endpoint`, the model's name there."""
     student: str | None = None
+    endpoint: EndpointConfig | None = None
+    """Where the teacher answers, in place of being loaded. It labels and teaches by KL; it has no activations, so
+    nothing of it is discovered, matched or aligned: conditions without alignment alone, of the whole student or (with
+    `training.heads: circuit`) of the student's own circuit."""
     dtype: Dtype = "float32"
     """`auto`: as each model's weights were saved."""
     teacher_dtype: Dtype | None = None
@@ -167,6 +172,30 @@ class Recipe:
         if self.teacher_top is not None and self.teacher_outputs != "shards":
             raise InputError("teacher_top is of the teacher's shards; set `teacher_outputs: shards`.")
         require_stages(self.stages or ())
+        if self.endpoint is not None:
+            self._require_endpoint()
+
+    def _require_endpoint(self) -> None:
+        """Refuse what an endpoint's teacher can't do."""
+        aligned = [name for name in self.conditions if CONDITIONS[name].aligns]
+        if aligned:
+            raise InputError(
+                f"the conditions {', '.join(aligned)} align activations, and an endpoint gives none; name conditions "
+                "without alignment (base, full_ce, full_kl, circuit_ce), or load the teacher."
+            )
+        if self.training.heads == "matched" and any(CONDITIONS[name].trains == "circuit" for name in self.conditions):
+            raise InputError(
+                "no heads are matched to a teacher behind an endpoint; set `training.heads: circuit` to train the "
+                "student's own circuit, or leave the condition circuit_ce out."
+            )
+        if self.student is None:
+            raise InputError("an endpoint's teacher has nothing to discover; add `student: <directory or hub id>`.")
+        own = [self.teacher_dtype, self.teacher_quantisation, self.teacher_device_map, self.teacher_top]
+        if any(value is not None for value in own) or self.teacher_outputs != "memory":
+            raise InputError(
+                "teacher_dtype, teacher_quantisation, teacher_device_map, teacher_outputs and teacher_top are of a "
+                "teacher that is loaded; leave them out with an endpoint (endpoint.top is its own)."
+            )
 
     def training_of(self, condition: Condition) -> TrainingConfig:
         """The training with a condition's losses."""
@@ -203,7 +232,7 @@ class BundledRecipe:
     def title(self) -> str:
         """What it says of itself, or what it makes of which model."""
         value = yaml.read_yaml(self.file)
-        return value.get("title") or f"{value['model']} on {value.get('task', 'entity_tracking')}"
+        return value.get("title") or f"{value['model']} on {value.get('rows', value.get('task', 'entity_tracking'))}"
 
 
 def bundled_recipes() -> list[BundledRecipe]:

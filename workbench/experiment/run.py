@@ -85,8 +85,13 @@ class Run:
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, self-checked."""
+        """The teacher, self-checked. Errors: `InputError` for one behind an endpoint."""
         recipe = self.recipe
+        if recipe.endpoint is not None:
+            raise InputError(
+                f"{recipe.teacher} answers at {recipe.endpoint.url}, and is not loaded: it has no heads to match or "
+                "align here; leave `endpoint` out and name a model to load."
+            )
         return self.models.get(
             Teacher,
             recipe.teacher,
@@ -112,7 +117,9 @@ class Run:
         return self.recipe.student
 
     def both(self) -> dict[str, HookedModel]:
-        """Teacher and, where the recipe names one, student."""
+        """Teacher and, where the recipe names one, student; the student alone where the teacher answers elsewhere."""
+        if self.recipe.endpoint is not None:
+            return {"student": self.student}
         teacher: dict[str, HookedModel] = {"teacher": self.teacher}
         return teacher if self.recipe.student is None else {**teacher, "student": self.student}
 
@@ -120,6 +127,8 @@ class Run:
     def prompts(self) -> Prompts:
         """The recipe's prompts, in tokens that both models share, or in the student's with the teacher's reading beside
         them."""
+        if self.recipe.endpoint is not None:
+            return Prompts(self.recipe, self.student.tokenizer)
         ours, theirs = (self.teacher if self.recipe.student is None else self.student).tokenizer, self.teacher.tokenizer
         return (
             Prompts(self.recipe, theirs)
@@ -129,7 +138,10 @@ class Run:
 
     def read_by(self, model: HookedModel, prompts: PromptPairs) -> PromptPairs:
         """Prompts in the tokens of one of the models."""
-        return prompts.for_teacher if model is self.teacher else prompts
+        return prompts.for_teacher if self._is_teacher(model) else prompts
+
+    def _is_teacher(self, model: HookedModel) -> bool:
+        return self.recipe.endpoint is None and model is self.teacher
 
     def circuit(self, name: str) -> Circuit:
         """The circuit of `teacher` or `student` in the run folder. Errors: `InputError` when it is not there, or was
@@ -181,7 +193,7 @@ class Run:
 
     def outside(self, model: HookedModel, prompts: PromptPairs | None = None) -> Replacement:
         """What stands in for the heads outside a circuit on the test prompts (or some of them)."""
-        role = "teacher" if model is self.teacher else "student"
+        role = "teacher" if self._is_teacher(model) else "student"
         there = self.read_by(model, self.prompts.test) if prompts is None else prompts
         return self.stand_in(role, model, self.recipe.evaluation.ablation, there)[0]
 

@@ -114,13 +114,13 @@ class Matching:
         return html_table(head, rows, title=title)
 
 
-def shared_files(head_map: HeadMap | None, ours: Circuit, theirs: Circuit) -> dict[str, Any]:
+def shared_files(head_map: HeadMap | None, ours: Circuit, theirs: Circuit | None) -> dict[str, Any]:
     """JSON values by the file name under which a student's folder holds them; without a head map where nothing was
-    aligned."""
+    aligned, and without the teacher's circuit where it was not loaded."""
     return {
         **({} if head_map is None else {HeadMap.FILE: head_map.to_json()}),
         "student_circuit.json": ours.to_json(),
-        "teacher_circuit.json": theirs.to_json(),
+        **({} if theirs is None else {"teacher_circuit.json": theirs.to_json()}),
     }
 
 

@@ -98,7 +98,7 @@ def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager"
     if package := quantisation.PACKAGES.get(placing.quantisation or ""):
         require_package(package, "quantised")
     if stored:
-        require_package(quantisation.package_of(values, str(directory / "config.json")), "quantised")
+        _require_quantised(directory, values, weights)
     if placing.device_map is not None:
         more["device_map"] = placing.device_map
     elif stored or placing.quantisation is not None:
@@ -124,6 +124,23 @@ def plain_model(directory: Path, *, dtype: torch.dtype, attention: str = "eager"
     require_complete(directory, model, report)
     _require_tied(directory, model, weights)
     return model.eval()
+
+
+def _require_quantised(directory: Path, values: dict[str, Any], weights: dict[Path, list[str]]) -> None:
+    """Refuse weights that are not quantised as the config says: they would be rounded in silence."""
+    file, held = directory / "config.json", set[str]()
+    for place in weights:
+        with safe_open(place, framework="pt") as opened:
+            held |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  no mapping
+    if not held & WHOLE_NUMBERS:
+        raise InputError(
+            f"{file} says that the weights are quantised (quantization_config), and they are not; delete that entry, "
+            "and ask for a quantisation on loading."
+        )
+    try:
+        require_package(quantisation.package_of(values, str(file)), "quantised")
+    except InputError as error:
+        raise InputError(f"{file} is of quantised weights: {error}") from None
 
 
 # --- the config ---

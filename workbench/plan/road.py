@@ -77,6 +77,11 @@ def _shape(name: str, configs: Mapping[str, str]) -> ModelShape:
 
 
 def _road(recipe: Recipe, configs: Mapping[str, str], tokenizer: str | None) -> tuple[Road, tuple[str, ...]]:
+    if recipe.endpoint is not None:
+        raise InputError(
+            "a teacher behind an endpoint has no config here, so its run can't be planned; plan the recipe with a "
+            "teacher that is loaded, for what the student costs."
+        )
     teacher = _shape(recipe.teacher, configs)
     student = None if recipe.student is None else _shape(recipe.student, configs)
     named_tokenizer = _tokenizer(recipe, configs, tokenizer)

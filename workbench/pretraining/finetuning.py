@@ -1,23 +1,29 @@
-"""Fine-tuning a language model on a task: cross-entropy on the answers alone, on scenes of the training split, new ones
-in each step.
+"""Fine-tuning a language model on a task, or on rows of text: cross-entropy on the answers alone, on scenes of the
+training split, new ones in each step. Any architecture that the workbench loads.
 
 The pairs of a scene ask about one text. They go through the model as one tree: their common beginning once, then what
 is each pair's own as a branch that sees the beginning and itself, at the positions it has in its own prompt. The loss
 is exactly that of the separate prompts, for a third of their tokens with three questions a scene, and the vocabulary is
 only multiplied where an answer is read.
 
-Every batch is a function of (seed, step) alone, so an interrupted training resumes to the same bits.
+A model whose attention does not follow the positions and masks that it is given (ALiBi) takes its prompts one by one,
+which a comparison of the two says before it trains.
+
+Every batch, learning rate and dropout is a function of (seed, step) alone, so an interrupted training resumes to the
+same bits. That is why the loop is our own: the trainers of `transformers` and TRL save the state of global generators
+and of a sampler's epoch, and neither knows trees. Their schedules are used; for their other features give them the
+model and the rows (`CircuitAlignment` in `workbench.distillation.trainers`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import get_scheduler
 
 from workbench import seeds, storage
 from workbench.errors import InputError
@@ -27,11 +33,12 @@ from workbench.models.export import save_plain
 from workbench.patching.progress import progress_bar
 from workbench.pretraining.config import FinetuningConfig
 from workbench.pretraining.models import with_layers
+from workbench.pretraining.rows import rows_of
 from workbench.storage import checkpoint
 from workbench.storage.provenance import provenance
 from workbench.tasks.base import Split, Task
 from workbench.tasks.registry import task_named
-from workbench.tasks.trees import Trees, trees_of
+from workbench.tasks.trees import PADDING, Trees, trees_of
 
 Log = list[dict[str, float | int]]
 
@@ -45,23 +52,57 @@ class Finetuning:
         self.config, self.tokenizer = config, source.tokenizer
         self.model = source.model if config.keep_layers is None else _shallower(source.model, config.keep_layers)
         self.model = self.model.to(config.device)
-        self.task: Task = task_named(config.task, config.options)
+        self.task: Task | None = task_named(config.task, config.options) if config.rows is None else None
+        self.rows = None if config.rows is None else rows_of(config, self.tokenizer)
         self.leaves = _trained(self.model, config.trains)
         self.optimizer = torch.optim.AdamW(
             self.leaves.values(), lr=config.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
         )
         self.log: Log = []
+        self.share = share_of_rate(config.schedule, self.optimizer, warmup=config.warmup, steps=config.steps)
         self.identity = _identity(config, self.model)
+        self.takes_trees = self.rows is None and self._takes_trees()
 
     def scenes(self, split: Split, count: int, *labels: str | int) -> Trees:
         """Scenes of a split as trees; which ones is a function of the seed and the labels."""
-        drawn = list(
-            self.task.pairs(self.tokenizer, split=split, scenes=count, seed=seeds.derive(self.config.seed, *labels))
-        )
-        return trees_of(drawn, self.tokenizer, each=len(drawn) // count).to(self.config.device)
+        drawn = self._drawn(split, count, *labels)
+        each = len(drawn) // count if self.takes_trees else 1
+        return trees_of(drawn, self.tokenizer, each=each).to(self.config.device)
+
+    def _drawn(self, split: Split, count: int, *labels: str | int) -> list[Any]:
+        if self.task is not None:
+            seed = seeds.derive(self.config.seed, *labels)
+            return list(self.task.pairs(self.tokenizer, split=split, scenes=count, seed=seed))
+        assert self.rows is not None
+        rows = self.rows[split]
+        return seeds.chooser(self.config.seed, split, *labels).sample(rows, min(count, len(rows)))
+
+    @torch.no_grad()
+    def _takes_trees(self) -> bool:
+        """Whether the model computes a tree as it computes its prompts one by one."""
+        pairs = self._drawn("train", 1, "tree")
+        whole, alone = (trees_of(pairs, self.tokenizer, each=each).to(self.config.device) for each in (len(pairs), 1))
+        expected = self._alone(alone)
+        try:
+            logits = self._in_trees(whole)
+        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no such mask
+            return False
+        rounding = 1e3 * max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps)
+        return bool((logits - expected).abs().max() <= max(rounding, 1e-3) * max(1.0, float(expected.abs().max())))
 
     def logits(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
         """Logits at the tokens that predict the answers'."""
+        return self._in_trees(trees) if self.takes_trees else self._alone(trees)
+
+    def _alone(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
+        """The same of trees of one prompt each, which are padded on the right."""
+        real = trees.branch != PADDING
+        kind = torch.device(self.config.device).type
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.model(trees.tokens, attention_mask=real.long(), use_cache=False)
+        return output.logits[trees.rows, trees.places].to(self.model.dtype)
+
+    def _in_trees(self, trees: Trees) -> Float[Tensor, "answers d_vocab"]:
         read_at, place = trees.places.unique(return_inverse=True)
         kind = torch.device(self.config.device).type
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -77,7 +118,7 @@ class Finetuning:
     def advance(self) -> None:
         """One optimizer step on the scenes of this step, and the accuracy where it is due."""
         step, config = len(self.log), self.config
-        rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+        rate = config.learning_rate * self.share(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         trees = self.scenes("train", config.scenes, "scenes", step)
@@ -224,16 +265,23 @@ def _run(training: Finetuning, work: Path) -> None:
 
 def _shallower(model: Any, layers: Sequence[int]) -> Any:
     """The model with these layers alone."""
-    if not isinstance(model, LlamaForCausalLM):
-        raise InputError(
-            f"`keep_layers` is for Llama models, and this is a {type(model).__name__}; leave it out, or give a model "
-            "without those layers."
-        )
-    if not layers or max(layers) >= model.config.num_hidden_layers:
-        raise InputError(
-            f"`keep_layers` is {list(layers)}, but the model has the layers 0 to {model.config.num_hidden_layers - 1}."
-        )
+    total = model.config.get_text_config().num_hidden_layers
+    if not layers or max(layers) >= total:
+        raise InputError(f"`keep_layers` is {list(layers)}, but the model has the layers 0 to {total - 1}.")
     return with_layers(model, layers).eval()
+
+
+def share_of_rate(
+    schedule: str, optimizer: torch.optim.Optimizer, *, warmup: int, steps: int
+) -> Callable[[int], float]:
+    """Step -> the factor of the learning rate: a rise over the warm-up that begins above 0, then the schedule of
+    `transformers`."""
+    if schedule == "constant":
+        return lambda step: min(1.0, (step + 1) / max(1, warmup))
+    scheduler = get_scheduler(schedule, optimizer, warmup, steps)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    falling = scheduler.lr_lambdas[0]
+    return lambda step: min(1.0, (step + 1) / warmup) if step < warmup else falling(step)
 
 
 def _identity(config: FinetuningConfig, model: Any) -> str:

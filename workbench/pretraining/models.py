@@ -1,6 +1,7 @@
 """Small Llama-style models: freshly initialised, pruned by whole layers, and written as Hugging Face directories with
 what made them."""
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from workbench import seeds, storage
+from workbench.errors import InputError
 from workbench.models import sources
 from workbench.models.export import save_plain
 from workbench.pretraining.config import SizeConfig
@@ -61,22 +64,63 @@ def pruned(
     return with_layers(model, cheapest), list(cheapest)
 
 
-def with_layers(model: LlamaForCausalLM, layers: Sequence[int]) -> LlamaForCausalLM:
-    """A copy of the model with those of its layers."""
-    config = model.config.to_dict()
-    config.pop("layer_types", None)
+def with_layers(model: Any, layers: Sequence[int]) -> Any:
+    """A copy of the model, of any architecture, with those of its layers.
+
+    Errors: `InputError` where the copy would not compute what the model does without the other layers: a layer of a
+    kind that depends on its place.
+    """
+    prefix, total = _blocks(model), model.config.get_text_config().num_hidden_layers
+    config = copy.deepcopy(model.config)
+    inner = config.get_text_config()
+    for name, value in list(vars(inner).items()):
+        if isinstance(value, list | tuple) and len(value) == total:  # what each layer is of: layer_types
+            setattr(inner, name, [value[layer] for layer in layers])
+    inner.num_hidden_layers = len(layers)
     with seeds.local(0):  # the initial values are drawn and thrown away
-        smaller = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": len(layers), **EAGER}))
-    renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
+        smaller = AutoModelForCausalLM.from_config(config, **EAGER, dtype=model.dtype)
+    renamed = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(layers)}
     state = {}
     for name, value in model.state_dict().items():
-        stem = ".".join(name.split(".")[:3]) + "."
-        if not name.startswith("model.layers."):
+        if not name.startswith(f"{prefix}."):
             state[name] = value
-        elif stem in renamed:
+            continue
+        stem = f"{prefix}.{name.removeprefix(f'{prefix}.').split('.')[0]}."
+        if stem in renamed:
             state[name.replace(stem, renamed[stem], 1)] = value
     smaller.load_state_dict(state)
+    _require_same(model, smaller, prefix, layers)
     return smaller
+
+
+def _blocks(model: nn.Module) -> str:
+    """The name of the list of a model's layers. Errors: `InputError` where there is none."""
+    total = model.config.get_text_config().num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name
+    raise InputError(f"a {type(model).__name__} has no list of {total} layers, so none can be left out.")
+
+
+@torch.no_grad()
+def _require_same(model: Any, smaller: Any, prefix: str, layers: Sequence[int]) -> None:
+    tokens = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
+    parent, _, name = prefix.rpartition(".")
+    place, training = model.get_submodule(parent), (model.training, smaller.training)
+    every = getattr(place, name)
+    try:
+        setattr(place, name, nn.ModuleList([every[layer] for layer in layers]))
+        expected = model.eval()(tokens.to(model.device), use_cache=False).logits
+    finally:
+        setattr(place, name, every)
+        model.train(training[0])
+    logits = smaller.eval()(tokens.to(smaller.device), use_cache=False).logits
+    smaller.train(training[1])
+    if not float((logits.to(expected.device) - expected).abs().max()) <= 1e-3 * max(1.0, float(expected.abs().max())):
+        raise InputError(
+            f"the layers {list(layers)} of a {type(model).__name__} do not compute the same in a model of their own; "
+            "leave `keep_layers` out, or give a model without the other layers."
+        )
 
 
 def finished(target: Path, train: Callable[[], None]) -> LlamaForCausalLM:

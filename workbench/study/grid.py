@@ -72,6 +72,11 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path) -> None:
         self.config, self.path = config, path
         self.recipe = read_recipe(config.recipe, overrides=_dotted(config.overrides))
+        if self.recipe.endpoint is not None:
+            raise InputError(
+                "a study asks what alignment adds, and a teacher behind an endpoint has no activations to align; leave "
+                "`endpoint` out of its recipe."
+            )
         if not self.recipe.data.sizes["validation"] or not self.recipe.training.evaluate_every:
             raise InputError(
                 "a study chooses lambda on validation prompts; set data.validation_scenes and training.evaluate_every "
