@@ -62,7 +62,7 @@ FORECASTS = {
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
 }
-DISCOVERIES = ("mind-teacher", "mind-student", "entity-teacher")
+DISCOVERIES = ("mind-teacher", "mind-student", "ioi-teacher", "operations-teacher", "entity-teacher")
 """Subjects of `python -m docs.methods` that a page shows."""
 VARIANTS = {
     "as-it-is": "the method as it is",
