@@ -12,7 +12,7 @@ WORKERS ?= auto
 # Which tests `make test` runs: those marked lengthy take half a minute or more, beside a faster test of the same kind.
 TESTS ?= not lengthy
 
-.PHONY: demo test test-all test-fast test-tl3 browser ray quantised notebooks figures tables docs check lint types bench models dist resolve clean
+.PHONY: demo test test-all test-fast budget test-tl3 browser ray quantised notebooks figures tables docs check lint types bench models dist resolve clean
 
 demo: $(READY)  ## the main job: discover, match, distil, compare, report on the bundled models
 	$(BIN)/workbench demo --out runs/demo --workers auto $(if $(wildcard runs/demo/run.json),--resume)
@@ -20,13 +20,17 @@ demo: $(READY)  ## the main job: discover, match, distil, compare, report on the
 test:  ## lint, types, the tests but for the lengthy ones, and the contract tests on TransformerLens 3.9
 	$(MAKE) --no-print-directory -j 2 $(READY) $(READY3)
 	$(MAKE) --no-print-directory -j 2 lint types test-tl3
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(TESTS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=runs/tests.xml -m "$(TESTS)"
+	$(MAKE) --no-print-directory quantised
 
 test-all:  ## the same with the lengthy tests
 	$(MAKE) --no-print-directory test TESTS=
 
 test-fast: $(READY)  ## the quick tests alone: no browser, no notebook, no second environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not lengthy"
+
+budget: $(READY)  ## the table of CONTRIBUTING: which tests the last `make test` took how long for
+	$(BIN)/python -m tests.budget runs/tests.xml
 
 test-tl3: $(READY3)  ## what every hooked transformer must do, on TransformerLens 3.9's HookedTransformer
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV3)/bin/python -m pytest -m contract -o addopts="-p no:cacheprovider --jaxtyping-packages=workbench,beartype.beartype" tests/models/test_models.py tests/models/test_sources.py tests/readouts/test_readouts.py
@@ -38,13 +42,12 @@ browser: $(READY)  ## the explorer in headless Chromium, in JupyterLab and on it
 	@command -v chromium >/dev/null || echo "no Chromium: apt-get install -y chromium (the tests are skipped without it)"
 	$(BIN)/python -m pytest -m browser -rs tests/browser
 
-ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one (installs the extra)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ray]"
+ray: $(READY)  ## the study over a local Ray of two workers, one of which dies, against the sequential one
 	$(BIN)/python -m pytest -rs tests/study/test_study_ray.py
 
-quantised: $(READY)  ## teachers in 8 and 4 bits against full ones (installs the extra, with which every start takes seconds more)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
-	$(BIN)/python -m pytest -rs tests/models/test_quantised.py
+quantised: $(READY)  ## an int8 teacher against the full one, with torchao beside the environment: in it every start would take seconds more
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/quantised torchao
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -rs tests/models/test_quantised.py
 
 figures: $(READY)  ## draw the gallery in assets/figures and the picture of the explorer anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py

@@ -275,7 +275,7 @@ def readable(page: Any) -> None:
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(CONTRAST) == [], (scheme, width)
-    named = "nodes => nodes.filter(node => !(node.innerText || node.ariaLabel || node.title)).length"
+    named = "nodes => nodes.filter(node => !(node.textContent || node.ariaLabel || node.title)).length"
     assert page.locator(".wbx button").evaluate_all(named) == 0
     page.emulate_media(color_scheme="light")
     page.set_viewport_size(size)

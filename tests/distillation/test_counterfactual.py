@@ -181,10 +181,8 @@ def test_each_trains_the_matched_heads_and_nothing_else(
 
 def test_both_is_similarity_plus_its_share_of_the_interchange(models: tuple[Student, Teacher]) -> None:
     student, teacher = models
-    parts = [
-        training(student, teacher, aligning(**settings)).objective.losses(INDEX)[1]
-        for settings in ({}, {"loss": "interchange"}, {"loss": "both", "interchange_weight": 3.0})
-    ]
+    kinds: list[dict[str, Any]] = [{}, {"loss": "interchange"}, {"loss": "both", "interchange_weight": 3.0}]
+    parts = [training(student, teacher, aligning(**kind)).objective.losses(INDEX)[1] for kind in kinds]
     similarity, interchange, both = (float(part.detach()) for part in parts if part is not None)
     assert both == pytest.approx(similarity + 3 * interchange, rel=1e-5)
 
@@ -251,12 +249,11 @@ def test_own_and_last_together() -> None:
     from workbench.circuits.circuit import Circuit, Member
     from workbench.matching.head_map import HeadMap, Match
 
-    circuits = [
-        Circuit.of([Member(Head(1, 0), "A", "labels"), Member(Head(2, 1), "A", "last")], shape=(3, 4), method="all")
-    ] * 2
+    members = [Member(Head(1, 0), "A", "labels"), Member(Head(2, 1), "A", "last")]
+    circuit = Circuit.of(members, shape=(3, 4), method="all")
     matches = tuple(Match(student=h, teacher=h, distance=None, margin=None) for h in (Head(1, 0), Head(2, 1)))
     head_map = HeadMap(matches=matches, rule="paper", one_to_one=False)
-    own, both = (aligned_pairs(head_map, *circuits, PROMPTS, positions=where) for where in ("own", "own+last"))
+    own, both = (aligned_pairs(head_map, circuit, circuit, PROMPTS, positions=where) for where in ("own", "own+last"))
     assert [pair.student_positions for pair in own] == [("labels",), ("last",)]
     assert [pair.teacher_positions for pair in both] == [("labels", "last"), ("last",)]
 

@@ -23,7 +23,7 @@ from workbench.study.launch import run_in_processes
 from workbench.study.summary import summarise
 from workbench.values.workers import LEAST, fitting, free_cores, free_memory, peak_memory
 
-CONDITIONS = ["base", "circuit_ce", "circuit_ce_cka"]
+CONDITIONS = ["base", "circuit_ce_cka"]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from workbench.errors import InputError
-from workbench.models import folders, sources
+from workbench.models import folders, hooked_model, sources
 from workbench.models.hooked_model import Student, Teacher
 from workbench.pretraining import word_tokenizer
 
@@ -430,6 +430,13 @@ def test_a_gguf_file_is_converted_once(gguf: Path, model_folder: ModelFolder, mo
     first = sources.converted_gguf(gguf)
     assert first.parent == sources.cache_root() / "gguf"
     assert torch.equal(final(Teacher.load(gguf)), final(Teacher.load(model_folder("llama"))))
+    checked: list[str] = []
+    monkeypatch.setattr(hooked_model, "self_check", lambda model, *_: checked.append(model.name))
+    Teacher.load(gguf)
+    assert not checked, "it has passed"
+    monkeypatch.setattr(sources, "__version__", "9.9")
+    Teacher.load(gguf)
+    assert len(checked) == 1, "in other versions it is checked anew"
     moved = gguf.rename(gguf.with_name("renamed.gguf"))
     assert sources.converted_gguf(moved) == first  # kept by content, not by name
     assert converted == [gguf]

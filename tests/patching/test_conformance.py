@@ -103,8 +103,11 @@ def test_a_family_without_attention_is_refused_with_the_reason(tmp_path):
 
 
 def test_the_command_says_what_is_supported(model_folder: Callable[..., Path], capsys):
-    assert main(["check-model", str(model_folder("neox"))]) == 0
-    shown = capsys.readouterr().out
+    """Of several, and of all before the first that is refused is an error."""
+    assert main(["check-model", "./no-such-model", str(model_folder("neox"))]) == 2
+    shown, error = capsys.readouterr()
+    assert "./no-such-model: refused, ./no-such-model is not a directory" in shown
+    assert "1 of 2 models are not supported exactly; see above. First: ./no-such-model is not" in error
     assert "parallel blocks" in shown
     assert "replay, exact and fast" in shown
     assert shown.count("  ok: ") == 8

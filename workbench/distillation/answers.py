@@ -61,11 +61,6 @@ def answered(prompts: PromptPairs, teacher: HookedModel, student: HookedModel, c
             "an interchange compares the models at the prompt's last token, so it sees the first token of an answer "
             "alone; set `answers` to first, or another alignment loss."
         )
-    if config.weight > 0 and config.alignment is not None and config.alignment.interchanges:
-        raise InputError(
-            "an interchange compares the models at the prompt's last token, so it sees the first token of an answer "
-            "alone; set `answers` to first, or another alignment loss."
-        )
     if config.task_loss != "ce_teacher":
         return forced(prompts)
     if prompts.teacher is not None:

@@ -29,7 +29,7 @@ def bytes_of_runs(model: HookedModel, prompts: int, tokens: int) -> int:
     cfg = model.model.cfg
     width, hidden, vocabulary = cfg.d_model, getattr(cfg, "d_mlp", None) or 4 * cfg.d_model, cfg.d_vocab
     layer = WIDTHS * width + hidden + model.n_heads * tokens
-    element = next(iter(model.model.parameters())).element_size()
+    element = next(value for _, value in model.model.named_parameters()).element_size()
     return RUNS * prompts * tokens * (model.n_layers * layer + vocabulary) * element
 
 

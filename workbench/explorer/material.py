@@ -26,7 +26,7 @@ MOST_TOKENS = 1024
 """Of a prompt: attention of every token on every other is computed and sent to the page."""
 Given = str | Path | Dataset | Sequence[Pair]
 """Pairs as a file (JSONL, CSV, Parquet), a dataset, a hub id, or `Pair`s."""
-Key = tuple[str, str, str, str]
+Key = tuple[str, ...]
 """What makes a pair this pair and no other."""
 
 
@@ -82,7 +82,7 @@ def text_of(pair: Pair) -> dict[str, str]:
 
 def key_of(pair: Pair) -> Key:
     """A pair's key in a cache."""
-    return (pair.clean, pair.corrupt, pair.answer, pair.distractor)
+    return (pair.clean, pair.corrupt, *pair.answers, "or", *pair.distractors)
 
 
 def material_of_task(

@@ -36,8 +36,9 @@ def parts(state: State, subjects: Subjects, sources: Mapping[str, Source]) -> li
     """Everything in view, the model in view first."""
     focus, others = subjects[state.side], [subject for side, subject in subjects.items() if side != state.side]
     first, *rest = map_parts(state, focus)
-    wanted: list[Part] = [*estimate_parts(state, focus), prediction_part(state, focus), first]
-    wanted += [] if state.head is None else look_parts(state, focus, state.head)
+    guesses = estimate_parts(state, focus)
+    look = [] if state.head is None else look_parts(state, focus, state.head)
+    wanted: list[Part] = [*guesses[:1], prediction_part(state, focus), *look[:1], *guesses[1:], first, *look[1:]]
     wanted += [thumbnail_part(state, focus), *beside_parts(state, subjects)]
     wanted += [*rest, attribution_part(state, focus), *circuit_parts(state, focus)]
     for subject in others:
@@ -382,8 +383,7 @@ def _guess(state: State, subject: Subject, head: Head, known: Known) -> dict[str
 
 def _thumbnails(state: State, subject: Subject, known: Known) -> dict[str, Any]:
     """The small pictures of a layer, the strongest head of the heat map first."""
-    part = thumbnail_part(state, subject)
-    layer = part.key[3]
+    part, layer = thumbnail_part(state, subject), min(state.layer_shown, subject.shape[0] - 1)
     scores, _ = map_scores(state, subject, known)
     effects = None if scores is None or scores.error is not None else scores.value.mean()[layer]
     order = range(subject.shape[1])

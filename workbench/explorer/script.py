@@ -76,6 +76,9 @@ def _pair(pair: Pair) -> Iterator[str]:
     yield "pair = Pair("
     for name in ("clean", "corrupt", "answer", "distractor"):
         yield f"    {name}={getattr(pair, name)!r},"
+    for name in ("more_answers", "more_distractors"):
+        if getattr(pair, name):
+            yield f"    {name}={getattr(pair, name)!r},"
     yield f"    positions={dict(pair.positions)!r},"
     yield ")"
 

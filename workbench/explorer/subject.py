@@ -204,8 +204,11 @@ class Subject:
         return scores
 
     def impact_estimates(self, pair: Pair, *, metric: str, position: Position) -> dict[Outside, Scores]:
-        """What one gradient says of the ablation of every head, by each kind of ablation that can be had."""
-        pairs, kinds = self.pair(pair), self._outsides
+        """What one gradient says of the ablation of every head, by each kind whose replacement is at hand (means over
+        reference prompts take longer than the gradient)."""
+        pairs = self.pair(pair)
+        known = any(kept[0] == "mean" for kept in self._kept)
+        kinds: list[Outside] = [kind for kind in self._outsides if kind != "mean" or known]
         stand_ins = [self.replacement(kind, pairs, key_of(pair)) for kind in kinds]
         measured = metric_named(metric)
         scores = estimated(self.model, pairs, stand_ins, metric=measured, position=position, direct=False)

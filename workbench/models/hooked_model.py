@@ -84,12 +84,12 @@ class HookedModel:
         PEFT/LoRA adapter directory (merged) or a GGUF file.
 
         `dtype`: `auto` for that in which the weights were saved. `check=False` skips the self-check (it costs a forward
-        of the plain model; skip it for a model loaded before). `quantisation`: hold the matrices of a teacher in 8 or 4
-        bits (`workbench.models.quantisation`); a folder that holds such weights needs no setting. `device_map`: where
-        the parts of the model lie, in place of `device`: a device, `{part: device}`, or how to spread it over several
-        (`auto`, `balanced`), as `accelerate` takes it. Errors: `InputError` when the source can't be had or the hooked
-        model does not equal the plain one, for a device or a dtype that there is not, and for a student of quantised
-        weights.
+        of the plain model; skip it for a model loaded before; a GGUF file that has passed it is not checked again).
+        `quantisation`: hold the matrices of a teacher in 8 or 4 bits (`workbench.models.quantisation`); a folder that
+        holds such weights needs no setting. `device_map`: where the parts of the model lie, in place of `device`: a
+        device, `{part: device}`, or how to spread it over several (`auto`, `balanced`), as `accelerate` takes it.
+        Errors: `InputError` when the source can't be had or the hooked model does not equal the plain one, for a device
+        or a dtype that there is not, and for a student of quantised weights.
         """
         placing = _placing(cls.quantisable, device, quantisation, device_map)
         opened = sources.open_source(source, dtype=_dtype_named(dtype), placing=placing)
@@ -97,7 +97,8 @@ class HookedModel:
         expected = None
         where = opened.model.get_input_embeddings().weight.device
         tokens, mask = tokens.to(where), mask.to(where)
-        if check:
+        how = f"{opened.dtype} on {where.type}"
+        if check and (opened.placed or not sources.has_passed(opened.directory, how)):
             remedy = "compare its config.json with that of the model that it was made from"
             with torch.no_grad(), folders.refusing(f"{source} does not run in `transformers` in {dtype}", remedy):
                 expected = opened.model(tokens, attention_mask=mask.long(), position_ids=_position_ids(mask)).logits
@@ -117,6 +118,8 @@ class HookedModel:
                 f"{source} does not run in TransformerLens", "compare its config.json with the weights"
             ):
                 self_check(loaded, tokens, mask, expected)
+            if not opened.placed:
+                sources.note_passed(opened.directory, how)
         return loaded
 
     @property

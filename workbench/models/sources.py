@@ -6,6 +6,7 @@ once.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from workbench import storage
+from workbench import __version__, storage
 from workbench.errors import InputError
 from workbench.models import merging
 from workbench.models.folders import (
@@ -169,6 +170,34 @@ def converted_gguf(path: Path) -> Path:
     return target
 
 
+CHECKED = "self_check.json"
+"""In a converted file's folder: the self-checks that it has passed."""
+
+
+def has_passed(directory: Path, how: str) -> bool:
+    """Whether a converted GGUF file, whose bytes are known by its folder's name, has passed the self-check so (dtype
+    and device) in the versions that are installed."""
+    file = directory / CHECKED
+    return _is_conversion(directory) and file.exists() and _check(how) in storage.read_json(file).get("passed", [])
+
+
+def note_passed(directory: Path, how: str) -> None:
+    """For `has_passed`; of other folders, which may change, nothing is noted."""
+    if _is_conversion(directory) and not has_passed(directory, how):
+        file = directory / CHECKED
+        passed = storage.read_json(file).get("passed", []) if file.exists() else []
+        storage.write_json(file, {"passed": [*passed, _check(how)]})
+
+
+def _is_conversion(directory: Path) -> bool:
+    return directory.parent == cache_root() / "gguf"
+
+
+def _check(how: str) -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "transformer-lens")]
+    return ", ".join((f"workbench {__version__}", *versions, how))
+
+
 def _require_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
@@ -181,7 +210,7 @@ def _require_gguf(path: Path) -> None:
 
 def _convert_gguf(path: Path, target: Path) -> None:
     require_package("gguf", "gguf")
-    with _alone(path) as folder, quiet():
+    with _alone(path) as folder, quiet(), _read_once():
         where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         with refusing(
             f"{path} could not be read by transformers", "download or copy it again, or give the model itself"
@@ -205,6 +234,29 @@ def _convert_gguf(path: Path, target: Path) -> None:
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file's header is parsed once: config, tokenizer and model each ask for it, and a vocabulary of
+    49,000 tokens takes seconds every time."""
+    import gguf
+
+    whole: Any = gguf.GGUFReader
+    known: dict[str, Any] = {}
+
+    def reader(place: Any, *rest: Any) -> Any:
+        key = f"{place} {rest}"
+        if key not in known:
+            known[key] = whole(place, *rest)
+        return known[key]
+
+    module: Any = gguf
+    module.GGUFReader = reader
+    try:
+        yield
+    finally:
+        module.GGUFReader = whole
 
 
 @contextlib.contextmanager

@@ -1,0 +1,65 @@
+"""How long the tests take: `python -m tests.budget FILE` reads the report that `make test` leaves (pytest's junit XML)
+and writes the table between the marks in CONTRIBUTING.md.
+
+Seconds are those of the clock in the process that ran a test, its fixtures included; on two cores the gate takes about
+half their sum.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+from workbench import storage
+from workbench.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- table: budget -->", "<!-- end -->"
+SLOWEST = 10
+
+
+def times(report: Path) -> dict[tuple[str, str], float]:
+    """(file, test) -> seconds, of a junit report. Errors: `InputError` where there is none."""
+    if not report.exists():
+        raise InputError(f"there is no {report}; `make test` writes it.")
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for case in ElementTree.parse(report).iter("testcase"):
+        words = case.get("classname", "").split(".")
+        seconds["/".join(words), case.get("name", "")] += float(case.get("time", 0))
+    if not seconds:
+        raise InputError(f"{report} holds no test; run `make test` again.")
+    return dict(seconds)
+
+
+def table(seconds: dict[tuple[str, str], float]) -> str:
+    """Room by room, dearest first, then the slowest tests."""
+    rooms: dict[str, list[float]] = defaultdict(list)
+    for (file, _), value in seconds.items():
+        rooms[file.split("/")[1] if file.count("/") > 1 else file].append(value)
+    whole = sum(seconds.values())
+    lines = ["| tests of | tests | seconds | share |", "| --- | --- | --- | --- |"]
+    for room, values in sorted(rooms.items(), key=lambda each: -sum(each[1])):
+        lines.append(f"| {room} | {len(values)} | {sum(values):.0f} | {sum(values) / whole:.0%} |")
+    lines += [f"| all | {len(seconds)} | {whole:.0f} | |", "", "| the slowest | seconds |", "| --- | --- |"]
+    for (file, test), value in sorted(seconds.items(), key=lambda each: -each[1])[:SLOWEST]:
+        lines.append(f"| {file.removeprefix('tests/')}: `{test}` | {value:.0f} |")
+    return "\n".join(lines)
+
+
+def written(page: str, lines: str) -> str:
+    """A page with the table between its marks. Errors: `InputError` where it has none."""
+    if BEGIN not in page:
+        raise InputError(f"the page has no {BEGIN}; put it and {END} where the table belongs.")
+    return re.sub(
+        f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{lines}\n{END}", page, count=1, flags=re.DOTALL
+    )
+
+
+def main(report: Path, page: Path = ROOT / "CONTRIBUTING.md") -> None:
+    """Write the table."""
+    storage.write_text(page, written(page.read_text(), table(times(report))))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/tests.xml"))
