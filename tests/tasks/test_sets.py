@@ -110,13 +110,13 @@ def test_every_method_takes_sets_or_says_that_it_does_not(tmp_path: Path) -> Non
     assert (scores.values - plain.values).abs().max() > 1e-4
     with torch.no_grad():
         logits = teacher.final_logits(pairs.clean, pairs.mask)
-    whole = METRICS["accuracy"](logits, pairs.answers, pairs.distractors).mean()
+    whole = METRICS["accuracy"](logits, pairs.answers, pairs.distractors)[:1].mean()
     circuit = wb.Circuit.of(
         [Member(head, "A", "last") for head in teacher.heads[:4]],
         shape=(teacher.n_layers, teacher.n_heads),
         method="some",
     )
-    report = wb.evaluate_circuit(teacher, pairs, circuit, random_circuits=1)
+    report = wb.evaluate_circuit(teacher, pairs[:1], circuit, random_circuits=1)
     assert report.full_accuracy == float(whole)
     edges = wb.attribute(teacher, pairs, execution=QUIET).values
     assert edges[edges.isfinite()].abs().max() > 1e-4
