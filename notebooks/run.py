@@ -45,13 +45,7 @@ FAST: Mapping[str, Mapping[str, str]] = {
         "random_rankings=2": "random_rankings=1",
         "few = test[:40]": "few = test[:12]",
     },
-    "07_the_loss_in_your_trainer": {
-        "source, layers = smollm2, range(0, 30, 2)": 'source, layers = "teacher", (0, 1, 2, 3, 5)',
-        'wb.task("ioi")': 'wb.task("entity_tracking", boxes=3)',
-        'method="eap", heads=6': 'method="mean_ablation", heads=10',
-        'scenes=16, split="train"': 'scenes=8, split="train"',
-        "learning_rate=2e-4": "learning_rate=1e-3",
-    },
+    "07_the_loss_in_your_trainer": {"boxes=5": "boxes=3", "max_steps=12": "max_steps=6"},
 }
 """Of a notebook: what its code says -> what it says in the fast form (fewer prompts, draws and steps)."""
 INSTALL = """\
