@@ -41,11 +41,12 @@ def run(*, steps: int = 12, seeds: int = 3) -> dict[str, Any]:
             hours.append((time.perf_counter() - start) / 3600)
             rows.append(_rows(study))
     assert rows[0] == rows[1], "the same to the bit with one worker and with two"
-    rates = [len(prepared.arms) / each for each in hours]
+    trainings = len(rows[0])
+    rates = [trainings / each for each in hours]
     return {
         "name": "study-throughput",
         "ratio": round(rates[1] / rates[0], 2),
-        "trainings": len(prepared.arms),
+        "trainings": trainings,
         "trainings_an_hour_one": round(rates[0]),
         "trainings_an_hour_two": round(rates[1]),
         "load_after": round(os.getloadavg()[0], 2),
@@ -76,8 +77,8 @@ def _config(steps: int, seeds: int) -> StudyConfig:
 
 
 def _rows(study: Study) -> dict[str, Any]:
-    folder = replace(study.folder("sibling"), trial=f"scenes-{SCENES}")
-    return {f"{arm}": json.loads((folder.condition(*arm) / "result.json").read_text()) for arm in study.arms}
+    folder, arms = replace(study.folder("sibling"), trial=f"scenes-{SCENES}"), study.arms("sibling", SCENES)
+    return {f"{arm}": json.loads((folder.condition(*arm) / "result.json").read_text()) for arm in arms}
 
 
 class _cache:

@@ -137,13 +137,11 @@ def row(seed: int) -> None:
     missing = [name for name in ("teacher", "before", *CONDITIONS) if name not in rows]
     if not missing:
         return
-    teacher, student = wb.Teacher.load(trained("teacher", 0), check=False), None
+    teacher = wb.Teacher.load(trained("teacher", 0), check=False)
     student = wb.Student.load(trained("student", seed), check=False)
     task = wb.task(Lookup())
-    train, test = (
-        task.pairs(teacher, scenes=count, split=split, seed=part, settings=SETTINGS)
-        for count, split, part in ((TRAIN, "train", seed), (TEST, "test", 0))
-    )
+    train = task.pairs(teacher, scenes=TRAIN, split="train", seed=seed, settings=SETTINGS)
+    test = task.pairs(teacher, scenes=TEST, split="test", settings=SETTINGS)
     matching = None
     for name in missing:
         log.info("seed %d: %s", seed, name)
@@ -228,9 +226,9 @@ def trained(part: Literal["teacher", "student"], seed: int) -> Path:
         num_key_value_heads=4,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=tokenizer.get_vocab()["<bos>"],
         eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.get_vocab()["<pad>"],
     )
     with seeds.local(seed, "two tokens", part):
         model = LlamaForCausalLM(config)
@@ -251,6 +249,7 @@ def learn(model: nn.Module, tokenizer: Any, seed: int, part: Literal["teacher", 
     number, scene = tokenizer.get_vocab(), 4 * Lookup().entries
     asked = torch.arange(scene, scene + 4 * QUERIES).unflatten(0, (QUERIES, 4))[:, :2]  # key -> first -> second
     recent: list[float] = []
+    step = 0
     for step in range(MOST):
         tokens = torch.tensor([[number[word] for word in sequence(draw)] for _ in range(32)])
         logits, targets = model(input_ids=tokens).logits[:, asked], tokens[:, asked + 1]

@@ -48,12 +48,9 @@ FAST: Mapping[str, Mapping[str, str]] = {
     "07_the_loss_in_your_trainer": {
         "source, layers = smollm2, range(0, 30, 2)": 'source, layers = "teacher", (0, 1, 2, 3, 5)',
         'wb.task("ioi")': 'wb.task("entity_tracking", boxes=3)',
-        "scenes=48": "scenes=8",
-        "scenes=24": "scenes=8",
-        'method="eap", heads=8': 'method="mean_ablation", heads=10',
-        "scenes=12": "scenes=8",
-        "max_steps=24": "max_steps=6",
-        "learning_rate=1e-4": "learning_rate=1e-3",
+        'method="eap", heads=6': 'method="mean_ablation", heads=10',
+        'scenes=16, split="train"': 'scenes=8, split="train"',
+        "learning_rate=2e-4": "learning_rate=1e-3",
     },
 }
 """Of a notebook: what its code says -> what it says in the fast form (fewer prompts, draws and steps)."""

@@ -322,7 +322,7 @@ def finetune_model(options: argparse.Namespace) -> None:
     if options.push_to_hub is not None:
         from workbench.storage.hub import push_folder
 
-        print(push_folder(options.out, options.push_to_hub, private=options.private or None))
+        print(push_folder(options.out, options.push_to_hub, private=options.private or None, token=None))
 
 
 def check_task(options: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def _record(run: Run, condition: str, seed: int, model: HookedModel, *, trained:
     )
 
 
-def _whole_answers(run: Run, model: HookedModel) -> dict[str, float]:
+def _whole_answers(run: Run, model: HookedModel) -> dict[str, Any]:
     """With answers of several tokens: how often the whole answer is preferred, and how often decoding gives it."""
     if not run.recipe.data.prompts.multi_token:
         return {}

@@ -257,7 +257,7 @@ class Road:
             read = self.read_by(shape, self.prompts.discovery).clean.shape
             reference = self.read_by(shape, self.prompts.reference).clean.shape
             operations += runs * forward(shape, *read) + 2 * forward(shape, *reference)
-            peak = max(peak, memory.means_bytes(shape, *read, self.width_of(shape)))
+            peak = max(peak, memory.means_bytes(shape, read[0], read[1], self.width_of(shape)))
         return self.cost(title, f"{len(pairs)} prompts, both models", operations, self.teacher, pairs, peak)
 
     def caches(self, conditions: Sequence[str], seeds: int, *, title: str = "teacher outputs") -> Iterator[StageCost]:
@@ -381,7 +381,7 @@ class Road:
         once = self.outside(self.teacher) + self.report_runs * plain[self.teacher.name] if teacher else 0
         peak = max(
             self.evaluation_bytes(self.student),
-            memory.means_bytes(self.teacher, *theirs, self.width_of(self.teacher)),
+            memory.means_bytes(self.teacher, theirs[0], theirs[1], self.width_of(self.teacher)),
         )
         what = f"{runs} students{' and the teacher' if teacher else ''}, {len(test)} prompts"
         beyond = self.width * self.student.parameters + peak

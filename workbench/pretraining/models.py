@@ -93,9 +93,9 @@ def with_layers(model: Any, layers: Sequence[int]) -> Any:
     return smaller
 
 
-def _blocks(model: nn.Module) -> str:
+def _blocks(model: Any) -> str:
     """The name of the list of a model's layers. Errors: `InputError` where there is none."""
-    total = model.config.get_text_config().num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
+    total = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
             return name

@@ -32,7 +32,8 @@ def rows_of(config: FinetuningConfig, tokenizer: Any) -> dict[Split, list[Row]]:
     split without rows.
     """
     assert config.rows is not None
-    end, split_rows, left_out = tokenizer.eos_token or "", dict[Split, list[Row]](train=[], calibration=[], test=[]), 0
+    split_rows: dict[Split, list[Row]] = {"train": [], "calibration": [], "test": []}
+    end, left_out = tokenizer.eos_token or "", 0
     for row in _filled(config):
         row = Row(clean=row.clean, answer=row.answer + end)
         texts = tokenizer([row.clean, row.answer], add_special_tokens=False)["input_ids"]

@@ -99,9 +99,7 @@ def _choice(number: int, record: Mapping[str, Any], field: str) -> str:
     """The label (of IOI the name) of the right choice."""
     choices, key = record.get("choices"), record.get("answerKey")
     labels = choices.get("label") if isinstance(choices, Mapping) else choices
-    whole = isinstance(key, int) and not isinstance(key, bool)
-    if not isinstance(labels, list) or not whole or not 0 <= key < len(labels):
-        raise RowError(
-            number, f"answerKey is {key!r}, which is no place among the choices {labels!r:.60}.", field or "answerKey"
-        )
-    return str(labels[key])
+    if isinstance(labels, list) and isinstance(key, int) and not isinstance(key, bool) and 0 <= key < len(labels):
+        return str(labels[key])
+    reason = f"answerKey is {key!r}, which is no place among the choices {labels!r:.60}; leave this row out."
+    raise RowError(number, reason, field or "answerKey")

@@ -144,15 +144,15 @@ def _texts(number: int, record: Mapping[Any, Any], column: str) -> tuple[str, ..
     if isinstance(value, list | tuple) and column in SETS:
         if not value:
             raise RowError(number, f"column {column!r} is an empty list; give one text or several.", column)
-        texts = tuple(value)
+        listed: list[Any] = list(value)
     else:
-        texts = (value,)
-    for text in texts:
+        listed = [value]
+    for text in listed:
         if not isinstance(text, str):
             what = "no column" if column not in record else f"{type(text).__name__}, not text, in column"
             raise RowError(number, f"{what} {column!r}; {nearest(column, map(str, record))}", column)
         refuse_broken_text(number, f"column {column!r}", text, column)
-    return texts
+    return tuple(listed)
 
 
 def refuse_broken_text(number: int, what: str, text: str, field: str = "") -> None:
