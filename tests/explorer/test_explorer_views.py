@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from workbench.circuits.evaluation import evaluate_circuit
 from workbench.explorer import subject as subject_module
 from workbench.explorer.api import session_of
 from workbench.explorer.estimate import estimated
-from workbench.explorer.library import MAP
+from workbench.explorer.library import MAP, sources
 from workbench.explorer.session import Session
 from workbench.matching.head_map import HeadMap, Match
 from workbench.models.hooked_model import Teacher
@@ -330,7 +330,7 @@ class Near:
     clean: Mapping[int, torch.Tensor]
     corrupt: Mapping[int, torch.Tensor]
     step: float
-    kind: str = "counterfactual"
+    kind: Literal["counterfactual"] = "counterfactual"
 
     def identity(self) -> str:
         return f"near {self.step}"
@@ -389,3 +389,12 @@ def test_an_estimate_is_said_to_be_one(load_teacher: Callable[..., Teacher], mon
         assert guess["feeds"]["logits"] is not None
     finally:
         made.close()
+
+
+def test_circuits_of_a_committed_run_come_with_their_path() -> None:
+    """An elimination that a run has written: its circuit is the beginning of the ranking, and it has a curve."""
+    source = sources([Path(__file__).parents[2] / "assets/results/mind_circuit"])["teacher.json"]
+    assert (len(source.ranking), source.circuit.shape) == (32, (4, 8))
+    assert source.first(len(source.circuit.heads)).members == source.circuit.members
+    assert source.curve is not None
+    assert source.curve.share(len(source.circuit.heads)) is not None

@@ -81,13 +81,16 @@ def _files(folder: Path) -> Iterator[Path]:
 def _source(file: Path, name: str) -> Source | None:
     """The circuit of a file; None where it holds none."""
     try:
-        circuit = Circuit.from_json(storage.read_json(file))
+        written = storage.read_json(file)
+        circuit = Circuit.from_json({name: value for name, value in written.items() if name != "origin"})
     except (InputError, OSError, AttributeError, TypeError):
         return None
     ranking, curve = _search(file.with_name(f"{file.stem}-search.json"))
     inside = all(head.layer < circuit.shape[0] and head.index < circuit.shape[1] for head in ranking)
-    if not inside or len(set(ranking)) != len(ranking):
+    if not inside:
         ranking, curve = (), None
+    if len(set(ranking)) != len(ranking):  # a head stands once for each of its positions, which the curve counts
+        ranking, curve = tuple(dict.fromkeys(ranking)), None
     return Source(name=name, circuit=circuit, ranking=ranking, curve=curve)
 
 
