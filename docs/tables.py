@@ -356,6 +356,24 @@ def discovery(subject: str) -> str:
     return markdown(head, [row(method) for method in sorted(rows, key=lambda method: -rows[method]["cpr"])])
 
 
+def worth() -> str:
+    """What the heads that each method ranks first are worth for distillation on theory of mind, over seeds: accuracy on
+    validation stories, and the matched pairs' CKA before."""
+    trainings = storage.read_json(RESULTS / "discovery/mind-worth.json")["rows"].values()
+    arms = ("circuit CE", "CE + CKA")
+
+    def row(method: str) -> tuple[float, list[str]]:
+        of = {arm: [each for each in trainings if (each["method"], each["arm"]) == (method, arm)] for arm in arms}
+        values = {arm: [each["accuracy"] for each in of[arm]] for arm in arms}
+        gains = [aligned - plain for plain, aligned in zip(*values.values(), strict=True)]
+        before = of["CE + CKA"][0]["cka_before"]
+        cells = [*(over_seeds(values[arm]) for arm in arms), over_seeds(gains).replace("-", MINUS), number(before, 2)]
+        return sum(values["circuit CE"]) / len(values["circuit CE"]), [f"`{method}`", *cells]
+
+    rows = sorted(map(row, dict.fromkeys(each["method"] for each in trainings)), reverse=True)
+    return markdown(("heads ranked by", *arms, "gain of CKA", "CKA before"), [cells for _, cells in rows])
+
+
 def mind_heads() -> str:
     """Theory of mind's circuit head by head: where each is needed, what it looks at, reads and writes."""
     heads = storage.read_json(RESULTS / "mind_circuit/heads.json")["heads"]
@@ -496,6 +514,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
     **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
+    "discovery-worth": worth,
     "mind-heads": mind_heads,
     "mind-carries": mind_carries,
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),

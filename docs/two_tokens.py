@@ -1,16 +1,17 @@
 """Answers of two tokens: `python -m docs.two_tokens` writes assets/results/two_tokens, one file a seed.
 
-    fox red cup . owl big hat . ant old key . elk raw map . owl   ->   big hat
+    red cup [ big hat ] old key raw map :   big hat
 
-A teacher of three layers and students of two are trained here on looking up both words (minutes of one core); each
+A teacher of three layers and students of two are trained here to give the marked words (seconds of one core); each
 student, which knows some, then learns from the teacher with its matched heads alone: on cross-entropy over the
 whole answer or over its first token, with and without CKA. Every row is the accuracy on fresh prompts. A row that is
 there is not made again; the models lie in a folder that is thrown away with the cache.
 """
 
+import itertools
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,23 +36,20 @@ from workbench.tasks.wording import split_by_hash
 
 FOLDER = Path(__file__).parents[1] / "assets/results/two_tokens"
 SEEDS = (0, 1, 2)
-KEYS = tuple("fox owl ant elk bee cat dog hen pig rat ape cow".split())
 FIRST = tuple("red big old raw wet dry hot icy new sad shy sly".split())
 SECOND = tuple("cup hat key map pen box bag jar pot lid net rod".split())
 SETTINGS = PromptSettings(multi_token=True)
-TRAIN, DISCOVERY, TEST = 96, 64, 400
-QUERIES = 6
-"""After each scene that a model is trained on."""
+TRAIN, DISCOVERY, TEST = 32, 64, 400
 log = logging.getLogger("two_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lookup:
-    """The two words that stand after a key: which pair belongs to the one that is named again?"""
+class Marked:
+    """Which two words are marked? Among so many, in one row."""
 
     entries: int = 4
 
-    name: ClassVar[str] = "lookup"
+    name: ClassVar[str] = "marked words"
     stages: ClassVar[tuple[Stage, ...]] = (Stage(name="A", title="word fetcher", position="last"),)
 
     @property
@@ -59,29 +57,30 @@ class Lookup:
         return 1 / self.entries
 
     def pairs(self, tokenizer: Any, *, split: Split, scenes: int, seed: int) -> Iterator[Pair]:
-        """The corrupt prompt gives the keys other words."""
+        """The corrupt prompt marks other words of the same row, which are the distractor."""
         draw = seeds.chooser(seed, self.name, self.entries, split)
 
         def make(place: int) -> Pair | None:
-            keys, asked = draw.sample(KEYS, self.entries), place % self.entries
-            first, second = draw.sample(FIRST, 2 * self.entries), draw.sample(SECOND, 2 * self.entries)
-            scene = [f"{key} {one} {two} ." for key, one, two in zip(keys, first, second, strict=False)]
-            other = [
-                f"{key} {one} {two} ."
-                for key, one, two in zip(keys, first[self.entries :], second[self.entries :], strict=True)
-            ]
-            if split_by_hash(scene) != split:
+            words, at = drawn(draw, self.entries), place % self.entries
+            other = (at + 1 + draw.randrange(self.entries - 1)) % self.entries
+            if split_by_hash(row_of(words, at)) != split:
                 return None
-            wrong = (asked + 1) % self.entries
-            return Pair(
-                clean=" ".join([*scene, keys[asked]]),
-                corrupt=" ".join([*other, keys[asked]]),
-                answer=f" {first[asked]} {second[asked]}",
-                distractor=f" {first[wrong]} {second[wrong]}",
-                positions={},
-            )
+            clean, corrupt = (" ".join(row_of(words, marked)) for marked in (at, other))
+            answer, distractor = (" " + " ".join(words[marked]) for marked in (at, other))
+            return Pair(clean=clean, corrupt=corrupt, answer=answer, distractor=distractor, positions={})
 
         yield from distinct(make, scenes=scenes, key=lambda pair: pair.clean, what=f"{self.name} ({split})")
+
+
+def drawn(draw: Any, entries: int) -> list[tuple[str, str]]:
+    """Pairs of words, none twice."""
+    return list(zip(draw.sample(FIRST, entries), draw.sample(SECOND, entries), strict=True))
+
+
+def row_of(words: Sequence[tuple[str, str]], marked: int) -> list[str]:
+    """The words of a prompt."""
+    parts = [["[", *pair, "]"] if place == marked else list(pair) for place, pair in enumerate(words)]
+    return [*itertools.chain.from_iterable(parts), ":"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +101,9 @@ CONDITIONS: Mapping[str, Condition] = {
         title="CE on all answer tokens + CKA at all answer tokens", weight=0.3, positions="answering"
     ),
 }
-UNTIL: Mapping[str, float] = {"teacher": 0.98, "student": 0.4}
-"""Share of whole answers right in the last 20 batches at which a model's own training ends: a student knows some."""
-MOST, STEPS = 4000, 150
+UNTIL: Mapping[str, float] = {"teacher": 0.98, "student": 0.1}
+"""Share of whole answers right in the last 5 batches at which a model's own training ends: a student knows some."""
+MOST, STEPS = 1000, 40
 """At most so many steps of that, and the steps of a distillation."""
 SIZES: Mapping[str, tuple[int, int]] = {"teacher": (3, 64), "student": (2, 48)}
 """Layers and width."""
@@ -139,7 +138,7 @@ def row(seed: int) -> None:
         return
     teacher = wb.Teacher.load(trained("teacher", 0), check=False)
     student = wb.Student.load(trained("student", seed), check=False)
-    task = wb.task(Lookup())
+    task = wb.task(Marked())
     train = task.pairs(teacher, scenes=TRAIN, split="train", seed=seed, settings=SETTINGS)
     test = task.pairs(teacher, scenes=TEST, split="test", settings=SETTINGS)
     matching = None
@@ -175,7 +174,7 @@ def distilled(
     student: wb.Student, teacher: wb.Teacher, matching: Any, train: PromptPairs, condition: Condition, seed: int
 ) -> wb.Student:
     """The student after a condition: the matched heads train, on the teacher's own answers."""
-    settings: dict[str, Any] = {"answers": condition.answers, "steps": STEPS, "batch": 32}
+    settings: dict[str, Any] = {"answers": condition.answers, "steps": STEPS, "batch": 16}
     return wb.distill(
         student,
         teacher,
@@ -215,7 +214,7 @@ def trained(part: Literal["teacher", "student"], seed: int) -> Path:
     if (folder / "config.json").exists():
         return folder
     log.info("training %s %d", part, seed)
-    tokenizer = word_level_tokenizer([*KEYS, *FIRST, *SECOND, "."])
+    tokenizer = word_level_tokenizer([*FIRST, *SECOND, "[", "]", ":"])
     layers, width = SIZES[part]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -243,36 +242,31 @@ def trained(part: Literal["teacher", "student"], seed: int) -> Path:
 
 
 def learn(model: nn.Module, tokenizer: Any, seed: int, part: Literal["teacher", "student"]) -> None:
-    """Cross-entropy on both words of every key that is asked, of scenes of the train split, new ones in each step."""
-    draw = seeds.chooser(seed, "two tokens, scenes", part)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    number, scene = tokenizer.get_vocab(), 4 * Lookup().entries
-    asked = torch.arange(scene, scene + 4 * QUERIES).unflatten(0, (QUERIES, 4))[:, :2]  # key -> first -> second
+    """Cross-entropy on both words, of rows of the train split, new ones in each step."""
+    draw = seeds.chooser(seed, "two tokens, rows", part)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    number = tokenizer.get_vocab()
     recent: list[float] = []
-    step = 0
-    for step in range(MOST):
-        tokens = torch.tensor([[number[word] for word in sequence(draw)] for _ in range(32)])
-        logits, targets = model(input_ids=tokens).logits[:, asked], tokens[:, asked + 1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten())
+    while len(recent) < MOST:
+        tokens = torch.tensor([[number[word] for word in sequence(draw)] for _ in range(64)])
+        logits, targets = model(input_ids=tokens).logits[:, -3:-1], tokens[:, -2:]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        recent = [*recent[-19:], share((logits.argmax(-1) == targets).all(-1))]
-        if step % 100 == 0:
-            log.info("  step %d: loss %.3f, right %.3f", step, loss.item(), recent[-1])
-        if len(recent) == 20 and sum(recent) / 20 >= UNTIL[part]:
+        recent.append(share((logits.argmax(-1) == targets).all(-1)))
+        if len(recent) >= 5 and sum(recent[-5:]) / 5 >= UNTIL[part]:
             break
-    log.info("  %d steps", step + 1)
+    log.info("  %d steps, %.3f right", len(recent), recent[-1])
     model.eval()
 
 
 def sequence(draw: Any) -> list[str]:
-    """A scene of the train split, and queries of its keys with their words."""
+    """A row of the train split with its answer."""
     while True:
-        keys, first, second = (draw.sample(words, Lookup().entries) for words in (KEYS, FIRST, SECOND))
-        scene = [f"{key} {one} {two} ." for key, one, two in zip(keys, first, second, strict=True)]
-        if split_by_hash(scene) == "train":
-            return " ".join([*scene, *(draw.choice(scene) for _ in range(QUERIES))]).split()
+        words, at = drawn(draw, Marked().entries), draw.randrange(Marked().entries)
+        if split_by_hash(row_of(words, at)) == "train":
+            return [*row_of(words, at), *words[at]]
 
 
 if __name__ == "__main__":
