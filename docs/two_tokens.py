@@ -35,7 +35,7 @@ from workbench.tasks.vocabulary import word_level_tokenizer
 from workbench.tasks.wording import split_by_hash
 
 FOLDER = Path(__file__).parents[1] / "assets/results/two_tokens"
-SEEDS = (0, 1, 2)
+SEEDS = tuple(range(8))
 FIRST = tuple("red big old raw wet dry hot icy new sad shy sly".split())
 SECOND = tuple("cup hat key map pen box bag jar pot lid net rod".split())
 SETTINGS = PromptSettings(multi_token=True)
