@@ -374,6 +374,13 @@ def worth() -> str:
     return markdown(("heads ranked by", *arms, "gain of CKA", "CKA before"), [cells for _, cells in rows])
 
 
+def two_tokens() -> str:
+    """What students learn of answers of two tokens; the study's own file says what its conditions are."""
+    from docs.two_tokens import table
+
+    return table()
+
+
 def mind_heads() -> str:
     """Theory of mind's circuit head by head: where each is needed, what it looks at, reads and writes."""
     heads = storage.read_json(RESULTS / "mind_circuit/heads.json")["heads"]
@@ -515,6 +522,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     ),
     **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
     "discovery-worth": worth,
+    "two-tokens": two_tokens,
     "mind-heads": mind_heads,
     "mind-carries": mind_carries,
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
