@@ -82,7 +82,7 @@ def test_printing_draws_what_is_still_waiting(watched: Watched, tmp_path: Path) 
     assert watched.errors == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.lengthy)])
 def test_a_phone_shows_every_figure_whole(watched: Watched, tmp_path: Path, scheme: Any) -> None:
     """Nothing is wider than the screen, the page has the system's colours, and a wider window draws them wide again."""
     sections = [

@@ -56,6 +56,7 @@ def test_two_workers_give_the_bits_of_none(recipe: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_study_whose_worker_dies_ends_with_the_bits_of_none(
     small_recipe: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture

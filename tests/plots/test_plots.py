@@ -167,7 +167,9 @@ def ink_share(png: bytes, theme: Theme) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "theme", [pytest.param(LIGHT, id="light"), pytest.param(DARK, id="dark", marks=pytest.mark.lengthy)]
+)
 def test_rendered_pictures_are_not_blank(render: Callable[[go.Figure, str], bytes], theme: Theme) -> None:
     blank = go.Figure(
         layout={

@@ -69,6 +69,7 @@ def recipe(value: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_a_study_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study"
     assert main(["study", "--recipe", str(recipe), "--out", str(out)]) == 0
@@ -137,6 +138,7 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_numbers(
     assert len(trained) == count + 1, "only the one that was interrupted is begun again"
 
 
+@pytest.mark.lengthy
 def test_one_student_under_several_methods(
     value: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
