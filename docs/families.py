@@ -18,9 +18,9 @@ import torch
 from tests.miniatures import FAMILIES, miniature
 from workbench import storage
 from workbench.errors import InputError
+from workbench.experiment.pool import Pool, free_cores
 from workbench.models.hooked_model import Student
 from workbench.patching.conformance import check_model, random_pairs
-from workbench.values.workers import Pool, free_cores
 
 FILE = Path(__file__).parents[1] / "assets/results/families.json"
 SAVING = "saving a student"

@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 from workbench import cli, storage
+from workbench.experiment.pool import LEAST, fitting, free_cores, free_memory, peak_memory
 from workbench.experiment.road import run_recipe
 from workbench.experiment.runs import RunFolder
 from workbench.study.config import read_study
 from workbench.study.grid import Study
 from workbench.study.launch import run_in_processes
 from workbench.study.summary import summarise
-from workbench.values.workers import LEAST, fitting, free_cores, free_memory, peak_memory
 
 CONDITIONS = ["base", "circuit_ce_cka"]
 

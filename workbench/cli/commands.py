@@ -172,8 +172,8 @@ def distill(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """All conditions and seeds."""
     from workbench.experiment.arms import run_recipe
+    from workbench.experiment.pool import number_of_workers
     from workbench.experiment.results import table
-    from workbench.values.workers import number_of_workers
 
     workers = number_of_workers(options.workers)
     print("\n" + table(run_recipe(_begun(options), resume=options.resume, workers=workers)))
@@ -181,10 +181,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def study(options: argparse.Namespace) -> None:
     """A study, then its summary and page; `report` writes those of the cells that are finished while it runs."""
+    from workbench.experiment.pool import number_of_workers
     from workbench.models.devices import require_device
     from workbench.study.grid import Study
     from workbench.study.launch import run_in_processes, run_on_ray
-    from workbench.values.workers import number_of_workers
 
     if options.launcher == "ray" and options.workers == "auto":
         raise InputError("Ray counts its cores itself: leave --workers out, or give a number of processes.")
@@ -241,8 +241,8 @@ def report(options: argparse.Namespace) -> None:
 
 def check_model(options: argparse.Namespace) -> None:
     """What is supported of a model, or of several: then all are said before the first that is refused is an error."""
+    from workbench.experiment.pool import Pool, number_of_workers
     from workbench.models.devices import require_device
-    from workbench.values.workers import Pool, number_of_workers
 
     require_device(options.device)
     workers = number_of_workers(options.workers) or 1

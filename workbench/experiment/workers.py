@@ -14,11 +14,11 @@ from pathlib import Path
 from workbench.errors import InputError
 from workbench.experiment.arms import run_condition
 from workbench.experiment.conditions import TITLES
+from workbench.experiment.pool import Pool, peak_memory
 from workbench.experiment.recipe import Recipe, to_plain, written_recipe
 from workbench.experiment.results import read_row
 from workbench.experiment.run import Run
 from workbench.experiment.runs import RunFolder
-from workbench.values.workers import Pool, peak_memory
 
 log = logging.getLogger("workbench")
 Arm = tuple[str, int]

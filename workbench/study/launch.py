@@ -25,10 +25,10 @@ import torch
 
 from workbench.errors import InputError
 from workbench.experiment.conditions import METHOD
+from workbench.experiment.pool import Pool, peak_memory
 from workbench.experiment.workers import require_cpu
 from workbench.models.sources import require_package
 from workbench.study.grid import Study, opened_study
-from workbench.values.workers import Pool, peak_memory
 
 log = logging.getLogger("workbench")
 RETRIES = 3
