@@ -42,7 +42,13 @@ def digest_of(value: Any) -> str:
 
 
 LATER: Mapping[str, Mapping[str, Any]] = {
-    "recipe": {"teacher_top": None, "teacher_quantisation": None, "teacher_device_map": None, "endpoint": None},
+    "recipe": {
+        "teacher_top": None,
+        "teacher_quantisation": None,
+        "teacher_device_map": None,
+        "endpoint": None,
+        "learning_rates": {},
+    },
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
     "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False, "attention": "eager"},
     "training": {"attention": "eager", "answers": "whole"},

@@ -165,6 +165,8 @@ class Recipe:
     """With grouped-query attention: whether a matched head's shared key-value group is trained too."""
     conditions: tuple[ConditionName, ...] = tuple(condition.name for condition in TABLE if condition.usual)
     seeds: tuple[int, ...] = (0,)
+    learning_rates: dict[ConditionName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Of conditions that need another one than `training.learning_rate`: what trains everything, for one."""
 
     def __post_init__(self) -> None:
         if self.training.alignment is not None:
@@ -203,6 +205,7 @@ class Recipe:
             self.training,
             task_loss=condition.task_loss or self.training.task_loss,
             alignment=self.alignment if condition.aligns else None,
+            learning_rate=self.learning_rates.get(condition.name, self.training.learning_rate),
         )
 
 

@@ -17,6 +17,7 @@ from workbench.models import sources
 from workbench.plan.costs import FLOPS, UTILISATION, Plan, StageCost
 from workbench.plan.shapes import ModelShape, shape_of
 from workbench.plan.stages import Road
+from workbench.study.choice import method_points, other_points
 from workbench.study.config import StudyConfig
 from workbench.study.grid import Study
 from workbench.tasks.tokenizers import same_vocabulary
@@ -181,9 +182,13 @@ def _cell(study: Study, name: str, road: Road, scenes: int) -> Iterator[StageCos
     where, seeds = f"{name}, {scenes} scenes", len(config.seeds)
     conditions = study.conditions(name, scenes)
     yield from at.caches(conditions, seeds, title=f"{where}: teacher outputs")
-    chosen = at.training(METHOD, len(config.weights) * len(config.validation_seeds), title=f"{where}: choose lambda")
-    assert chosen is not None
-    yield chosen
+    trials = [*method_points(config), *other_points(config, conditions, min(config.weights))]
+    for condition in dict.fromkeys(point.condition for point in trials):
+        times = sum(point.condition == condition for point in trials) * len(config.validation_seeds)
+        what = "lambda" if condition == METHOD else f"the learning rate of {condition}"
+        cost = at.training(condition, times, title=f"{where}: choose {what}")
+        if cost is not None:
+            yield cost
     for condition in conditions:
         cost = at.training(condition, seeds, title=f"{where}: {condition}")
         if cost is not None:

@@ -50,8 +50,12 @@ class StudyConfig:
     weights: tuple[Annotated[float, Field(gt=0)], ...]
     """lambda is chosen among these, for each student and data size, by accuracy on validation prompts; a single one is
     taken as it is."""
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """The learning rate of each condition is chosen among these in the same way: the method's together with lambda,
+    that of the others by themselves (with alignment: at the lambda that is chosen). Empty: the recipe's own, for
+    all."""
     validation_seeds: tuple[int, ...] = ()
-    """Training seeds of the choice of lambda; none of them is among `seeds`."""
+    """Training seeds of the choice of lambda and learning rates; none of them is among `seeds`."""
     seeds: tuple[int, ...]
     conditions: tuple[ConditionName, ...]
     best: tuple[ConditionName, ...] = ()
@@ -65,17 +69,27 @@ class StudyConfig:
             self._check_baseline(name, student)
         if self.best and len(self.weights) < 2:
             raise InputError("`best` is chosen by validation, as lambda is; give several `weights`, or leave it out.")
+        if self.best and self.learning_rates:
+            raise InputError(
+                "the learning rates of `best` can't be chosen, for which student trains them is known last; give those "
+                "conditions to the students, or leave `learning_rates` out."
+            )
         shared = set(self.seeds) & set(self.validation_seeds)
         if shared:
             raise InputError(
                 f"the seeds {sorted(shared)} are both for choosing lambda and for the results; use fresh ones for the "
                 "results."
             )
-        if len(self.weights) > 1 and not self.validation_seeds:
+        if self.chooses and not self.validation_seeds:
             raise InputError(
-                "lambda can't be chosen among several `weights` without `validation_seeds`; give some, or a single "
-                "weight."
+                "nothing can be chosen among several `weights`, or among `learning_rates`, without `validation_seeds`; "
+                "give some, or a single weight and no `learning_rates`."
             )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation prompts choose anything."""
+        return len(self.weights) > 1 or bool(self.learning_rates)
 
     def _check_baseline(self, name: str, student: StudentConfig) -> None:
         """The other student is there, of the same model, and evaluated on the same prompts."""

@@ -4,6 +4,7 @@ out/
   study.json                                  configuration, versions, commit, machine
   <student>/                                  a run folder: circuits, head map, scores (found once for all data sizes)
     scenes-<n>/weight-<lambda>/conditions/    trainings on the validation seeds, evaluated on validation prompts alone
+                                              (weight-<lambda>-rate-<r> where learning rates are tried too)
     scenes-<n>/weight.json                    the chosen lambda and what each would have given
     scenes-<n>/conditions/                    all conditions and seeds at that lambda, evaluated on the test prompts
     scenes-<n>/anew/<condition>.json          circuits found anew in trained students
@@ -14,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -33,6 +35,7 @@ from workbench.experiment.run import Models, Run
 from workbench.experiment.runs import RunFolder, holds_nothing_but, leave_free
 from workbench.models.hooked_model import Student
 from workbench.storage.provenance import provenance
+from workbench.study.choice import Point, choose, chosen_accuracy, method_points, other_points, read_choice
 from workbench.study.config import StudyConfig, written_study
 from workbench.values.refs import Head
 
@@ -124,16 +127,25 @@ class Study:
         for _ in self.cells():
             pass
 
-    def run_trial(self, student: str, scenes: int, condition: str, seed: int, *, weight: float | None = None) -> None:
-        """One training: with a `weight` on trial, to be judged on validation prompts; else at the chosen one, evaluated
-        on the test prompts.
+    def points(self, student: str, scenes: int) -> list[Point]:
+        """Where the conditions of a cell are still to be tried; those whose lambda the method chooses, once it has."""
+        base = self._opened(student)
+        done = partial(self._is_validated, base, scenes)
+        method = method_points(self.config)
+        weight = self._chosen_weight(base, scenes) if all(map(done, method)) else None
+        points = [*method, *other_points(self.config, self.conditions(student, scenes), weight)]
+        return [point for point in points if not done(point)]
 
-        Errors: `InputError` when circuits, head map or (without `weight`) the choice of lambda are not there yet.
+    def run_trial(self, student: str, scenes: int, condition: str, seed: int, *, at: Point | None = None) -> None:
+        """One training: on trial `at` a point, to be judged on validation prompts; else as chosen, evaluated on the
+        test prompts.
+
+        Errors: `InputError` when circuits, head map or (without `at`) the choice of lambda are not there yet.
         """
         base = self._opened(student)
         base.folder.head_map()  # it says what is missing
-        if weight is not None:
-            self._validated_once(base, scenes, weight, seed)
+        if at is not None:
+            self._validated_once(base, scenes, at, seed)
             return
         if not self.weight_file(student, scenes).exists():
             raise InputError(f"lambda of {student} at {scenes} scenes has not been chosen yet.")
@@ -161,7 +173,7 @@ class Study:
         files = {name: self.weight_file(name, scenes) for name in self.config.students}
         if not all(file.exists() for file in files.values()):
             return None
-        accuracies = {name: chosen_accuracy(read_weight(file)) for name, file in files.items()}
+        accuracies = {name: chosen_accuracy(read_choice(file)) for name, file in files.items()}
         known = {name: value for name, value in accuracies.items() if value is not None}
         return max(known, key=lambda name: known[name]) if known else None
 
@@ -215,50 +227,54 @@ class Study:
         conditions = (
             *(self.config.conditions if own is None else own),
             *self.config.best,
-            *([METHOD] if len(self.config.weights) > 1 else []),
+            *([METHOD] if self.config.chooses else []),
         )
         preflight(run, conditions)
         for scenes in self.config.train_scenes:
-            cell = run.varied(self._at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
+            cell = run.varied(_at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
             require_recipe(cell.recipe, cell.prompts, training_conditions(conditions))
         match(run)
         self._searched[name] = run
         return run
 
     def _chosen(self, base: Run, scenes: int) -> Run:
-        trial = f"scenes-{scenes}"
-        file = self.weight_file(base.folder.path.name, scenes)
-        if not file.exists() and len(self.config.weights) == 1:
-            storage.write_json(file, {"weight": self.config.weights[0], "validation_accuracy": {}})
+        """A cell's run as validation chose it; it is chosen here where it is not yet."""
+        name = base.folder.path.name
+        file = self.weight_file(name, scenes)
         if not file.exists():
-            accuracies = {weight: self._validated(base, scenes, weight) for weight in self.config.weights}
-            means = {weight: sum(values) / len(values) for weight, values in accuracies.items()}
-            best = max(sorted(means), key=lambda weight: means[weight])
-            log.info(
-                "%s, %d scenes: lambda %g (validation accuracy %.3f)", base.folder.path.name, scenes, best, means[best]
-            )
-            storage.write_json(
-                file,
-                {"weight": best, "validation_accuracy": {str(weight): values for weight, values in accuracies.items()}},
-            )
-        return base.varied(self._at(base.recipe, scenes, read_weight(file)["weight"]), trial)
+            choice = choose(self.config, self.conditions(name, scenes), partial(self._validated, base, scenes))
+            accuracy = chosen_accuracy(choice)
+            if accuracy is not None:
+                log.info(
+                    "%s, %d scenes: lambda %g (validation accuracy %.3f)", name, scenes, choice["weight"], accuracy
+                )
+            storage.write_json(file, dict(choice))
+        choice = read_choice(file)
+        recipe = _at(base.recipe, scenes, choice["weight"])
+        return base.varied(replace(recipe, learning_rates=choice.get("learning_rates", {})), f"scenes-{scenes}")
 
-    def _validated(self, base: Run, scenes: int, weight: float) -> list[float]:
+    def _chosen_weight(self, base: Run, scenes: int) -> float:
+        """lambda, from trials of the method that are all done."""
+        return choose(self.config, (), partial(self._validated, base, scenes))["weight"]
+
+    def _validated(self, base: Run, scenes: int, point: Point) -> list[float]:
         """Validation accuracy after the last step, for each validation seed; nothing is evaluated on the test
         prompts."""
-        return [self._validated_once(base, scenes, weight, seed) for seed in self.config.validation_seeds]
+        return [self._validated_once(base, scenes, point, seed) for seed in self.config.validation_seeds]
 
-    def _validated_once(self, base: Run, scenes: int, weight: float, seed: int) -> float:
-        run = base.varied(self._at(base.recipe, scenes, weight), f"scenes-{scenes}/weight-{weight:g}")
-        if not is_trained(run, METHOD, seed):
-            distill(run, METHOD, seed, resume=True)
-        return evaluations(read_training(run.folder.condition(METHOD, seed)))[-1][1]
+    def _validated_once(self, base: Run, scenes: int, point: Point, seed: int) -> float:
+        run = self._on_trial(base, scenes, point)
+        if not is_trained(run, point.condition, seed):
+            distill(run, point.condition, seed, resume=True)
+        return evaluations(read_training(run.folder.condition(point.condition, seed)))[-1][1]
+
+    def _is_validated(self, base: Run, scenes: int, point: Point) -> bool:
+        run = self._on_trial(base, scenes, point)
+        return all(is_trained(run, point.condition, seed) for seed in self.config.validation_seeds)
 
     @staticmethod
-    def _at(recipe: Recipe, scenes: int, weight: float) -> Recipe:
-        return replace(
-            recipe, data=replace(recipe.data, train_scenes=scenes), alignment=replace(recipe.alignment, weight=weight)
-        )
+    def _on_trial(base: Run, scenes: int, point: Point) -> Run:
+        return base.varied(_at(base.recipe, scenes, point.weight, point.rate), f"scenes-{scenes}/{point.folder}")
 
     def find_anew(self, student_name: str, scenes: int, condition: str) -> None:
         """The circuit of a student that has been trained, found by the recipe's own search, beside the untrained
@@ -286,6 +302,17 @@ class Study:
                 "seed": seed,
             },
         )
+
+
+def _at(recipe: Recipe, scenes: int, weight: float, rate: float | None = None) -> Recipe:
+    """The recipe at a data size and a lambda, and at a learning rate in place of its own."""
+    training = recipe.training if rate is None else replace(recipe.training, learning_rate=rate)
+    return replace(
+        recipe,
+        data=replace(recipe.data, train_scenes=scenes),
+        alignment=replace(recipe.alignment, weight=weight),
+        training=training,
+    )
 
 
 def _agree(first: Recipe, second: Recipe, *keys: str) -> bool:
@@ -349,21 +376,3 @@ class Starting(TypedDict):
 
     cka: float
     floor: float
-
-
-class ChosenWeight(TypedDict):
-    """The chosen lambda, and what each trial gave on validation prompts."""
-
-    weight: float
-    validation_accuracy: dict[str, list[float]]
-
-
-def chosen_accuracy(weight: ChosenWeight) -> float | None:
-    """Mean validation accuracy at the chosen lambda; None where none was tried."""
-    values = weight["validation_accuracy"].get(str(weight["weight"]))
-    return sum(values) / len(values) if values else None
-
-
-def read_weight(file: Path) -> ChosenWeight:
-    """A cell's chosen lambda. Errors: `InputError` when the file is missing or damaged."""
-    return storage.read_typed(storage.read_json(file), ChosenWeight, what=f"a chosen lambda ({file})")

@@ -17,17 +17,17 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from workbench.errors import InputError
-from workbench.experiment.conditions import METHOD
 from workbench.experiment.pool import Pool, peak_memory
 from workbench.experiment.workers import require_cpu
 from workbench.models.sources import require_package
+from workbench.study.choice import Point
 from workbench.study.grid import Study, opened_study
 
 log = logging.getLogger("workbench")
@@ -43,25 +43,27 @@ class Trial:
     scenes: int
     condition: str
     seed: int
-    weight: float | None = None
-    """lambda on trial, judged on validation prompts; None: the chosen one, evaluated on the test prompts."""
+    at: Point | None = None
+    """lambda and learning rate on trial, judged on validation prompts; None: the chosen ones, evaluated on the test
+    prompts."""
     anew: bool = False
     """Not a training: the circuit is found anew in the trained student."""
 
     def __str__(self) -> str:
-        what = f"lambda {self.weight:g}" if self.weight is not None else "circuit anew" if self.anew else "trained"
+        what = self.at.folder if self.at is not None else "circuit anew" if self.anew else "trained"
         return f"{self.student}, {self.scenes} scenes, {self.condition}, seed {self.seed}, {what}"
 
 
 def choices(study: Study) -> Iterator[Trial]:
-    """The trainings that lambda is chosen by, of cells where it is not chosen yet."""
+    """The trainings that lambda and learning rates are chosen by and that don't wait for others, of cells where they
+    are not chosen yet."""
     config = study.config
     for scenes in config.train_scenes:
         for student in config.students:
             if not study.weight_file(student, scenes).exists():
-                for weight in config.weights:
+                for point in study.points(student, scenes):
                     yield from (
-                        Trial(student=student, scenes=scenes, condition=METHOD, seed=seed, weight=weight)
+                        Trial(student=student, scenes=scenes, condition=point.condition, seed=seed, at=point)
                         for seed in config.validation_seeds
                     )
 
@@ -91,7 +93,7 @@ def run_trial(path: Path, trial: Trial) -> None:
     if trial.anew:
         study.find_anew(trial.student, trial.scenes, trial.condition)
     else:
-        study.run_trial(trial.student, trial.scenes, trial.condition, trial.seed, weight=trial.weight)
+        study.run_trial(trial.student, trial.scenes, trial.condition, trial.seed, at=trial.at)
 
 
 @functools.lru_cache(maxsize=1)
@@ -102,9 +104,12 @@ def _study_in(path: Path) -> Study:
 
 def run_in_waves(study: Study, run_all: Callable[[Sequence[Trial]], None]) -> None:
     """The trials that don't wait for each other at once, the next ones when those are done; then what is left."""
-    for wave in (choices, arms, searches):
-        run_all(list(wave(study)))
+    run_all(list(choices(study)))
+    if study.config.learning_rates:
+        run_all(list(choices(study)))  # the conditions with alignment, at the lambda that can be told now
+    for wave in (arms, searches):
         study.choose()
+        run_all(list(wave(study)))
     study.run()
 
 
@@ -172,7 +177,7 @@ class _Cluster:
 
         remote: Any = ray.remote(num_cpus=self.threads, num_gpus=int(self.accelerated), max_retries=RETRIES)
         work, where = remote(_remote), str(Path.cwd())
-        waiting: Any = {work.remote(str(path.resolve()), asdict(trial), self.threads, where): trial for trial in trials}
+        waiting: Any = {work.remote(str(path.resolve()), trial, self.threads, where): trial for trial in trials}
         failed = []
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
@@ -189,8 +194,8 @@ class _Cluster:
             )
 
 
-def _remote(path: str, trial: dict[str, Any], threads: int, where: str) -> None:
+def _remote(path: str, trial: Trial, threads: int, where: str) -> None:
     """In a worker's process, from the driver's directory, which relative paths of a recipe start at."""
     os.chdir(where)
     torch.set_num_threads(threads)
-    run_trial(Path(path), Trial(**trial))
+    run_trial(Path(path), trial)

@@ -21,7 +21,8 @@ from workbench.experiment.distill import trainable_heads
 from workbench.experiment.results import ConditionResult, collect, in_columns, read_outcomes
 from workbench.experiment.transfer import read_outcomes as read_transfer
 from workbench.experiment.transfer import transfer_table, transfer_text
-from workbench.study.grid import Cell, Study, read_weight, starting_similarity
+from workbench.study.choice import read_choice
+from workbench.study.grid import Cell, Study, starting_similarity
 from workbench.values.display import plain
 from workbench.values.statistics import compared, mean_interval
 
@@ -47,7 +48,7 @@ def summarise(study: Study) -> dict[str, Any]:
 
 def _cell(study: Study, cell: Cell) -> dict[str, Any]:
     rows = [row for row in collect(cell.run.folder) if row.seed in study.config.seeds or row.condition == TEACHER]
-    weight = read_weight(cell.path / "weight.json")
+    choice = read_choice(cell.path / "weight.json")
     by_condition = {name: [row for row in rows if row.condition == name] for name in TITLES}
     holder = _holder(study, cell, PLAIN)
     target = None if holder is None else _mean_end(holder, study, PLAIN)
@@ -60,8 +61,7 @@ def _cell(study: Study, cell: Cell) -> dict[str, Any]:
         "train_scenes": cell.scenes,
         "train_prompts": len(cell.run.prompts.train),
         "test_prompts": len(cell.run.prompts.test),
-        "weight": weight["weight"],
-        "validation_accuracy": weight["validation_accuracy"],
+        **choice,
         "best": study.best(cell.scenes) == cell.student,
         "baseline": study.config.students[cell.student].baseline,
         "heads_trained": _heads_trained(cell),
@@ -236,6 +236,9 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
         f"{heads.get('matched', heads['heads'])} of {heads['of']} heads matched to {heads['teacher_heads_used']} of "
         f"the teacher's, {heads['heads']} train"
     )
+    if cell.get("learning_rates"):
+        rates = ", ".join(f"{TITLES[name]} {rate:g}" for name, rate in cell["learning_rates"].items())
+        title += f"\nlearning rates chosen on validation prompts: {rates}"
     head = (
         "condition",
         "full accuracy",
