@@ -325,6 +325,18 @@ def finetune_model(options: argparse.Namespace) -> None:
         print(push_folder(options.out, options.push_to_hub, private=options.private or None, token=None))
 
 
+def generate_rows(options: argparse.Namespace) -> None:
+    """Rows of text that a model writes itself."""
+    from workbench.experiment.recipe import parse_config
+    from workbench.pretraining.config import GenerationConfig
+    from workbench.pretraining.generated import generate
+
+    own = {"model": options.model, "task": options.task}
+    chosen = {key: getattr(options, key) for key in ("device", "dtype") if getattr(options, key) is not None}
+    config = parse_config(GenerationConfig, own | chosen, overrides=_overrides(options.set))
+    print(f"{generate(config, options.out)}: {config.rows} rows, for `workbench finetune --set rows={options.out}`")
+
+
 def check_task(options: argparse.Namespace) -> None:
     """Whether a task is sound. Errors: `InputError` after the report when it is not."""
     from workbench.tasks.check import check

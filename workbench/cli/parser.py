@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         _declare_check_model,
         _declare_check_task,
         _declare_finetune,
+        _declare_generate,
         _declare_pretrain,
         _declare_completion,
     ):
@@ -288,6 +289,27 @@ def _declare_finetune(commands: Any) -> None:
     )
     _on_a_device(command_parser)
     _common(command_parser, run.finetune_model, check=run.check_finetuning, after=CHECKPOINTED)
+
+
+def _declare_generate(commands: Any) -> None:
+    command_parser = commands.add_parser(
+        "generate",
+        help="rows of text that a model writes itself after beginnings of a task's prompts, to heal a pruned student",
+        description="Let a model continue beginnings of a task's train prompts; the rows are for `workbench finetune` "
+        "(its `rows`).",
+    )
+    command_parser.add_argument("model", help="a directory, hub id or GGUF file")
+    command_parser.add_argument("--task", default="entity_tracking", help="whose prompts begin the rows (%(default)s)")
+    command_parser.add_argument("--out", type=Path, required=True, help="the rows, a JSONL file")
+    command_parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. rows=500 or options.boxes=5",
+    )
+    _on_a_device(command_parser)
+    _common(command_parser, run.generate_rows, after="the same command goes on with the rows that are missing")
 
 
 def _declare_check_task(commands: Any) -> None:

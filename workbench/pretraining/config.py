@@ -119,6 +119,30 @@ class FinetuningConfig:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class GenerationConfig:
+    """Rows of text that a model writes itself, after beginnings of a task's train prompts."""
+
+    model: str
+    """A directory, hub id or GGUF file."""
+    task: str = "entity_tracking"
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the task."""
+    rows: Annotated[int, Field(ge=1)] = 1000
+    tokens: Annotated[int, Field(ge=1)] = 48
+    """At most, of each row's continuation; it ends before where the model ends its text."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: always the likeliest token."""
+    batch: Annotated[int, Field(ge=1)] = 50
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+
+    def described(self) -> dict[str, Any]:
+        """What the rows depend on."""
+        return {name: value for name, value in asdict(self).items() if name != "device"}
+
+
 LATER: dict[str, Any] = {
     "dtype": "float32",
     "rows": None,
