@@ -49,7 +49,7 @@ GAINS = {
     "[one query a scene][scenes]": ("study_scenes", ("sibling", 70)),
     "[six heads of 32 trained][few]": ("study_few_heads", ("sibling", 70)),
     "[an unrelated student][lineage]": ("study_lineage", ("unrelated", 70)),
-    "[theory of mind][mind]": ("study_mind_whole", ("sibling", 300)),
+    "[theory of mind][mind]": ("study_mind_family", ("differences", 300)),
 }
 """Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
 FORECASTS = {
@@ -61,6 +61,7 @@ FORECASTS = {
     "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
+    "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
 }
 DISCOVERIES = ("mind-teacher", "mind-student", "ioi-teacher", "operations-teacher", "entity-teacher")
 """Subjects of `python -m docs.methods` that a page shows."""
@@ -223,8 +224,12 @@ def gains_and_losses() -> str:
     head = ("study", "prompts", "circuit / CE", "CE + CKA", "difference", "circuit alone")
 
     def row(words: str, name: str, which: tuple[str, int]) -> list[str]:
-        cell = summary(name)[which]
-        accuracies = [number(cell["conditions"][arm]["full"]["mean"]) for arm in ("circuit_ce", METHOD)]
+        cells = summary(name)
+        cell = cells[which]
+        plain = cells[cell["baseline"], which[1]] if cell.get("baseline") else cell
+        accuracies = [
+            number(of["conditions"][arm]["full"]["mean"]) for of, arm in ((plain, "circuit_ce"), (cell, METHOD))
+        ]
         gained = cell["comparisons"]["circuit_ce"][METHOD]
         parts = [difference(gained[part]["over_seeds"]) for part in ("full", "circuit")]
         return [words, f"{cell['train_prompts']:,}", *accuracies, *parts]

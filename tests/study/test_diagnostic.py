@@ -7,10 +7,11 @@ import pytest
 
 from workbench import storage
 from workbench.errors import InputError
-from workbench.study.diagnostic import Start, forecast, forecast_of, read_starts
+from workbench.study.diagnostic import BUNDLED, Known, Start, forecast, forecast_of, read_known
 
 STARTS = [Start(above_floor=place / 10, gain=(place - 4) / 100) for place in range(10)]
 """Gains from -0.04 at 0 to +0.05 at 0.9, nothing at 0.4."""
+KNOWN = Known(starts=STARTS, rank_correlation=1.0, task="colours")
 
 
 def at(cka: float, floor: float = 0.0) -> list[dict[str, float]]:
@@ -19,7 +20,7 @@ def at(cka: float, floor: float = 0.0) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(("cka", "verdict"), [(0.05, "likely to hurt"), (0.4, "undecided"), (0.85, "likely to help")])
 def test_the_nearest_trainings_decide(cka: float, verdict: str) -> None:
-    found = forecast(at(cka), STARTS)
+    found = forecast(at(cka), KNOWN)
     assert found is not None
     assert found.verdict == verdict
     assert not found.beyond
@@ -30,11 +31,11 @@ def test_the_nearest_trainings_decide(cka: float, verdict: str) -> None:
 
 
 def test_the_floor_counts_and_extrapolation_is_said() -> None:
-    high, lifted = forecast(at(0.85), STARTS), forecast(at(0.85, floor=0.8), STARTS)
+    high, lifted = forecast(at(0.85), KNOWN), forecast(at(0.85, floor=0.8), KNOWN)
     assert high is not None
     assert lifted is not None
     assert (high.verdict, lifted.verdict) == ("likely to help", "likely to hurt")
-    far = forecast(at(2.0), STARTS)
+    far = forecast(at(2.0), KNOWN)
     assert far is not None
     assert far.beyond
     assert "outside the study's" in far.text()
@@ -44,28 +45,46 @@ def test_trainings_as_near_as_each_other_all_count() -> None:
     """Ten seeds of one start: no order among them may choose the answer."""
     seeds = [Start(above_floor=0.5, gain=gain / 100) for gain in range(-2, 8)]
     for order in (seeds, seeds[::-1]):
-        found = forecast(at(0.5), [*order, Start(above_floor=0.9, gain=1.0)])
+        found = forecast(at(0.5), Known(starts=[*order, Start(above_floor=0.9, gain=1.0)]))
         assert found is not None
         assert found.gain.mean == pytest.approx(0.025)
         assert len(found.nearest) == 10
 
 
 def test_the_bundled_study_tells_the_bundled_students_apart(tmp_path: Path) -> None:
-    starts, correlation = read_starts()
-    assert correlation is not None
-    assert len(starts) >= 45
+    known = read_known(BUNDLED["entity_tracking"])
+    assert known.rank_correlation is not None
+    assert known.task == "entity_tracking"
+    assert len(known.starts) >= 45
     root = Path(__file__).parents[2] / "assets" / "results" / "study_entity"
     for student, verdict in (("sibling", "likely to help"), ("unrelated", "likely to hurt")):
         storage.write_json(tmp_path / student / "ckas.json", storage.read_json(root / student / "ckas.json"))
-        found = forecast_of(tmp_path / student)
+        found = forecast_of(tmp_path / student, task="entity_tracking")
         assert found is not None
         assert found.verdict == verdict
         assert storage.read_json(tmp_path / student / "forecast.json")["verdict"] == verdict
 
 
 def test_without_a_study_or_pairs(tmp_path: Path) -> None:
-    assert forecast([], STARTS) is None
-    assert forecast(at(0.5), []) is None
+    assert forecast([], KNOWN) is None
+    assert forecast(at(0.5), Known(starts=[])) is None
     storage.write_json(tmp_path / "ckas.json", [])
     with pytest.raises(InputError, match="finished `workbench study`"):
-        forecast_of(tmp_path, tmp_path / "nothing")
+        forecast_of(tmp_path, tmp_path / "nothing", task=None)
+
+
+def test_it_rests_on_the_same_task_and_says_where_it_cannot_tell(tmp_path: Path) -> None:
+    """Theory of mind's own study, in which starts and gains hardly go together, forecasts nothing; a task without a
+    study has no forecast; another task's study is called that."""
+    storage.write_json(tmp_path / "ckas.json", [{"cka": 0.3, "floor": 0.0}])
+    mind = forecast_of(tmp_path, task="theory_of_mind")
+    assert mind is not None
+    assert mind.rank_correlation is not None
+    assert mind.rank_correlation < 0.5
+    assert mind.verdict == "not to be told"
+    assert "not to be told" in mind.text()
+    assert forecast_of(tmp_path, task="ioi") is None
+    assert forecast_of(tmp_path, task=None) is None
+    other = forecast_of(tmp_path, BUNDLED["entity_tracking"], task="ioi")
+    assert other is not None
+    assert other.text().startswith("the study is of entity_tracking, and this run is of ioi")

@@ -150,11 +150,18 @@ def match(options: argparse.Namespace) -> None:
     from workbench.experiment.match import match as match_circuits
     from workbench.study.diagnostic import forecast_of
 
-    match_circuits(_begun(options))
+    run = _begun(options)
+    match_circuits(run)
     report(options)
-    forecast = forecast_of(options.out, options.against)
+    task = run.recipe.data.named_task
+    forecast = forecast_of(options.out, options.against, task=task)
     if forecast is not None:
         print(forecast.text())
+    elif options.against is None and (options.out / "ckas.json").exists():
+        print(
+            f"Whether alignment will help is not forecast: no study of {task or 'these pairs'} comes with the "
+            "workbench. Give the folder of one with --against."
+        )
 
 
 def distill(options: argparse.Namespace) -> None:

@@ -95,8 +95,7 @@ def _declare_stages(commands: Any) -> None:
     )
     matching.add_argument(
         "--against",
-        default="assets/results/study_entity",
-        help="the study whose trainings the forecast rests on (default: %(default)s)",
+        help="the folder of the study whose trainings the forecast rests on (default: the bundled one of the task)",
     )
 
 

@@ -70,6 +70,11 @@ class DataConfig:
             raise InputError("a task's results need test scenes; set data.test_scenes above 0.")
 
     @property
+    def named_task(self) -> str | None:
+        """The task by name; None for pairs of a file."""
+        return self.task if self.pairs is None else None
+
+    @property
     def sizes(self) -> dict[Use, int | None]:
         """Scenes (or rows) of each use; None for a share of a file's rows."""
         chosen: dict[Use, int | None] = {use: getattr(self, f"{use}_scenes") for use in USES}

@@ -4,7 +4,8 @@ trainings gained from such starts.
 The start of a training is the mean over its aligned pairs of CKA minus its shuffled floor, on discovery prompts, in the
 untrained student. A study holds such starts with the gain of alignment over circuit CE in full accuracy. The forecast
 is that of the nearest starts: their mean gain, its interval, and how many of them gained. It says what happened there,
-with those models and that task; it is no law.
+with those models and that task; it is no law: it rests on a study of the same task, and where starts and gains hardly
+went together in that study, it says so and forecasts nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,18 @@ from workbench.study.grid import Starting
 from workbench.study.written import read_summary
 from workbench.values.statistics import Estimate, mean_interval
 
-BUNDLED = "assets/results/study_entity"
-"""The study that comes with the project."""
+BUNDLED: Mapping[str, str] = {
+    "entity_tracking": "assets/results/study_entity",
+    "theory_of_mind": "assets/results/study_mind_whole",
+}
+"""Task -> the study of it that comes with the project."""
+TELLS = 0.5
+"""Rank correlation of gain and start from which a study can forecast."""
 NEAREST = 5
 """Least number of trainings that a forecast rests on; else a fifth of them, and all that are as near."""
 CLEAR = 0.8
 """Share of the nearest trainings that must have gained (or lost) for a forecast."""
-Verdict = Literal["likely to help", "undecided", "likely to hurt"]
+Verdict = Literal["likely to help", "undecided", "likely to hurt", "not to be told"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +63,10 @@ class Forecast:
     verdict: Verdict
     beyond: bool
     """The start lies outside those of the study."""
+    study_task: str | None = None
+    """The study's task; None where it does not say."""
+    task: str | None = None
+    """The run's."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -75,7 +85,7 @@ class Forecast:
         )
         outside = " This start lies outside the study's, so read it with care." if self.beyond else ""
         return (
-            f"alignment is {self.verdict}: the {self.pairs} matched pairs' CKA is {self.cka:.2f}, "
+            self._of_another_task() + f"{self._words()}: the {self.pairs} matched pairs' CKA is {self.cka:.2f}, "
             f"{self.above_floor:.2f} above its floor of {self.floor:.2f}. "
             f"Of {self.trainings} trainings of the study{known}, the {len(self.nearest)} that began nearest ({low:.2f} "
             f"to {high:.2f} above) gained "
@@ -83,23 +93,48 @@ class Forecast:
             f"at all; they had {len({round(each.above_floor, 6) for each in self.nearest})} different starts.{outside}"
         )
 
+    def _words(self) -> str:
+        if self.verdict != "not to be told":
+            return f"alignment is {self.verdict}"
+        return "whether alignment will help is not to be told, for in the study gains and starts hardly went together"
 
-def read_starts(study: str | Path = BUNDLED) -> tuple[list[Start], float | None]:
-    """(starts of a study's trainings, their rank correlation with the gains), from its `summary.json`. Errors:
-    `InputError` when there is none."""
+    def _of_another_task(self) -> str:
+        if self.study_task == self.task:
+            return ""
+        known = "does not say its task" if self.study_task is None else f"is of {self.study_task}"
+        return f"the study {known}, and this run is of {self.task}: read what follows with care. "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a study knows of gains and starts."""
+
+    starts: Sequence[Start]
+    rank_correlation: float | None = None
+    """Of gain and start over all its trainings."""
+    task: str | None = None
+
+
+def read_known(study: str | Path) -> Known:
+    """The starts and gains of a study, from its `summary.json`. Errors: `InputError` when there is none."""
     file = Path(located(str(study))) / "summary.json"
     if not file.exists():
         raise InputError(f"{study} holds no summary of a study; give the folder of a finished `workbench study`.")
-    diagnostic = read_summary(file)["diagnostic"]
-    return [
-        Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in diagnostic["points"]
-    ], diagnostic["rank_correlation"]
+    summary = read_summary(file)
+    diagnostic = summary["diagnostic"]
+    starts = [Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in diagnostic["points"]]
+    bundled = {folder: task for task, folder in BUNDLED.items()}
+    return Known(
+        starts=starts,
+        rank_correlation=diagnostic["rank_correlation"],
+        task=summary.get("task") or bundled.get(str(study)),
+    )
 
 
-def forecast(
-    ckas: Sequence[Mapping[str, Any]], starts: Sequence[Start], rank_correlation: float | None = None
-) -> Forecast | None:
-    """The forecast for matched pairs (rows of `ckas.json`: cka, floor); None without pairs or without trainings."""
+def forecast(ckas: Sequence[Mapping[str, Any]], known: Known, *, task: str | None = None) -> Forecast | None:
+    """The forecast for matched pairs (rows of `ckas.json`: cka, floor) of a run of a task; None without pairs or
+    without trainings."""
+    starts, rank_correlation = known.starts, known.rank_correlation
     if not ckas or not starts:
         return None
     cka, floor = (sum(row[name] for row in ckas) / len(ckas) for name in ("cka", "floor"))
@@ -111,9 +146,11 @@ def forecast(
     )
     gained = sum(each.gain > 0 for each in nearest)
     lost = sum(each.gain < 0 for each in nearest)
-    known = [each.above_floor for each in starts]
+    all_starts = [each.above_floor for each in starts]
     verdict: Verdict = (
-        "likely to help"
+        "not to be told"
+        if rank_correlation is not None and rank_correlation < TELLS
+        else "likely to help"
         if gained >= CLEAR * len(nearest)
         else "likely to hurt"
         if lost >= CLEAR * len(nearest)
@@ -130,19 +167,23 @@ def forecast(
         gain=mean_interval([each.gain for each in nearest]),
         gained=gained,
         verdict=verdict,
-        beyond=not min(known) <= start <= max(known),
+        beyond=not min(all_starts) <= start <= max(all_starts),
+        study_task=known.task,
+        task=task,
     )
 
 
-def forecast_of(run: Path, study: str | Path = BUNDLED) -> Forecast | None:
-    """The forecast for a run folder that `workbench match` has written; also kept there as `forecast.json`.
+def forecast_of(run: Path, study: str | Path | None = None, *, task: str | None) -> Forecast | None:
+    """The forecast for a run folder that `workbench match` has written, of a task; also kept there as `forecast.json`.
 
-    None without pairs, and where the bundled study is not at hand (it comes with the source tree).
+    `study`: the folder of one; None for the bundled one of the same task. None without pairs, and where no study of the
+    task is at hand.
     """
-    if str(study) == BUNDLED and not (Path(located(BUNDLED)) / "summary.json").exists():
+    study = study or BUNDLED.get(task or "")
+    if study is None or (study in BUNDLED.values() and not (Path(located(str(study))) / "summary.json").exists()):
         return None
     ckas = storage.read_typed(storage.read_json(run / "ckas.json"), list[Starting], what=f"CKAs of pairs ({run})")
-    expectation = forecast(ckas, *read_starts(study))
+    expectation = forecast(ckas, read_known(study), task=task)
     if expectation is not None:
         storage.write_json(run / "forecast.json", expectation.to_json())
     return expectation

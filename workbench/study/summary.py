@@ -39,6 +39,7 @@ def summarise(study: Study) -> dict[str, Any]:
         )
     summary = {
         "title": study.config.title,
+        "task": study.recipe.data.named_task,
         "cells": [_cell(study, cell) for cell in cells],
         "diagnostic": _diagnostic(study, cells),
     }

@@ -99,6 +99,7 @@ class Summary(TypedDict):
     """A whole study."""
 
     title: str
+    task: NotRequired[str | None]
     cells: list[CellSummary]
     diagnostic: Diagnostic
 
