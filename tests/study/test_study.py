@@ -4,6 +4,7 @@ is made of."""
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from workbench import storage
 from workbench.circuits.methods import ranked
 from workbench.cli import main
 from workbench.errors import InputError
-from workbench.experiment import arms
+from workbench.experiment import arms, located
 from workbench.experiment.distill import distill, trained_heads
+from workbench.experiment.recipe import RECIPES
 from workbench.models.hooked_model import Student
 from workbench.report.study import study_report
 from workbench.study import grid
@@ -225,6 +227,29 @@ def test_a_few_heads_train_and_every_pair_is_aligned(value: dict[str, Any], tmp_
         "matched": len(matched),
         "teacher_heads_used": len(folder.head_map().teacher_heads),
     }
+
+
+BUNDLED_STUDIES = sorted(file.stem for file in (RECIPES / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "study_scenes" else pytest.mark.lengthy) for name in BUNDLED_STUDIES],
+)
+def test_a_bundled_study_passes_what_is_checked_before_it_begins(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its first data size; the recipe's own size, which is never trained on, may be smaller than a batch."""
+    config = read_study(name)
+    first = next(iter(config.students))
+    if not (Path(located(config.students[first].source)) / "config.json").exists():
+        pytest.skip("its models are made first")
+    few = {"train_scenes": config.train_scenes[:1], "students": {first: config.students[first]}}
+    study, checked = Study(replace(config, **few), tmp_path / "study"), []
+    monkeypatch.setattr(grid, "match", lambda run: checked.append(run))
+    study.begin(resume=False)
+    study.prepare()
+    assert len(checked) == 1
 
 
 def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:

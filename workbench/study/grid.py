@@ -29,7 +29,7 @@ from workbench.experiment.conditions import CONDITIONS, METHOD
 from workbench.experiment.discover import inquiry_of
 from workbench.experiment.distill import distill, is_trained
 from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
-from workbench.experiment.preflight import preflight, require_recipe, training_conditions
+from workbench.experiment.preflight import preflight
 from workbench.experiment.recipe import Recipe, read_recipe, to_plain
 from workbench.experiment.run import Models, Run
 from workbench.experiment.runs import RunFolder, holds_nothing_but, leave_free
@@ -229,10 +229,8 @@ class Study:
             *self.config.best,
             *([METHOD] if self.config.chooses else []),
         )
-        preflight(run, conditions)
-        for scenes in self.config.train_scenes:
-            cell = run.varied(_at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}")
-            require_recipe(cell.recipe, cell.prompts, training_conditions(conditions))
+        for scenes in self.config.train_scenes:  # the recipe's own size trains nothing
+            preflight(run.varied(_at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}"), conditions)
         match(run)
         self._searched[name] = run
         return run
