@@ -1,6 +1,8 @@
 """`python -m benchmarks NAME` prints one JSON object; `all` runs every benchmark and writes benchmarks/results.json."""
 
 import json
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from benchmarks import (
     busy_neighbour,
     cka_pairs,
     cold_start,
+    demo,
     distill_step,
     eliminating,
     explorer_head,
@@ -18,6 +21,7 @@ from benchmarks import (
     study_throughput,
 )
 from workbench import storage
+from workbench.storage.provenance import commit
 
 BENCHMARKS = {
     "attribute-edges": attribute_edges.run,
@@ -31,7 +35,16 @@ BENCHMARKS = {
     "study-throughput": study_throughput.run,
     "shared-prefix": shared_prefix.run,
     "explorer-head": explorer_head.run,
+    "demo": demo.run,
 }
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def main() -> int:
@@ -43,7 +56,7 @@ def main() -> int:
     results = []
     for key, run in BENCHMARKS.items():
         if name in (key, "all"):
-            results.append(run())
+            results.append(run() | {"processor": processor(), "cores": os.cpu_count(), "commit": commit()})
             print(json.dumps(results[-1]), flush=True)
     if name == "all":
         storage.write_json(Path(__file__).parent / "results.json", results)

@@ -63,6 +63,47 @@ FORECASTS = {
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
     "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
 }
+WAITS = {
+    "a training step, two threads, beside a busy process": (
+        "busy-neighbour",
+        "passive_beside_over_alone",
+        "{} of the step alone",
+        "1.5",
+    ),
+    "the same with threads that spin while they wait": (
+        "busy-neighbour",
+        "active_beside_over_alone",
+        "{} of the step alone",
+        DASH,
+    ),
+    "a step alone: threads that sleep against threads that spin": (
+        "busy-neighbour",
+        "passive_over_active_alone",
+        "{}",
+        "1.1",
+    ),
+    "`make demo`, two workers": ("demo", "seconds_two", "{} s", "90 s"),
+    "`make demo`, one worker": ("demo", "seconds_one", "{} s", DASH),
+    "trainings of a study, two workers against one": ("study-throughput", "ratio", "{} times as many an hour", "2"),
+    "`workbench --help`": ("cold-start", "cpu_seconds_help", "{} s of processor time", "0.5 s"),
+    "SmolLM2-135M from a GGUF file, first": ("cold-start", "cpu_seconds_gguf_first", "{} s of processor time", "8 s"),
+    "SmolLM2-135M from a GGUF file, later": ("cold-start", "cpu_seconds_gguf_later", "{} s of processor time", "2 s"),
+    "of which Python, torch and the other libraries": (
+        "cold-start",
+        "cpu_seconds_imports",
+        "{} s of processor time",
+        DASH,
+    ),
+    "a click on a head of SmolLM2-135M, first numbers": ("explorer-head", "seconds_first", "{} s", "0.5 s"),
+    "a click on a head of SmolLM2-135M, all exact ones": ("explorer-head", "seconds_exact", "{} s", "3 s"),
+    "seven questions of a scene as one prefix, whole model": (
+        "shared-prefix",
+        "ratio",
+        "{} times faster",
+        DASH,
+    ),
+}
+"""What a person waits for -> benchmark, its field, the field's form, and what was aimed at."""
 DISCOVERIES = ("mind-teacher", "mind-student", "ioi-teacher", "operations-teacher", "entity-teacher")
 """Subjects of `python -m docs.methods` that a page shows."""
 VARIANTS = {
@@ -452,6 +493,18 @@ def benchmarks() -> str:
     return markdown(("benchmark", "against", "ratio", "forwards", "time / bare matrix products"), rows)
 
 
+def waits() -> str:
+    """What a person waits for, as `make bench` measured it, beside what was aimed at; dashes for what it did not."""
+    found = {each["name"]: each for each in storage.read_json(ROOT / "benchmarks/results.json")}
+
+    def measured(name: str, key: str, form: str) -> str:
+        value = found.get(name, {}).get(key)
+        return DASH if value is None else form.format(value)
+
+    rows = [[what, measured(name, key, form), goal] for what, (name, key, form, goal) in WAITS.items()]
+    return markdown(("what", "measured", "aimed at"), rows)
+
+
 @cache
 def planned(name: str) -> Any:
     """A recipe's plan as JSON; made once, since its prompts are drawn and read for it."""
@@ -536,6 +589,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "two-tokenizers": lambda: run("smollm2_to_bundled"),
     "mixture": mixture,
     "benchmarks": benchmarks,
+    "waits": waits,
 }
 
 
