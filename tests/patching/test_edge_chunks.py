@@ -12,8 +12,9 @@ from benchmarks.eap_ig import eap_ig
 from workbench.models.hooked_model import Teacher
 from workbench.models.parts import decoder_parts
 from workbench.patching.attribution import _points, attribute_edges
-from workbench.patching.edge_gradients import Sent, through_norm
+from workbench.patching.edge_gradients import Sent
 from workbench.patching.execution import Execution
+from workbench.patching.norm_gradients import Readers, through_norm
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import METRICS
 
@@ -83,13 +84,50 @@ def test_a_chunk_of_senders_is_a_part_of_all_of_them(model, pairs):
     assert float(whole[2:].unflatten(2, (pairs.clean.shape[1], -1))[:, :, :3].abs().max()) == 0.0
 
 
-def test_the_formula_of_a_norms_gradient_is_autograds(model):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_formula_of_a_norms_gradient_is_autograds_summed_over_points(model, frozen):
     parts = decoder_parts(model)
     assert parts is not None
-    draw = torch.Generator().manual_seed(0)
-    residual, gradient = torch.randn(2, 5, 32, generator=draw), torch.randn(2, 3, 5, 32, generator=draw)
-    for norm in (parts.blocks[1].norm_attention, parts.blocks[1].norm_mlp):
-        expected = through_norm(lambda x, norm=norm: norm(x), residual, gradient)  # a function: autograd's way
-        found = through_norm(norm, residual, gradient)
-        assert torch.allclose(found, expected, atol=1e-5)
-        assert float(expected.abs().max()) > 1.0
+    block, draw = parts.blocks[1], torch.Generator().manual_seed(0)
+    weight = block.weight_qkv.unflatten(1, (-1, parts.d_head))
+    for norm, read in ((block.norm_attention, weight), (block.norm_mlp, None)):
+        readers, width = (1, 32) if read is None else read.shape[1:]
+        shares = (0.5, 0.2, 0.3)
+        points = [
+            (torch.randn(2, 5, 32, generator=draw), torch.randn(2, 5, readers, width, generator=draw)) for _ in shares
+        ]
+        rule = Readers(norm=norm, weight=read, frozen=frozen)
+        expected = torch.zeros(2, readers, 5, 32)
+        for share, (residual, gradient) in zip(shares, points, strict=True):
+            rule.add(residual, gradient, share)
+            spelled = gradient if read is None else torch.einsum("bprw,drw->bprd", gradient, read)
+            expected += share * through_norm(norm, residual, spelled.transpose(1, 2), frozen=frozen)
+        assert torch.allclose(rule.at(slice(None)), expected, atol=1e-5)
+        assert torch.equal(rule.at(slice(1, 2)), rule.at(slice(None))[1:])
+        assert float(expected.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["plain", "relp"])
+@pytest.mark.parametrize("end", ["clean", "corrupt", "both"])
+def test_gradients_summed_over_points_give_what_points_one_by_one_give(model, pairs, end, kind, monkeypatch):
+    """More points than are summed at a time; against sums of no more than one, and norms by autograd."""
+    scores = []
+    for together, by_formula in ((2, True), (1, True), (1, False)):
+        monkeypatch.setattr("workbench.patching.attribution.POINTS", together)
+        if not by_formula:
+            monkeypatch.setattr("workbench.patching.norm_gradients.FULL", ())
+        scores.append(attribute_edges(model, pairs, metric=METRIC, steps=5, end=end, rule=kind, execution=QUIET).values)
+    for other in scores[1:]:
+        assert torch.allclose(scores[0], other, atol=2e-6, equal_nan=True)
+    assert float(scores[0].nan_to_num(0.0).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("end", ["clean", "corrupt", "both"])
+def test_a_run_at_an_end_that_is_a_point_is_not_made_twice(model, pairs, end, monkeypatch):
+    """One forward beside the points' own."""
+    forwards, final_logits = [], Teacher.final_logits
+    monkeypatch.setattr(
+        Teacher, "final_logits", lambda self, *inputs: forwards.append(1) or final_logits(self, *inputs)
+    )
+    attribute_edges(model, pairs, metric=METRIC, steps=3, end=end, execution=QUIET)
+    assert len(forwards) == 1 + (4 if end == "both" else 3)

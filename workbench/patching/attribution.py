@@ -27,9 +27,10 @@ from scipy import stats
 from torch import Tensor
 
 from workbench.errors import InputError, nearest
+from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.models.parts import decoder_parts
-from workbench.patching.edge_gradients import Gradients, Sent, add_products, graph_bytes
+from workbench.patching.edge_gradients import POINTS, Gradients, Run, Sent, add_products, graph_bytes
 from workbench.patching.engine.frozen import Variant
 from workbench.patching.engine.passage import Route
 from workbench.patching.execution import Execution
@@ -154,7 +155,7 @@ def attribute_edges(
 
     Labels are those of `refs` (`embed`, `L1H2`, `M1`; `L2H0.q`, `M2`, `logits`). `end`: which end of the line from the
     clean to the corrupt embeddings the `steps` points take; `corrupt` is what EAP-IG's library takes, `both` costs one
-    point more. `rule`: `relp` and `gim` change the gradient (`gradient_rules`). Costs two forwards and `steps` forwards
+    point more. `rule`: `relp` and `gim` change the gradient (`gradient_rules`). Costs one forward and `steps` forwards
     with a backward; `execution`: its memory (for the senders' outputs beside a layer's gradients), batch, bar and file
     are used (nothing is kept before the end). Errors: `InputError` in training mode, for an unknown metric, end or
     rule, a model whose blocks `parts.py` does not know, and another sweep's file. Source: Syed et al. 2023 (EAP), Hanna
@@ -211,14 +212,7 @@ def _attributed(
     for part in progress_bar(
         batches, desc=f"attributing edges of {model.name}", unit="batch", shown=execution.progress
     ):
-        sent = Sent.of(model, part)
-        scores = sent.clean.new_zeros(*there.shape, len(part))
-        for share, weight in points.items():
-            embedded = sent.clean + share * (sent.corrupt - sent.clean)
-            gradients = Gradients.of(model, parts, part, metric, embedded, rule)
-            summed = torch.zeros_like(scores)
-            add_products(summed, sent, gradients, execution.memory)
-            scores.add_(summed, alpha=weight)
+        scores = _scores(Gradients.none(model, parts, rule), part, metric, points, execution.memory)
         values.append(scores.cpu().float() * there[..., None])
     return Scores(
         values=torch.cat(values, -1),
@@ -226,6 +220,28 @@ def _attributed(
         labels=edges.labels,
         unit=f"fall of {metric.unit}, {_method(points, rule)}",
     )
+
+
+def _scores(
+    gradients: Gradients, pairs: PromptPairs, metric: Metric, points: Mapping[float, float], memory: int
+) -> Float[Tensor, "sender receiver batch"]:
+    """Of one batch. The run at an end of the line that is a point too is that point's own forward, not another one."""
+    model, mask, name = gradients.model, pairs.mask, hooks.residual_pre(0)
+    shares = sorted(points, reverse=1.0 in points)
+    here, there = (pairs.corrupt, pairs.clean) if shares[0] else (pairs.clean, pairs.corrupt)
+    runs = [Run.of(model, there, mask)]
+    embedded = model.early_activations(here, mask, [name])[name]
+    runs.append(gradients.add(pairs, metric, embedded, points[shares[0]]))
+    clean, corrupt = runs if shares[0] else reversed(runs)
+    sent = Sent.between(model, clean, corrupt, mask)
+    scores = sent.clean.new_zeros(sent.count, gradients.receivers, len(pairs))
+    for share in shares[1:]:
+        if gradients.points == POINTS:
+            add_products(scores, sent, gradients, memory)
+            gradients = Gradients.none(model, gradients.parts, gradients.rule)
+        gradients.add(pairs, metric, sent.clean + share * (sent.corrupt - sent.clean), points[share])
+    add_products(scores, sent, gradients, memory)
+    return scores
 
 
 def attribute_nodes(scores: Scores) -> Scores:

@@ -5,29 +5,62 @@ receiver reads; and their products, in chunks that fit a memory budget.
 
 A run keeps a sender's change in its smallest form (a head's z, before W_O) and a receiver's gradient likewise (at q, k
 or v, before the projection and the norm). They are spelled out in the residual stream for one layer of receivers, some
-prompts and some senders at a time.
+prompts and some senders at a time. The change is the same at every point of the line from clean to corrupt, so the
+gradients are summed over the points first, in their smallest form, and multiplied once (`norm_gradients`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
-from workbench.models.parts import DecoderParts, Map
-from workbench.patching.gradient_rules import Rule, frozen_norm, rule_edits
+from workbench.models.parts import DecoderParts
+from workbench.patching.gradient_rules import Rule, rule_edits
+from workbench.patching.norm_gradients import Readers
 from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import Metric
 
 GRAPH_COPIES = 24
 """How many copies of the residual stream a layer's graph holds (seen on GPT-2: of its MLP's inner width 8 to 10)."""
+READ = (hooks.q, hooks.k, hooks.v, hooks.mlp_input)
 NORM_COPIES = 3
 """How many copies of a layer's gradients the way back through a norm takes at a time."""
-FULL = (torch.float32, torch.float64)
-"""Precisions in which a norm's gradient is taken by its formula."""
+POINTS = 8
+"""Points whose gradients are summed before they are multiplied: of each, two copies of the residual stream a layer are
+kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """What every sender puts out in one forward."""
+
+    embedded: Float[Tensor, "batch pos d_model"]
+    z: tuple[Float[Tensor, "batch pos head d_head"], ...]
+    mlp: tuple[Float[Tensor, "batch pos d_model"], ...]
+
+    @classmethod
+    def of(cls, model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> "Run":
+        """One forward."""
+        names = [hooks.residual_pre(0), *_written(model)]
+        return cls.read(model, model.activations(tokens, mask, names)[1])
+
+    @classmethod
+    def read(cls, model: HookedModel, values: Mapping[str, Tensor]) -> "Run":
+        """Of captured activations."""
+        layers = range(model.n_layers)
+        return cls(
+            embedded=values[hooks.residual_pre(0)],
+            z=tuple(values[hooks.z(layer)] for layer in layers),
+            mlp=tuple(values[hooks.mlp_output(layer)] for layer in layers),
+        )
+
+
+def _written(model: HookedModel) -> list[str]:
+    return [kind(layer) for layer in range(model.n_layers) for kind in (hooks.z, hooks.mlp_output)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,17 +77,19 @@ class Sent:
     @classmethod
     def of(cls, model: HookedModel, pairs: PromptPairs) -> "Sent":
         """Two forwards."""
-        layers = range(model.n_layers)
-        names = [hooks.residual_pre(0), *(kind(layer) for layer in layers for kind in (hooks.z, hooks.mlp_output))]
-        clean, corrupt = (model.activations(tokens, pairs.mask, names)[1] for tokens in (pairs.clean, pairs.corrupt))
-        change = {name: clean[name].sub_(corrupt[name]) for name in names[1:]}
+        clean, corrupt = (Run.of(model, tokens, pairs.mask) for tokens in (pairs.clean, pairs.corrupt))
+        return cls.between(model, clean, corrupt, pairs.mask)
+
+    @classmethod
+    def between(cls, model: HookedModel, clean: Run, corrupt: Run, mask: Bool[Tensor, "batch pos"]) -> "Sent":
+        """Of two runs that have been made."""
         return cls(
             model=model,
-            clean=clean[names[0]],
-            corrupt=corrupt[names[0]],
-            z=tuple(change[hooks.z(layer)] for layer in layers),
-            mlp=tuple(change[hooks.mlp_output(layer)] for layer in layers),
-            mask=pairs.mask,
+            clean=clean.embedded,
+            corrupt=corrupt.embedded,
+            z=tuple(one - other for one, other in zip(clean.z, corrupt.z, strict=True)),
+            mlp=tuple(one - other for one, other in zip(clean.mlp, corrupt.mlp, strict=True)),
+            mask=mask,
         )
 
     @property
@@ -85,89 +120,82 @@ class Sent:
         return out.mul_(self.mask[prompts][:, None, :, None]).flatten(2)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Gradients:
-    """Gradients of the summed metric at every q, k, v, MLP input and at the last residual, with the residual streams
-    that the norms in front of them read."""
+    """Gradients of the summed metric at every q, k, v, MLP input and at the last residual, summed over points."""
 
     model: HookedModel
     parts: DecoderParts
-    at: dict[str, Tensor]
-    pre: tuple[Float[Tensor, "batch pos d_model"], ...]
-    middle: tuple[Float[Tensor, "batch pos d_model"], ...]
+    attention: tuple[Readers, ...]
+    """Of each layer: its queries, keys and values, head by head."""
+    mlp: tuple[Readers, ...]
     rule: Rule = "plain"
+    last: Float[Tensor, "batch pos d_model"] | None = None
+    """At the last residual stream; None before the first point."""
+    points: int = 0
 
     @classmethod
-    def of(
-        cls,
-        model: HookedModel,
-        parts: DecoderParts,
-        pairs: PromptPairs,
-        metric: Metric,
-        embedded: Tensor,
-        rule: Rule = "plain",
-    ) -> "Gradients":
-        """One forward from these embeddings and one backward, by a rule."""
-        layers, read = range(model.n_layers), (hooks.q, hooks.k, hooks.v, hooks.mlp_input)
+    def none(cls, model: HookedModel, parts: DecoderParts, rule: Rule = "plain") -> "Gradients":
+        """The sum over no point yet."""
+        frozen = rule != "plain"
+        weights = [part.weight_qkv.unflatten(1, (-1, parts.d_head)) for part in parts.blocks]
+        return cls(
+            model=model,
+            parts=parts,
+            attention=tuple(
+                Readers(norm=part.norm_attention, weight=weight, frozen=frozen)
+                for part, weight in zip(parts.blocks, weights, strict=True)
+            ),
+            mlp=tuple(Readers(norm=part.norm_mlp, frozen=frozen) for part in parts.blocks),
+            rule=rule,
+        )
+
+    def add(self, pairs: PromptPairs, metric: Metric, embedded: Tensor, share: float) -> Run:
+        """Add a share of the gradients at these embeddings, by the rule: one forward and one backward. Returns what the
+        senders put out there."""
+        model, layers = self.model, range(self.model.n_layers)
         taps: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
-        wanted = [*(kind(layer) for layer in layers for kind in read), hooks.residual_post(model.n_layers - 1)]
+        wanted = [*(kind(layer) for layer in layers for kind in READ), hooks.residual_post(model.n_layers - 1)]
         edits = {name: _tap(taps, name) for name in wanted}
-        edits |= {name: _look(seen, name) for name in (hooks.attention_output(layer) for layer in layers)}
-        edits |= {name: _look(seen, name) for name in (hooks.residual_pre(layer) for layer in layers[1:])}
+        looked = [*_written(model), *map(hooks.attention_output, layers), *map(hooks.residual_pre, layers[1:])]
+        edits |= {name: _look(seen, name) for name in looked}
         with torch.enable_grad():
             leaf = embedded.clone().requires_grad_()
             edits[hooks.residual_pre(0)] = lambda activation: leaf
-            for name, change in rule_edits(model, parts, rule).items():
+            for name, change in rule_edits(model, self.parts, self.rule).items():
                 edits[name] = _then(edits[name], change) if name in edits else change
             with hooks.edit(model.model, edits):
                 logits = model.final_logits(pairs.clean, pairs.mask)
             values = metric(logits, pairs.answers, pairs.distractors)
-            unused = rule == "relp"  # constant patterns: nothing goes through queries and keys
+            unused = self.rule == "relp"  # constant patterns: nothing goes through queries and keys
             leaves = [taps[name] for name in wanted]
             gradients = torch.autograd.grad(values.sum(), leaves, allow_unused=unused, materialize_grads=unused)
         seen[hooks.residual_pre(0)] = embedded
-        pre = [seen[hooks.residual_pre(layer)] for layer in layers]
-        middle = [
-            pre[layer] if parts.blocks[layer].parallel else pre[layer] + seen[hooks.attention_output(layer)]
-            for layer in layers
-        ]
-        return cls(
-            model=model,
-            parts=parts,
-            at=dict(zip(wanted, gradients, strict=True)),
-            pre=tuple(pre),
-            middle=tuple(middle),
-            rule=rule,
-        )
+        self._sum(dict(zip(wanted, gradients, strict=True)), seen, share)
+        return Run.read(model, seen)
 
-    def into_attention(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
-        """At the residual stream that each q, k and v of a layer reads for itself."""
-        part, pre, counts = self.parts.blocks[layer], self.pre[layer][prompts], self.counts
-        weights = part.weight_qkv.split([count * self.parts.d_head for count in counts.values()], 1)
-        normed, place = pre.new_empty(len(pre), sum(counts.values()), *pre.shape[1:]), 0
-        for (name, count), weight in zip(counts.items(), weights, strict=True):
-            at = self.at[{"q": hooks.q, "k": hooks.k, "v": hooks.v}[name](layer)][prompts]
-            normed[:, place : place + count] = torch.einsum(
-                "bphw,dhw->bhpd", at, weight.unflatten(1, (count, self.parts.d_head))
-            )
-            place += count
-        return through_norm(part.norm_attention, pre, normed, frozen=self.rule != "plain")
-
-    def into_mlp(self, layer: int, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
-        """At the residual stream that the MLP of a layer reads."""
-        gradient = self.at[hooks.mlp_input(layer)][prompts][:, None]
-        norm, frozen = self.parts.blocks[layer].norm_mlp, self.rule != "plain"
-        return through_norm(norm, self.middle[layer][prompts], gradient, frozen=frozen)
-
-    def into_logits(self, prompts: slice) -> Float[Tensor, "batch receiver pos d_model"]:
-        """At the last residual stream."""
-        return self.at[hooks.residual_post(self.model.n_layers - 1)][prompts][:, None]
+    @torch.no_grad()
+    def _sum(self, at: Mapping[str, Tensor], seen: Mapping[str, Tensor], share: float) -> None:
+        for layer, part in enumerate(self.parts.blocks):
+            residual = seen[hooks.residual_pre(layer)]
+            heads = torch.cat([at[kind(layer)] for kind in (hooks.q, hooks.k, hooks.v)], 2)
+            self.attention[layer].add(residual, heads, share)
+            middle = residual if part.parallel else residual + seen[hooks.attention_output(layer)]
+            self.mlp[layer].add(middle, at[hooks.mlp_input(layer)][:, :, None], share)
+        last = at[hooks.residual_post(self.model.n_layers - 1)] * share
+        self.last = last if self.last is None else self.last + last
+        self.points += 1
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Receivers of each kind in a layer's attention."""
-        return {"q": self.parts.n_heads, "k": self.parts.n_kv_heads, "v": self.parts.n_kv_heads}
+    def inputs(self) -> int:
+        """Receivers in a layer's attention."""
+        return self.parts.n_heads + 2 * self.parts.n_kv_heads
+
+    @property
+    def receivers(self) -> int:
+        """All of them: a layer's, its MLP, the logits."""
+        return len(self.parts.blocks) * (self.inputs + 1) + 1
 
 
 def graph_bytes(parts: DecoderParts, length: int) -> int:
@@ -185,7 +213,7 @@ def add_products(scores: Float[Tensor, "sender receiver batch"], sent: Sent, gra
     `memory`: bytes for the senders' outputs and a layer's gradients together; as many prompts at a time as it allows,
     and where one prompt is too much, as many senders (one at least).
     """
-    inputs = sum(gradients.counts.values())
+    inputs = gradients.inputs
     rows = memory // sent.row_bytes
     prompts = max(1, rows // (sent.count + NORM_COPIES * inputs))
     chunk = min(sent.count, max(1, rows - NORM_COPIES * inputs))
@@ -205,41 +233,14 @@ def _receivers(
     """(places of some receivers, how many senders come before them, the gradients there), from the first layer up."""
     model, place = sent.model, 0
     for layer in range(model.n_layers):
-        into, below = gradients.into_attention(layer, prompts), 1 + layer * (model.n_heads + 1)
+        into, below = gradients.attention[layer].at(prompts), 1 + layer * (model.n_heads + 1)
         yield slice(place, place + into.shape[1]), below, into
         place += into.shape[1]
         below += 0 if model.has_parallel_blocks else model.n_heads
-        yield slice(place, place + 1), below, gradients.into_mlp(layer, prompts)
+        yield slice(place, place + 1), below, gradients.mlp[layer].at(prompts)
         place += 1
-    yield slice(place, place + 1), sent.count, gradients.into_logits(prompts)
-
-
-def through_norm(
-    norm: Map,
-    residual: Float[Tensor, "batch pos d_model"],
-    gradient: Float[Tensor, "batch receiver pos d_model"],
-    *,
-    frozen: bool = False,
-) -> Float[Tensor, "batch receiver pos d_model"]:
-    """The vector-Jacobian product of a normalisation, for several gradients at its output.
-
-    With n = (x - mean x) / s (LayerNorm) or x / s (RMSNorm), y = w n + b, and g the gradient at n (w times that at y):
-    (g - mean g - n mean(g n)) / s, without mean g for RMSNorm. Other norms, and half precision, take autograd's way.
-    `frozen`: s is a constant, and n mean(g n) falls away.
-    """
-    kind, settings = getattr(norm, "func", None), getattr(norm, "keywords", {})
-    if kind not in (nn.functional.layer_norm, nn.functional.rms_norm) or gradient.dtype not in FULL or frozen:
-        with torch.enable_grad():
-            leaf = residual[:, None].expand_as(gradient).clone().requires_grad_()
-            return torch.autograd.grad((frozen_norm(norm, leaf) if frozen else norm)(leaf), leaf, gradient)[0]
-    centred = residual - residual.mean(-1, keepdim=True) if kind is nn.functional.layer_norm else residual
-    scale = (centred.square().mean(-1, keepdim=True) + settings["eps"]).rsqrt()
-    normed = centred * scale
-    g = gradient * settings["weight"]
-    along = torch.einsum("brpd,bpd->brp", g, normed)[..., None] / g.shape[-1]
-    if kind is nn.functional.layer_norm:
-        g.sub_(g.mean(-1, keepdim=True))
-    return g.addcmul_(normed[:, None], along, value=-1).mul_(scale[:, None])
+    if gradients.last is not None:
+        yield slice(place, place + 1), sent.count, gradients.last[prompts][:, None]
 
 
 def _tap(taps: dict[str, Tensor], name: str) -> hooks.Edit:
