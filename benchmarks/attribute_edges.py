@@ -1,12 +1,13 @@
 """EAP-IG over 5 steps on a 12-layer model of GPT-2's shape: `attribute_edges` against the algorithm of the authors'
 library (`eap_ig.py`), on the same pairs, at the same end of the Riemann sum.
 
-The arithmetic, in forwards F: two runs and five forwards with a backward take 2 + 5 * 2 = 12 F (no gradient of a
-weight is needed; the library computes those too, and `ratio_frozen` is against the same without them). The products of
-157 senders with 445 receivers, of which each meets half, take about a third of F a step. The library's way runs the
-projections from 36 copies of the residual stream a layer and keeps them, with the norms', for the backward pass: that,
-and not the dense array of changes, is its memory. Memory is each way's peak above what the loaded model takes, in a
-process of its own; time is the processor's.
+The arithmetic, in forwards F: a run and five forwards with a backward take 1 + 5 * 2 = 11 F (no gradient of a weight is
+needed; the library computes those too, and `ratio_frozen` is against the same without them; it makes the run at the
+corrupt end twice). The products of 157 senders with 445 receivers, of which each meets half, take about a third of F:
+the library takes them at every step, ours once, of the gradients' sum. The library's way runs the projections from 36
+copies of the residual stream a layer and keeps them, with the norms', for the backward pass: that, and not the dense
+array of changes, is its memory. Memory is each way's peak above what the loaded model takes, in a process of its own;
+time is the processor's.
 """
 
 import json
