@@ -14,6 +14,7 @@ Other norms, and half precision, take autograd's way, point by point.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -98,7 +99,7 @@ class Readers:
         return getattr(self.norm, "func", None) is nn.functional.layer_norm
 
     @property
-    def _settings(self) -> dict[str, Tensor]:
+    def _settings(self) -> dict[str, Any]:
         return getattr(self.norm, "keywords", {})
 
 
