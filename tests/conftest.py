@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from workbench.models.hooked_model import HookedModel, Student, Teacher
 from workbench.models.sources import quiet
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import PromptPairs, encode, task_dataset
+from workbench.tasks.counterparts import Counterparts
 from workbench.tasks.entity_tracking import EntityTracking
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and two busy processes with two threads each crawl
@@ -239,6 +241,19 @@ def left_padded(pairs: PromptPairs, rows: Sequence[int], *, tokens: int = 3) -> 
         answers=pairs.answers,
         distractors=pairs.distractors,
         positions={name: where & mask for name, where in pairs.positions.items()},
+    )
+
+
+def with_counterparts(pairs: PromptPairs, *, pad: int = 2) -> PromptPairs:
+    """Pairs of equal length as if they were not: every token the counterpart of its like, corrupt prompts of another
+    padding."""
+    index = (torch.arange(pairs.clean.shape[1]) + pad).expand(pairs.clean.shape)
+    return replace(
+        pairs,
+        corrupt=torch.nn.functional.pad(pairs.corrupt, (pad, 0)),
+        counterparts=Counterparts(
+            mask=torch.nn.functional.pad(pairs.mask, (pad, 0)), index=torch.where(pairs.mask, index, -1)
+        ),
     )
 
 

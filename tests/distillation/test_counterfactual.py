@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import with_counterparts
 from tests.distillation.distilling import CONFIG, HEADS, PAIRS, PROMPTS, aligning, inside, trained
 from workbench import seeds
 from workbench.distillation import losses
@@ -78,6 +79,27 @@ def test_rows_of_differences_are_clean_minus_corrupt_on_both_sides(models: tuple
             torch.testing.assert_close(got, ours - others)
             torch.testing.assert_close(back, -got)
             assert got.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{"compared": "differences"}, {"loss": "both", "weight": 1.0}])
+def test_prompts_of_unequal_length_train_as_their_tokens_belong_together(
+    models: tuple[Student, Teacher], settings: dict[str, Any]
+) -> None:
+    """The same pairs with a layout of their own for the corrupt prompts; where a pair's position has no counterpart,
+    nothing begins."""
+    student, teacher = models
+    config, named = aligning(**settings), with_counterparts(PROMPTS)
+    expected, found = (
+        training(student, teacher, config, prompts=prompts).objective.losses(INDEX) for prompts in (PROMPTS, named)
+    )
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(other, Tensor):
+            torch.testing.assert_close(one, other)
+    other = named.counterparts
+    assert other is not None
+    lacking = replace(other, index=torch.where(named.positions["labels"], -1, other.index))
+    with pytest.raises(InputError, match=r"differ in length.*positions"):
+        outputs(teacher, config, replace(named, counterparts=lacking))
 
 
 def test_an_interchange_of_a_prompt_with_itself_is_the_plain_loss(models: tuple[Student, Teacher]) -> None:

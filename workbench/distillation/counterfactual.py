@@ -75,11 +75,15 @@ def teacher_alignment_outputs(
     alignment: AlignmentConfig | None,
 ) -> TeacherOutputs:
     """All that an alignment asks of a teacher on the training prompts: `outputs` makes (or finds) the teacher's outputs
-    on some prompts with the activations of some hooks."""
+    on some prompts with the activations of some hooks. Errors: `InputError` where prompts differ in length and a pair
+    is aligned at a token without a counterpart."""
     names = hook_names([pair.teacher for pair in pairs], alignment.activation if alignment else "z")
     clean = outputs(prompts, names)
     if alignment is None or not pairs or not (alignment.differs or alignment.interchanges):
         return clean
+    for pair in pairs:  # known before the teacher runs
+        for side, positions in ((prompts, pair.student_positions), (prompts.for_teacher, pair.teacher_positions)):
+            side.require_counterparts(place(side, positions))
     return CounterfactualOutputs(
         clean=clean,
         corrupt=outputs(prompts.swapped(), names) if alignment.differs else None,

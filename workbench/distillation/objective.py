@@ -22,6 +22,7 @@ from workbench.errors import InputError
 from workbench.matching.aligned_pairs import AlignedPair
 from workbench.matching.head_rows import difference, hook_names, output_weights, place, rows_at
 from workbench.models.hooked_model import Student
+from workbench.patching.counterfactual import corrupt_activations
 from workbench.patching.interchange import interchanged_logits
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.forcing import answer_columns, per_token
@@ -102,8 +103,8 @@ class Objective:
         """The student's activations on the corrupt prompts, in the graph, as differences and interchanges need them."""
         names = [*self._sources, *(self._names if self.settings.differs else [])]
         with self._autocast():
-            return self.student.activations(
-                prompts.corrupt, prompts.mask, list(dict.fromkeys(names)), gradients=torch.is_grad_enabled()
+            return corrupt_activations(
+                self.student, prompts, list(dict.fromkeys(names)), gradients=torch.is_grad_enabled()
             )[1]
 
     def interchange_loss(self, index: Index, source: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -147,7 +148,8 @@ class Objective:
         if self.settings.differs:
             other = self._counterfactual.corrupt
             assert other is not None, "made with this comparison"
-            found = difference(found, other.rows(index, self._teacher_names))
+            theirs = other.rows(index, self._teacher_names)
+            found = difference(found, {name: prompts.aligned(value) for name, value in theirs.items()})
         outputs = {name: value.to(self.student.device) for name, value in found.items()}
         return rows_at(weights, outputs, ((pair.teacher, pair.teacher_positions) for pair in self.pairs), prompts)
 

@@ -19,6 +19,7 @@ from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.patching.replacement import Replacement
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.counterparts import refuse_unequal
 from workbench.values.metrics import Metric
 from workbench.values.scores import Scores
 
@@ -49,6 +50,8 @@ def estimated(
 
         return change
 
+    if any(replacement.kind == "counterfactual" for replacement in replacements):
+        refuse_unequal(pairs.counterparts, "an estimate of every head's ablation by its corrupt output")
     values: dict[int, Tensor] = {}
     edits = {hooks.z(layer): leaf(layer) for layer in range(model.n_layers)}
     with torch.enable_grad(), hooks.edit(model.model, edits):

@@ -23,6 +23,7 @@ from workbench.matching.head_rows import (
     require_fitting,
 )
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.counterfactual import early_corrupt_activations
 from workbench.similarity.cka import Estimator
 from workbench.similarity.measures import NONE, Measure, Options, pairwise_similarity, similarity_scores, unit
 from workbench.tasks.base import PromptPairs
@@ -153,11 +154,7 @@ def circuit_ckas(
 def _read(model: HookedModel, prompts: PromptPairs, names: Sequence[str], compared: Compared) -> dict[str, Tensor]:
     """Activations of the clean prompts by hook name, or clean minus corrupt."""
     clean = read(model, prompts, names)
-    return (
-        clean
-        if compared == "activations"
-        else difference(clean, model.early_activations(prompts.corrupt, prompts.mask, names))
-    )
+    return clean if compared == "activations" else difference(clean, early_corrupt_activations(model, prompts, names))
 
 
 class _CircuitRows:
@@ -180,6 +177,9 @@ class _CircuitRows:
         self.prompts, self.ours, self.theirs = prompts, ours, theirs
         self.scope = own_scope(ours, positions) or dict.fromkeys(ours.heads, (positions,))
         sides = ((student, ours.heads, prompts), (teacher, theirs.heads, prompts.for_teacher))
+        for side, scope in ((side, scope) for *_, side in sides for scope in self.scope.values()):
+            if compared == "differences":
+                side.require_counterparts(place(side, scope))
         self.activations = [_read(model, side, hook_names(heads, activation), compared) for model, heads, side in sides]
         self.weights = [output_weights(model, heads, activation) for model, heads, _ in sides]
         self.labels = {"student": tuple(map(str, ours.heads)), "teacher": tuple(map(str, theirs.heads))}

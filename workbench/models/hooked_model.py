@@ -204,10 +204,16 @@ class HookedModel:
             raise InputError(f"{self.name} is in training mode; call .eval() before patching, ablating or evaluating.")
 
     def require_prompts(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> None:
-        """Refuse prompts that are longer than the model's context, and tokens that it has no embedding of (padding
-        too). Errors: `InputError`."""
+        """Refuse prompts that are longer than the model's context, tokens that it has no embedding of (padding too),
+        and a mask of other prompts. Errors: `InputError`."""
         if tokens.is_meta:
             return
+        if tokens.shape != mask.shape:
+            raise InputError(
+                f"tokens of shape {tuple(tokens.shape)} have a mask of shape {tuple(mask.shape)}: clean and corrupt "
+                "prompts differ in length, and what was asked for needs every token's counterpart; ask it of prompts "
+                "of equal length, or patch, ablate or interchange at positions that both name."
+            )
         if self.context is not None and tokens.shape[1] > self.context:
             longest = int(mask.sum(1).max())
             if longest > self.context:

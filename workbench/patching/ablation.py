@@ -34,6 +34,7 @@ from workbench.patching.replacement import (
     counterfactual_outputs,
     reference_means,
     replacement_named,
+    require_fitting_at,
     resampled_outputs,
 )
 from workbench.patching.shared import shared_logits
@@ -104,7 +105,8 @@ def _stand_ins(
         nothing = torch.zeros(*pairs.clean.shape, model.n_heads, dtype=torch.bool, device=pairs.clean.device)
         masks = {layer: ~masks.get(layer, nothing) for layer in range(model.n_layers)}
     stand_in = replacement_named(replacement)
-    stand_in.require_fitting(pairs)
+    here = [mask.any(-1) for mask in masks.values()]
+    require_fitting_at(stand_in, pairs, torch.stack(here).any(0) if here else torch.zeros_like(pairs.mask))
     return {layer: (mask, stand_in.at(layer, pairs)) for layer, mask in masks.items()}
 
 
@@ -211,7 +213,7 @@ def ablation_profiles(
     measured = metrics_named(metrics)
     asked = model.heads if heads is None else sorted(model.checked(head) for head in heads_named(heads))
     stand_in = replacement_named(replacement)
-    stand_in.require_fitting(pairs)
+    require_fitting_at(stand_in, pairs, pairs.position(position))
     sweep = _Ablation(model, asked, stand_in, measured, position, execution)
     paths = _paths(files, measured, execution)
     settings = {"heads": asked, "position": position}

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from workbench.errors import InputError, nearest
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.counterfactual import corrupt_activations
 from workbench.patching.engine.replay import Replay
 from workbench.patching.engine.sites import BY_HEAD, SITES, Patched, Site, heads_of, replaced
 from workbench.patching.execution import Execution
@@ -115,7 +116,11 @@ class _Activation:
 
     def _on(self, pairs: PromptPairs, bar: "tqdm[Any]", progress: Progress) -> Scores:
         model, site, masks = self.model, self.site, _masks(pairs, self.positions)
-        replay, heads = self.execution.replay(model, pairs), heads_of(site, model)
+        for mask in masks:
+            pairs.require_counterparts(mask)
+        heads = heads_of(site, model)
+        rotated = site in ("q", "k") and pairs.counterparts is not None  # by another angle in the other prompt
+        replay = None if rotated else self.execution.replay(model, pairs)
         logits = model.activations(pairs.clean, pairs.mask, [])[0] if replay is None else replay.clean_logits
         clean = self.metric(logits, pairs.answers, pairs.distractors)
         values, everyone = progress.values, torch.arange(len(pairs))
@@ -127,7 +132,9 @@ class _Activation:
             runs = (
                 _through_hooks(model, pairs, site, layer, masks, heads)
                 if replay is None or corrupt is None
-                else _replayed(replay, corrupt, site, layer, masks, self.execution.memory)
+                else _replayed(
+                    replay, pairs.aligned(_values(corrupt, site, layer)), site, layer, masks, self.execution.memory
+                )
             )
             for run in runs:
                 patched = self.metric(run.logits, pairs.answers[run.rows], pairs.distractors[run.rows])
@@ -156,35 +163,36 @@ def _masks(pairs: PromptPairs, positions: Sequence[Position] | Literal["each"]) 
 
 
 def _replayed(
-    replay: Replay, corrupt: Replay, site: Site, layer: int, masks: Sequence[Tensor], memory: int
+    replay: Replay, corrupt: Tensor, site: Site, layer: int, masks: Sequence[Tensor], memory: int
 ) -> Iterator[Patched]:
-    other = corrupt.clean[layer]
+    return replaced(replay, site, layer, corrupt, masks, memory=memory)
+
+
+def _values(run: Replay, site: Site, layer: int) -> Tensor:
+    """What a run holds at a site."""
+    one = run.clean[layer]
     values = {
-        "resid_pre": other.pre,
-        "resid_mid": other.middle,
-        "resid_post": other.post,
-        "attn_out": other.attention,
-        "mlp_out": other.mlp,
+        "resid_pre": one.pre,
+        "resid_mid": one.middle,
+        "resid_post": one.post,
+        "attn_out": one.attention,
+        "mlp_out": one.mlp,
     }
-    return replaced(replay, site, layer, values[site] if site in values else getattr(other, site), masks, memory=memory)
+    return values[site] if site in values else getattr(one, site)
 
 
 def _through_hooks(
     model: HookedModel, pairs: PromptPairs, site: Site, layer: int, masks: Sequence[Tensor], heads: int
 ) -> Iterator[Patched]:
     name = HOOKS["attn_out" if site == "resid_mid" else site](layer)
-    rows, corrupt = (
-        torch.arange(len(pairs), device=pairs.mask.device),
-        model.activations(pairs.corrupt, pairs.mask, [name])[1][name],
-    )
+    rows = torch.arange(len(pairs), device=pairs.mask.device)
+    corrupt = corrupt_activations(model, pairs, [name])[1][name]
     if (
         site == "resid_mid"
     ):  # TransformerBridge's hook of that name reaches the MLP alone, not the residual stream beside it
-        pre = [
-            model.activations(tokens, pairs.mask, [hooks.residual_pre(layer)])[1]
-            for tokens in (pairs.corrupt, pairs.clean)
-        ]
-        corrupt = corrupt + pre[0][hooks.residual_pre(layer)] - pre[1][hooks.residual_pre(layer)]
+        entering = hooks.residual_pre(layer)
+        before = corrupt_activations(model, pairs, [entering])[1][entering]
+        corrupt = corrupt + before - model.activations(pairs.clean, pairs.mask, [entering])[1][entering]
     for number, mask in enumerate(masks):
         for head in range(heads):
             here = mask[..., None]

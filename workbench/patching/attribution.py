@@ -39,6 +39,7 @@ from workbench.patching.path import PathPatcher
 from workbench.patching.progress import PartialFile, Progress, identity, load_or_sweep, progress_bar
 from workbench.patching.reference import reading, require_model, require_pairs
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.counterparts import refuse_unequal
 from workbench.values.metrics import Metric, metric_named
 from workbench.values.refs import Composition, Embedding, Head, Mlp, PathEnd, Receiver, Sender, sender_named
 from workbench.values.scores import Scores
@@ -157,14 +158,15 @@ def attribute_edges(
     clean to the corrupt embeddings the `steps` points take; `corrupt` is what EAP-IG's library takes, `both` costs one
     point more. `rule`: `relp` and `gim` change the gradient (`gradient_rules`). Costs one forward and `steps` forwards
     with a backward; `execution`: its memory (for the senders' outputs beside a layer's gradients), batch, bar and file
-    are used (nothing is kept before the end). Errors: `InputError` in training mode, for an unknown metric, end or
-    rule, a model whose blocks `parts.py` does not know, and another sweep's file. Source: Syed et al. 2023 (EAP), Hanna
-    et al. 2024 (EAP-IG).
+    are used (nothing is kept before the end). Errors: `InputError` in training mode, for clean and corrupt prompts that
+    differ in length, an unknown metric, end or rule, a model whose blocks `parts.py` does not know, and another sweep's
+    file. Source: Syed et al. 2023 (EAP), Hanna et al. 2024 (EAP-IG).
     """
     require_model(model)
     require_pairs(pairs)
     model.require_eval()
     pairs, measured = reading(model, pairs), metric_named(metric)
+    refuse_unequal(pairs.counterparts, "the attribution of edges")
     if steps < 1:
         raise InputError(f"`steps` is the number of gradient points, at least 1, not {steps}.")
     if end not in get_args(End):
@@ -273,6 +275,7 @@ def exact_edges(
     MLP receivers are NaN. Errors: `InputError` for an unknown metric, head or MLP, and another sweep's file.
     """
     measured = metric_named(metric)
+    refuse_unequal(pairs.counterparts, "exact edges over all tokens")
     edges = Edges.of(model)
     chosen = edges.senders if senders is None else tuple(sender_named(sender) for sender in senders)
     sweep = _ExactEdges(model, measured, chosen, compositions, Route(freeze_mlps=freeze_mlps), execution)

@@ -24,6 +24,7 @@ from workbench.patching.engine.attend import Keys, attend, ready
 from workbench.patching.engine.replay import PRECISION
 from workbench.patching.execution import Execution
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.counterparts import refuse_unequal
 
 BATCH = 128
 """Default number of prompts at a time (at most)."""
@@ -122,6 +123,7 @@ class _Ends:
     @classmethod
     def of(cls, model: HookedModel, pairs: PromptPairs) -> "_Ends":
         """A run and the beginning of one."""
+        refuse_unequal(pairs.counterparts, "a circuit of edges")
         rotary = hooks.rotary_cos(0) in model.model.hook_dict
         kinds = [hooks.residual_pre, hooks.attention_output, hooks.mlp_output, hooks.z, hooks.q, hooks.k, hooks.v]
         kinds += [hooks.rotary_cos, hooks.rotary_sin] if rotary else []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.counterfactual import corrupt_activations
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head
 
@@ -34,10 +35,12 @@ def interchanged_logits(
     gradients: bool = False,
 ) -> Float[Tensor, "batch d_vocab"]:
     """Final logits of the clean prompts with every site at its source value. `source`: z by hook name of the source
-    run; None runs the corrupt prompts. A site that several name is interchanged once."""
-    names = source_names(sites)
+    run, in the clean prompts' layout; None runs the corrupt prompts. A site that several name is interchanged once.
+    Errors: `InputError` for a token without a counterpart, where the prompts differ in length."""
     if source is None:
-        source = model.activations(prompts.corrupt, prompts.mask, names, gradients=gradients)[1]
+        for _, where in sites:
+            prompts.require_counterparts(where)
+        source = corrupt_activations(model, prompts, source_names(sites), gradients=gradients)[1]
     edits = {name: partial(_at_sites, mask, source[name]) for name, mask in _masks(model, sites).items()}
     with torch.set_grad_enabled(gradients), hooks.edit(model.model, edits):
         return model.final_logits(prompts.clean, prompts.mask)

@@ -25,6 +25,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel, last_position
+from workbench.patching.counterfactual import corrupt_activations, early_corrupt_activations
 from workbench.patching.effects import Effect
 from workbench.patching.engine.chunks import in_chunks
 from workbench.patching.engine.frozen import Corrupt, FrozenRuns, Variant, entry
@@ -87,9 +88,7 @@ class PathPatcher:
         """Final logits of the corrupt run."""
         if self.replay is None:
             return self.hooked.corrupt_logits
-        logits, self._corrupt = self.model.activations(
-            self.pairs.corrupt, self.pairs.mask, _written_below(self.model.n_layers)
-        )
+        logits, self._corrupt = corrupt_activations(self.model, self.pairs, _written_below(self.model.n_layers))
         self._corrupt_layers = self.model.n_layers
         return logits
 
@@ -100,7 +99,7 @@ class PathPatcher:
             default=0,
         )
         if layers > self._corrupt_layers:
-            self._corrupt = self.model.early_activations(self.pairs.corrupt, self.pairs.mask, _written_below(layers))
+            self._corrupt = early_corrupt_activations(self.model, self.pairs, _written_below(layers))
             self._corrupt_layers = layers
         return self._corrupt
 
@@ -172,6 +171,7 @@ class PathPatcher:
         self.model.require_eval()
         _refuse_unknown(self.model, {place for variant in variants for place in variant} | set(route.receivers))
         sending, receiving = self.pairs.position(route.position), self.pairs.position(route.receiver_position)
+        self.pairs.require_counterparts(sending)
         progress = Progress.of((len(variants),), len(self.pairs)) if progress is None else progress
         if self.replay is None:
             yield from self._through_hooks(variants, route, progress)
@@ -221,6 +221,7 @@ class PathPatcher:
         """
         self.model.require_eval()
         _refuse_unknown(self.model, {place for variant in variants for place in variant})
+        self.pairs.require_counterparts(self.pairs.position(route.position))
         count = self.model.n_heads if composition == "q" else self.model.n_kv_heads
         clean = metric(self.clean_logits, self.pairs.answers, self.pairs.distractors)
         if progress is None:

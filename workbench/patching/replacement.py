@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench import seeds
 from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.counterfactual import corrupt_activations
 from workbench.tasks.base import PromptPairs, refuse_overlap
 
 log = logging.getLogger("workbench")
@@ -27,6 +28,7 @@ BATCH = 256
 """Default number of prompts in one forward."""
 Kind = Literal["mean", "resampled", "counterfactual", "zero"]
 Missing = Literal["refuse", "pool"]
+Where = Bool[Tensor, "batch pos"]
 StandIn = Float[Tensor, "... _ _ _"]
 """[batch pos head d_head], or [pos head d_head] for all prompts; an axis along which all is equal may have size 1."""
 
@@ -82,6 +84,15 @@ def replacement_named(replacement: Replacement | Literal["zero"]) -> Replacement
             "`resampled_outputs` or `counterfactual_outputs` first."
         )
     return Zero()
+
+
+def require_fitting_at(replacement: Replacement, evaluated: PromptPairs, where: Where) -> None:
+    """Refuse what can't stand in on these prompts at these tokens: corrupt outputs have to stand in at those alone.
+    Errors: `InputError`."""
+    if isinstance(replacement, CounterfactualOutputs):
+        replacement.require_fitting(evaluated, where)
+    else:
+        replacement.require_fitting(evaluated)
 
 
 def real_positions(prompts: PromptPairs) -> Int[Tensor, "batch pos"]:
@@ -293,8 +304,8 @@ class CounterfactualOutputs:
     """
 
     values: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
-    row_of: Mapping[tuple[bytes, bytes], int]
-    """Tokens of a clean prompt and its corrupt one -> their row in `values`."""
+    row_of: Mapping[tuple[bytes, ...], int]
+    """Tokens of a clean prompt and its corrupt one, and which belong together -> their row in `values`."""
 
     @property
     def kind(self) -> Kind:
@@ -305,9 +316,11 @@ class CounterfactualOutputs:
         """The kind alone: it is made of the evaluated prompts."""
         return "counterfactual"
 
-    def require_fitting(self, evaluated: PromptPairs) -> None:
-        """Errors: `InputError` for pairs that were not run."""
+    def require_fitting(self, evaluated: PromptPairs, where: Where | None = None) -> None:
+        """Errors: `InputError` for pairs that were not run, and where prompts differ in length and a token has no
+        counterpart. `where`: the tokens at which a head is ablated; None: it may be any."""
         self._rows(evaluated)
+        evaluated.require_counterparts(evaluated.mask if where is None else where)
 
     def _rows(self, evaluated: PromptPairs) -> list[int]:
         rows = [self.row_of.get(tokens, -1) for tokens in _tokens(evaluated)]
@@ -325,17 +338,16 @@ class CounterfactualOutputs:
 
 
 def counterfactual_outputs(model: HookedModel, pairs: PromptPairs, *, batch: int = BATCH) -> CounterfactualOutputs:
-    """Every head's output on the corrupt prompts of these pairs."""
+    """Every head's output on the corrupt prompts of these pairs, at each clean token's counterpart."""
     model.require_eval()
     names = [hooks.z(layer) for layer in range(model.n_layers)]
-    parts = [model.activations(part.corrupt, part.mask, names)[1] for part in pairs.batches(batch)]
+    parts = [corrupt_activations(model, part, names)[1] for part in pairs.batches(batch)]
     values = {layer: torch.cat([part[name] for part in parts]) for layer, name in enumerate(names)}
     return CounterfactualOutputs(values=values, row_of={tokens: row for row, tokens in enumerate(_tokens(pairs))})
 
 
-def _tokens(pairs: PromptPairs) -> Iterator[tuple[bytes, bytes]]:
+def _tokens(pairs: PromptPairs) -> Iterator[tuple[bytes, ...]]:
     """Padding is part of them: a prompt of another width was not run as it stands."""
-    return (
-        (clean.cpu().numpy().tobytes(), corrupt.cpu().numpy().tobytes())
-        for clean, corrupt in zip(pairs.clean, pairs.corrupt, strict=True)
-    )
+    other = pairs.counterparts
+    parts = [pairs.clean, pairs.corrupt, *([] if other is None else [other.index])]
+    return (tuple(part.cpu().numpy().tobytes() for part in row) for row in zip(*parts, strict=True))

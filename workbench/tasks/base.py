@@ -17,6 +17,7 @@ from torch import Tensor
 
 from workbench import storage
 from workbench.errors import InputError
+from workbench.tasks.counterparts import Counterparts, require_paired
 from workbench.tasks.pairs import (
     MOST_SHOWN,
     SETS,
@@ -35,6 +36,8 @@ from workbench.tasks.stages import Stage
 
 __all__ = ["Pair", "PromptPairs", "RowError", "Span", "Split", "Stage", "Task"]
 log = logging.getLogger("workbench")
+PLACES: dict[str, Literal["clean", "corrupt"]] = {"positions": "clean", "corrupt_positions": "corrupt"}
+"""Columns of named positions -> the prompt that they are of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +76,10 @@ class Task(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptPairs:
     """A batch of tokenised pairs. Clean and corrupt have the same length row by row, so one mask and one set of
-    positions serve both."""
+    positions serve both; where they differ in length, `counterparts` says which tokens belong together."""
 
     clean: Int[Tensor, "batch pos"]
-    corrupt: Int[Tensor, "batch pos"]
+    corrupt: Int[Tensor, "batch corrupt_pos"]
     mask: Bool[Tensor, "batch pos"]
     """True on real tokens, False on padding."""
     answers: Int[Tensor, "batch *member"]
@@ -90,6 +93,9 @@ class PromptPairs:
     `workbench.tasks.scoring`."""
     distractor_tokens: Int[Tensor, "batch wrong"] | None = None
     """The same of each distractor."""
+    counterparts: Counterparts | None = None
+    """Where clean and corrupt prompts differ in length: the corrupt prompts' own mask, and each clean token's
+    counterpart."""
     teacher: "PromptPairs | None" = None
     """Where the teacher has another tokenizer: its reading of the same prompts, row by row
     (`workbench.tasks.tokenizers`)."""
@@ -97,12 +103,53 @@ class PromptPairs:
     """Where they come from, if that is known. It is no part of the fingerprint: the same tokens are the same pairs."""
 
     def __post_init__(self) -> None:
+        self._require_layout()
         if self.teacher is not None and (
             len(self.teacher) != len(self) or self.teacher.positions.keys() != self.positions.keys()
         ):
             raise InputError(
                 "the teacher's reading holds other prompts or names other positions; encode the same pairs for both."
             )
+
+    def _require_layout(self) -> None:
+        other = self.counterparts
+        if other is None:
+            if self.corrupt.shape != self.mask.shape:
+                raise InputError(
+                    "clean and corrupt prompts differ in length and nothing says which of their tokens belong "
+                    "together; name their positions in both prompts (`corrupt_positions`), or use as many tokens."
+                )
+        elif (
+            other.mask.shape != self.corrupt.shape
+            or other.index.shape != self.clean.shape
+            or self.corrupt.shape[1] == self.clean.shape[1]
+        ):
+            raise InputError(
+                "counterparts need the masks of both prompts as they are padded, and corrupt prompts of another width "
+                "than the clean ones (pad them by one more); encode the pairs anew."
+            )
+
+    @property
+    def corrupt_mask(self) -> Bool[Tensor, "batch corrupt_pos"]:
+        """True on the corrupt prompts' real tokens."""
+        return self.mask if self.counterparts is None else self.counterparts.mask
+
+    def aligned(self, value: Tensor) -> Tensor:
+        """What the corrupt prompts hold, [batch corrupt_pos ...], in the clean prompts' layout: [batch pos ...].
+
+        NaN at tokens without a counterpart (what would read them has to refuse first: `require_counterparts`), zero on
+        padding."""
+        if self.counterparts is None:
+            return value
+        aligned = self.counterparts.aligned(value)
+        lacking = self.mask & (self.counterparts.index < 0)
+        lacking = lacking.reshape(*lacking.shape, *[1] * (value.ndim - 2)).to(value.device)
+        return aligned.masked_fill(lacking, torch.nan)
+
+    def require_counterparts(self, where: Bool[Tensor, "batch pos"]) -> None:
+        """Refuse tokens that have no counterpart in the corrupt prompt. Errors: `InputError` with the remedy."""
+        if self.counterparts is not None:
+            self.counterparts.require(where, self.mask)
 
     @property
     def has_sets(self) -> bool:
@@ -160,23 +207,30 @@ class PromptPairs:
         values = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in ("positions", "teacher", "origin")
+            if field.name not in ("positions", "counterparts", "teacher", "origin")
         }
         tensors: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
         teacher = None if self.teacher is None else self.teacher._each(change)
+        other = self.counterparts
         return PromptPairs(
             **tensors,
             positions={name: change(mask) for name, mask in self.positions.items()},
+            counterparts=other and Counterparts(mask=change(other.mask), index=change(other.index)),
             teacher=teacher,
             origin=self.origin,
         )
 
     def swapped(self) -> "PromptPairs":
         """Clean and corrupt exchanged, with the same answers: patching then puts clean into corrupt."""
+        other = self.counterparts
+        moved = {} if other is None else {name: other.moved(where) for name, where in self.positions.items()}
         return replace(
             self,
             clean=self.corrupt,
             corrupt=self.clean,
+            mask=self.corrupt_mask,
+            positions=self.positions if other is None else {**moved, "all": other.mask.clone()},
+            counterparts=other and other.swapped(self.mask),
             teacher=None if self.teacher is None else self.teacher.swapped(),
         )
 
@@ -185,6 +239,7 @@ class PromptPairs:
         named = [self.clean, self.corrupt, self.mask, self.answers, self.distractors]
         named += [self.positions[name] for name in sorted(self.positions)]
         named += [tensor for tensor in (self.answer_tokens, self.distractor_tokens) if tensor is not None]
+        named += [] if self.counterparts is None else [self.counterparts.mask, self.counterparts.index]
         return storage.digest(
             "|".join(sorted(self.positions)),
             *(part for tensor in named for part in (str(tuple(tensor.shape)), tensor)),
@@ -243,9 +298,10 @@ def load_pairs(
     the columns clean, corrupt, answer, distractor and (optionally) positions, an object (JSON text in a CSV file) of
     name -> place. A place is a token's number without BOS (0 is the first; negative counts from the end, -1 is the
     last), a list of them, a piece of the clean prompt (meant is the last token of its last occurrence), or a list of
-    character spans [[start, end], ...] of the clean prompt. `last` and `all` are always there. Also read where they are
-    there: `corrupt_answer` and `facts`, as in `Pair`. An answer or a distractor may be a list of texts that are each
-    one (a set). `skip_bad_rows` leaves bad rows out and logs how many and why; repeated prompts are logged by number.
+    character spans [[start, end], ...] of the clean prompt. `last` and `all` are always there. Also read where they
+    are there: `corrupt_answer` and `facts`, as in `Pair`, and `corrupt_positions`: the same names in the corrupt
+    prompt, for prompts of unequal length. An answer or a distractor may be a list of texts that are each one (a set).
+    `skip_bad_rows` leaves bad rows out and logs how many and why; repeated prompts are logged by number.
     Errors: `InputError` listing all bad rows, counted from 1, with their reasons.
     """
     problems: list[RowError] = []
@@ -318,7 +374,8 @@ def _refuse_other_columns(number: int, row: Mapping[str, Any], first: Mapping[st
     if row.keys() != first.keys() or set(row.get("facts", ())) != set(first.get("facts", ())):
         raise RowError(
             number,
-            "has other columns or facts than the first good row; give `corrupt_answer` and `facts` in each or in none.",
+            "has other columns or facts than the first good row; give `corrupt_answer`, `corrupt_positions` and "
+            "`facts` in each or in none.",
         )
 
 
@@ -327,11 +384,13 @@ def features_of(row: Mapping[str, Any]) -> Features:
     text = {
         name: List(Value("string")) if isinstance(row[name], list) else Value("string")
         for name in row
-        if name not in ("positions", "facts")
+        if name not in (*PLACES, "facts")
     }
-    positions = {name: List(Value("int32")) for name in sorted(row["positions"])}
+    positions = {
+        column: {name: List(Value("int32")) for name in sorted(row[column])} for column in PLACES if column in row
+    }
     facts = {"facts": {name: Value("int32") for name in sorted(row["facts"])}} if "facts" in row else {}
-    return Features({**text, **facts, "positions": positions})
+    return Features({**text, **facts, **positions})
 
 
 def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = False) -> dict[str, Any]:
@@ -344,11 +403,19 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
     length, other = len(encoded["input_ids"]), len(corrupt)
     if not length or not other:
         raise RowError(number, "a prompt is empty; write prompts that end where the answer should follow.", "clean")
-    if length != other:
+    if length != other and pair.corrupt_positions is None:
         raise RowError(
             number,
             f"the clean prompt has {length} tokens, the corrupt one {other}; patching needs equal prompt lengths. "
-            "Reword one (its named positions would be other tokens in the other prompt), or leave such rows out.",
+            "Reword one (its named positions would be other tokens in the other prompt), name the positions in both "
+            "(`corrupt_positions`), or leave such rows out.",
+            "corrupt",
+        )
+    if length != other and multi_token:
+        raise RowError(
+            number,
+            f"the clean prompt has {length} tokens, the corrupt one {other}; answers of several tokens "
+            "(`multi_token`) need equal prompt lengths. Reword one, or choose answers of one token.",
             "corrupt",
         )
     if both := [word for word in pair.answers if word in pair.distractors]:
@@ -357,7 +424,7 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
         )
     _refuse_unscorable(number, pair, tokenizer, encoded["input_ids"], endings, multi_token)
     try:
-        positions = named_positions(pair, encoded["offset_mapping"])
+        places = positions_of_both(pair, tokenizer)
     except InputError as error:
         raise RowError(number, str(error), "positions") from None
     return {
@@ -367,8 +434,23 @@ def checked_row(number: int, pair: Pair, tokenizer: Any, *, multi_token: bool = 
         "distractor": list(pair.distractors) if pair.more_distractors else pair.distractor,
         **({} if pair.corrupt_answer is None else {"corrupt_answer": pair.corrupt_answer}),
         **({} if pair.facts is None else {"facts": dict(pair.facts)}),
-        "positions": {**positions, "last": [length - 1]},
+        **places,
     }
+
+
+def positions_of_both(pair: Pair, tokenizer: Any) -> dict[str, dict[str, list[int]]]:
+    """Column -> name -> token numbers, `last` among them; of the corrupt prompt only where it has positions of its own.
+    Errors: `InputError` for a position that is none, and for names that do not say which tokens belong together."""
+    places: dict[str, dict[str, list[int]]] = {}
+    for column, side in PLACES.items():
+        if side == "corrupt" and pair.corrupt_positions is None:
+            continue
+        encoded = tokenizer(getattr(pair, side), add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        places[column] = {**named_positions(pair, offsets, side), "last": [len(offsets) - 1]}
+    if pair.corrupt_positions is not None:
+        require_paired(places["positions"], places["corrupt_positions"])
+    return places
 
 
 def read_endings(pair: Pair, tokenizer: Any) -> list[list[int]]:
@@ -457,41 +539,62 @@ def encode(
     lead = [tokenizer.bos_token_id] if prepend_bos else []
     clean = [lead + ids for ids in tokenizer(dataset["clean"][:], add_special_tokens=False)["input_ids"]]
     corrupt = [lead + ids for ids in tokenizer(dataset["corrupt"][:], add_special_tokens=False)["input_ids"]]
-    width = max(map(len, clean))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    starts = [width - len(ids) if padding_side == "left" else 0 for ids in clean]
-    mask = torch.zeros(len(clean), width, dtype=torch.bool)
-    tokens: dict[str, Any] = {name: torch.full((len(clean), width), pad) for name in ("clean", "corrupt")}
     places = dataset["positions"][:]
+    named, tokens, mask = _padded(clean, places, len(lead), pad, padding_side)
+    others = dataset["corrupt_positions"][:] if "corrupt_positions" in dataset.column_names else places
+    counterparts = None
+    if others == places and list(map(len, clean)) == list(map(len, corrupt)):
+        _, other_tokens, _ = _padded(corrupt, places, len(lead), pad, padding_side)
+    else:
+        there, other_tokens, other_mask = _padded(corrupt, others, len(lead), pad, padding_side, not_as_wide_as=mask)
+        counterparts = Counterparts.named(named, there, other_mask, mask.shape[1])
     positions = {name: torch.zeros_like(mask) for name in places[0]}
-    for row, start in enumerate(starts):
-        real = slice(start, start + len(clean[row]))
-        mask[row, real] = True
-        tokens["clean"][row, real] = torch.tensor(clean[row])
-        tokens["corrupt"][row, real] = torch.tensor(corrupt[row])
-        for name, indices in places[row].items():
-            positions[name][row, [start + len(lead) + index for index in indices]] = True
+    for name, rows in named.items():
+        for row, columns in enumerate(rows):
+            positions[name][row, columns] = True
+    both: dict[str, Any] = {
+        "clean": tokens,
+        "corrupt": other_tokens,
+        "mask": mask,
+        "positions": {**positions, "all": mask.clone()},
+        "counterparts": counterparts,
+    }
     answers, distractors = (dataset[column][:] for column in SETS)
     if not multi_token:
-        return PromptPairs(
-            **tokens,
-            mask=mask,
-            answers=_members(answers, tokenizer),
-            distractors=_members(distractors, tokenizer),
-            positions={**positions, "all": mask.clone()},
-        )
+        return PromptPairs(**both, answers=_members(answers, tokenizer), distractors=_members(distractors, tokenizer))
     if any(isinstance(words[0], list) for words in (answers, distractors)):
         raise InputError("a set of answers holds answers of one token; encode these pairs without `multi_token`.")
     whole = [_continuations(words, tokenizer) for words in (answers, distractors)]
     return PromptPairs(
-        **tokens,
-        mask=mask,
+        **both,
         answers=whole[0][:, 0].clone(),
         distractors=whole[1][:, 0].clone(),
-        positions={**positions, "all": mask.clone()},
         answer_tokens=whole[0],
         distractor_tokens=whole[1],
     )
+
+
+def _padded(
+    prompts: list[list[int]],
+    places: Sequence[Mapping[str, Sequence[int]]],
+    lead: int,
+    pad: int,
+    side: Literal["left", "right"],
+    not_as_wide_as: Tensor | None = None,
+) -> tuple[dict[str, list[list[int]]], Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """(name -> columns of each prompt, tokens, mask). `places`: token numbers without the `lead` tokens in front."""
+    width = max(map(len, prompts))
+    width += not_as_wide_as is not None and width == not_as_wide_as.shape[1]
+    tokens, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.bool)
+    columns: dict[str, list[list[int]]] = {name: [] for name in places[0]}
+    for row, ids in enumerate(prompts):
+        start = width - len(ids) if side == "left" else 0
+        mask[row, start : start + len(ids)] = True
+        tokens[row, start : start + len(ids)] = torch.tensor(ids)
+        for name, indices in places[row].items():
+            columns[name].append([start + lead + index for index in indices])
+    return columns, tokens, mask
 
 
 def _members(words: list[Any], tokenizer: Any) -> Int[Tensor, "batch *member"]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workbench.errors import InputError
-from workbench.tasks.base import Pair, Split, Task, read_endings
+from workbench.tasks.base import Pair, Split, Task, positions_of_both, read_endings
 from workbench.tasks.positions import named_positions
 
 FaultKind = Literal[
@@ -171,7 +171,7 @@ def _against_before(pair: Pair, answers: dict[str, tuple[str, ...]]) -> Iterator
 def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -> Iterator[tuple[FaultKind, str]]:
     encoded = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)
     clean, (corrupt, *endings) = encoded["input_ids"], read_endings(pair, tokenizer)
-    if len(clean) != len(corrupt):
+    if len(clean) != len(corrupt) and pair.corrupt_positions is None:
         yield "unequal lengths", f"the clean prompt has {len(clean)} tokens, the corrupt one {len(corrupt)}"
     if clean == corrupt:
         yield "clean is corrupt", f"both prompts are {pair.clean!r}"
@@ -192,6 +192,11 @@ def _of_row(pair: Pair, tokenizer: Any, multi_token: bool, keeps_answer: bool) -
             named_positions(replace(pair, positions={name: where}), encoded["offset_mapping"])
         except InputError as error:
             yield "positions", str(error)
+            return
+    try:
+        positions_of_both(pair, tokenizer)
+    except InputError as error:
+        yield "positions", str(error)
 
 
 def _stage_positions(task: Task, pairs: Sequence[Pair]) -> Iterator[Fault]:

@@ -19,6 +19,7 @@ from workbench.errors import InputError
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
+from workbench.tasks.counterparts import refuse_unequal
 from workbench.tasks.positions import ANSWERING
 from workbench.values import metrics
 
@@ -34,6 +35,7 @@ def require_continuable(pairs: PromptPairs) -> Int[Tensor, "batch token"]:
         raise InputError(
             "these pairs hold first tokens only; encode them with `multi_token=True` to read whole answers."
         )
+    refuse_unequal(pairs.counterparts, "an answer after both prompts")
     if not pairs.mask[:, -1].all():
         raise InputError(
             "prompts of unequal length must be padded on the left to be continued; set `padding_side` to left."

@@ -28,8 +28,8 @@ LARGEST_FACT = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One clean prompt, its corrupt counterpart of equal length, the right answer, a wrong one, and named positions in
-    both."""
+    """One clean prompt, its corrupt counterpart (of equal length, unless `corrupt_positions` names its tokens too), the
+    right answer, a wrong one, and named positions in both."""
 
     clean: str
     corrupt: str
@@ -40,6 +40,8 @@ class Pair:
     text."""
     corrupt_answer: str | None = None
     """The right answer to the corrupt prompt, where it has one; None where it was made to have none."""
+    corrupt_positions: Mapping[str, Any] | None = None
+    """The same names -> their places in the corrupt prompt, where that is of another length; None: the same tokens."""
     more_answers: tuple[str, ...] = ()
     """Other right answers, each one token: with `answer` a set (all years above)."""
     more_distractors: tuple[str, ...] = ()
@@ -69,9 +71,9 @@ def numbered_pairs(
     """The numbered pairs of a file, a dataset or a hub id, not yet checked against a tokenizer; rows count from 1.
 
     `source`: a JSONL file (UTF-8, one object a line), a CSV or Parquet file, a `datasets.Dataset`, or a hub id, with
-    the columns clean, corrupt, answer, distractor and (optionally) positions, corrupt_answer and facts (positions and
-    facts as JSON text in a CSV file). An answer or a distractor is a text, or a list of texts that are each one (JSON
-    text in a CSV file too). A position is a token's number (0 is the first token, without
+    the columns clean, corrupt, answer, distractor and (optionally) positions, corrupt_positions, corrupt_answer and
+    facts (objects as JSON text in a CSV file). An answer or a distractor is a text, or a list of texts that are each
+    one (JSON text in a CSV file too). A position is a token's number (0 is the first token, without
     BOS; -1 the last), a list of them, a piece of the clean prompt (meant is the last token of its last occurrence), or
     a list of character spans [[start, end], ...]. Rows of MIB's tasks (`workbench.tasks.mib`) are known by their
     columns; `counterfactual`: which of theirs is the corrupt prompt. `problems` takes up the bad rows, which are left
@@ -134,6 +136,7 @@ def _pair(number: int, record: Any) -> Pair:
         more_distractors=texts["distractor"][1:],
         positions=_mapping(number, record, "positions"),
         corrupt_answer=corrupt_answer or None,
+        corrupt_positions=_corrupt_positions(number, record),
         facts=_facts(number, record),
     )
 
@@ -188,7 +191,14 @@ def _mapping(number: int, record: Mapping[str, Any], column: str) -> dict[str, A
     return dict(value)
 
 
-EXAMPLES = {"positions": '{"subject": "Peter", "verb": 3}', "facts": '{"boxes": 5}'}
+def _corrupt_positions(number: int, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """None where the column is not there, or is empty."""
+    empty = record.get("corrupt_positions") in (None, "")
+    return None if empty else _mapping(number, record, "corrupt_positions")
+
+
+PLACES = '{"subject": "Peter", "verb": 3}'
+EXAMPLES = {"positions": PLACES, "corrupt_positions": PLACES, "facts": '{"boxes": 5}'}
 
 
 def _facts(number: int, record: Mapping[str, Any]) -> dict[str, int] | None:

@@ -6,7 +6,7 @@ token and every token; whoever names them must mean that.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -39,25 +39,30 @@ def position_mask(positions: Mapping[str, Bool[Tensor, "batch pos"]], name: str)
     return positions[name]
 
 
-def named_positions(pair: Pair, offsets: Sequence[Span]) -> dict[str, list[int]]:
-    """Name -> token numbers, without `last` and `all`. Errors: `InputError` for a position that is none, or a reserved
-    name for something else."""
-    places = {name: token_indices(name, where, pair.clean, offsets) for name, where in pair.positions.items()}
+def named_positions(
+    pair: Pair, offsets: Sequence[Span], side: Literal["clean", "corrupt"] = "clean"
+) -> dict[str, list[int]]:
+    """Name -> token numbers of one of the prompts, without `last` and `all`. Errors: `InputError` for a position that
+    is none, or a reserved name for something else."""
+    named, text = (pair.positions, pair.clean) if side == "clean" else (pair.corrupt_positions or {}, pair.corrupt)
+    places = {name: token_indices(name, where, text, offsets, side) for name, where in named.items()}
     meant = {"last": [len(offsets) - 1], "all": list(range(len(offsets)))}
     for name in RESERVED:
         if places.get(name, meant[name]) != meant[name]:
             raise InputError(
-                f"position {name!r} is {pair.positions[name]!r:.60}, but {name!r} always means "
+                f"position {name!r} is {named[name]!r:.60}, but {name!r} always means "
                 f"{'the last token' if name == 'last' else 'every token'}; leave it out, or choose another name."
             )
     return {name: tokens for name, tokens in places.items() if name not in RESERVED}
 
 
-def token_indices(name: str, where: Any, text: str, offsets: Sequence[Span]) -> list[int]:
+def token_indices(
+    name: str, where: Any, text: str, offsets: Sequence[Span], side: Literal["clean", "corrupt"] = "clean"
+) -> list[int]:
     """Where a named position is, as token indices in order. Errors: `InputError` where it is missing, out of range, or
     no position at all."""
     if isinstance(where, str):
-        return [_piece(name, where, text, offsets)[-1]]
+        return [_piece(name, where, text, offsets, side)[-1]]
     indices: set[int] = set()
     for entry in entries_of(name, where):
         if isinstance(entry, int):
@@ -99,10 +104,10 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _piece(name: str, piece: str, text: str, offsets: Sequence[Span]) -> list[int]:
+def _piece(name: str, piece: str, text: str, offsets: Sequence[Span], side: str) -> list[int]:
     start = text.rfind(piece)
     if start < 0:
-        raise InputError(f"position {name!r} is {piece!r:.60}, which the clean prompt does not contain.")
+        raise InputError(f"position {name!r} is {piece!r:.60}, which the {side} prompt does not contain.")
     tokens = covering(offsets, start, start + len(piece))
     if not tokens:
         raise InputError(f"position {name!r} is {piece!r:.60}, in which no token stands; {REMEDY}.")

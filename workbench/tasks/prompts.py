@@ -1,7 +1,7 @@
 """How a prompt is put to a model: chat template, BOS, padding, answers of several tokens. All explicit, all off by
 default.
 
-A chat template wraps both prompts of a pair in the same turns, so that they stay of equal length, and the named
+A chat template wraps both prompts of a pair in the same turns, so that prompts of equal length stay so, and the named
 positions move along:
 - `user`: the prompt is the user's message and the answer begins the reply, without the space before it (many words are
   several byte-pair tokens
@@ -12,7 +12,7 @@ Templates that write a BOS themselves are refused together with `prepend_bos`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -81,13 +81,15 @@ class PromptSettings(PromptConfig):
 
     def _wrap(self, number: int, pair: Pair, tokenizer: Any) -> Pair:
         clean, start = self._turns(number, pair.clean, tokenizer)
-        corrupt, _ = self._turns(number, pair.corrupt, tokenizer)
+        corrupt, other = self._turns(number, pair.corrupt, tokenizer)
         answers: dict[str, Any] = {name: getattr(pair, name) for name in ("answer", "distractor", "corrupt_answer")}
         if self.chat == "user":
             answers = {name: None if word is None else word.lstrip() for name, word in answers.items()}
             several = {name: getattr(pair, name) for name in ("more_answers", "more_distractors")}
             answers |= {name: tuple(word.lstrip() for word in words) for name, words in several.items()}
-        return replace(pair, clean=clean, corrupt=corrupt, positions=_moved(number, pair, tokenizer, start), **answers)
+        positions = _moved(number, pair, tokenizer, start)
+        moved = None if pair.corrupt_positions is None else _moved(number, pair, tokenizer, other, "corrupt")
+        return replace(pair, clean=clean, corrupt=corrupt, positions=positions, corrupt_positions=moved, **answers)
 
     def _turns(self, number: int, prompt: str, tokenizer: Any) -> tuple[str, int]:
         """The text of all turns, and the character where the prompt begins."""
@@ -109,17 +111,19 @@ class PromptSettings(PromptConfig):
         return text, start
 
 
-def _moved(number: int, pair: Pair, tokenizer: Any, start: int) -> dict[str, Any]:
-    """The named positions of the bare prompt as characters of the wrapped one."""
-    offsets = tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+def _moved(
+    number: int, pair: Pair, tokenizer: Any, start: int, side: Literal["clean", "corrupt"] = "clean"
+) -> dict[str, Any]:
+    """The named positions of one of the bare prompts as characters of the wrapped one."""
+    text, column = (pair.clean, "positions") if side == "clean" else (pair.corrupt, "corrupt_positions")
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     try:
-        places = named_positions(pair, offsets)
+        places = named_positions(pair, offsets, side)
     except InputError as error:
-        raise RowError(number, str(error), "positions") from None
+        raise RowError(number, str(error), column) from None
     moved = {name: [offsets[index] for index in tokens] for name, tokens in places.items()}
     return {
-        name: tuple((start + _visible(pair.clean, *span), start + span[1]) for span in spans)
-        for name, spans in moved.items()
+        name: tuple((start + _visible(text, *span), start + span[1]) for span in spans) for name, spans in moved.items()
     }
 
 

@@ -72,7 +72,7 @@ def _without_gaps(row: Any) -> Any:
         return row
     gaps = {
         column: {name: value for name, value in row[column].items() if value is not None}
-        for column in ("positions", "facts")
+        for column in ("positions", "corrupt_positions", "facts")
         if isinstance(row.get(column), Mapping)
     }
     return {**row, **gaps}

@@ -110,8 +110,9 @@ def read_pairs(
 ) -> PromptPairs:
     """Your own pairs in the model's tokens: a JSONL, CSV or Parquet file, a `datasets.Dataset`, or a hub id.
 
-    Columns: clean, corrupt (equally many tokens), answer, distractor (one token each, with the space before it, or a
-    list of those: a set), and if you like positions: name -> a piece of the clean prompt, or token indices. Or the
+    Columns: clean, corrupt (equally many tokens, or other numbers of them where `corrupt_positions` is given), answer,
+    distractor (one token each, with the space before it, or a list of those: a set), and if you like positions: name ->
+    a piece of the clean prompt, or token indices; `corrupt_positions`: the same names in the corrupt prompt. Or the
     columns of MIB's tasks (`workbench.tasks.mib`), as in `read_pairs("mib-bench/ioi", model, split="test")`, with
     another `counterfactual` than the task's own. `split`: of a hub id. `skip_bad_rows`: leave bad rows out, log a table
     of them, and count them in the pairs' `origin`. Errors: `InputError` with a table of all bad rows.
@@ -127,7 +128,7 @@ def read_pairs(
             pairs, model, theirs, Origin(name=name), settings, problems=problems, skip_bad_rows=skip_bad_rows
         )
     except json.JSONDecodeError as error:
-        raise InputError(f"{name}: a column `positions` or `facts` is not JSON ({error}).") from None
+        raise InputError(f"{name}: a column of positions or `facts` is not JSON ({error}).") from None
 
 
 def _tokenizers(model: HookedModel, teacher: HookedModel | None) -> tuple[Any, Any | None]:

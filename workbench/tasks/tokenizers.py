@@ -85,16 +85,18 @@ def _refuse_unreadable(number: int, pair: Pair, tokenizer: Any, settings: Prompt
 def refuse_token_indices(number: int, pair: Pair) -> None:
     """Refuse positions that are the numbers of tokens, which are other words in other tokens. `last` and `all` mean the
     same in any."""
+    sides = {"clean": pair.positions, "corrupt": pair.corrupt_positions or {}}
     try:
-        numbered = [name for name in by_index(pair.positions) if name not in RESERVED]
+        numbered = [(name, side) for side in sides for name in by_index(sides[side]) if name not in RESERVED]
     except InputError as error:
         raise RowError(number, str(error)) from None
     if numbered:
+        name, side = numbered[0]
         raise RowError(
             number,
-            f"position {numbered[0]!r} is given by token index, but the models have different tokenizers; give a piece "
-            "of the clean prompt.",
-            "positions",
+            f"position {name!r} is given by token index, but the models have different tokenizers; give a piece "
+            f"of the {side} prompt.",
+            "positions" if side == "clean" else "corrupt_positions",
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
+from workbench.patching.counterfactual import corrupt_activations
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Embedding, Head, Mlp, PathEnd, Position, Receiver, Sender
 
@@ -30,7 +31,7 @@ class HookedPatcher:
             *(name(layer) for layer in range(model.n_layers) for name in (hooks.z, hooks.mlp_output)),
         ]
         self.clean_logits, self.clean = model.activations(pairs.clean, pairs.mask, names)
-        self.corrupt_logits, self.corrupt = model.activations(pairs.corrupt, pairs.mask, names)
+        self.corrupt_logits, self.corrupt = corrupt_activations(model, pairs, names)
 
     @torch.no_grad()
     def logits(
@@ -45,6 +46,7 @@ class HookedPatcher:
         """Patched final logits when the senders jointly take their corrupt outputs at a position, along paths to the
         receivers."""
         where = self.pairs.position(position)
+        self.pairs.require_counterparts(where)
         frozen = self._frozen_run_edits(senders, where, freeze_mlps)
         if not receivers:
             with hooks.edit(self.model.model, frozen):
