@@ -121,3 +121,19 @@ def test_norms_after_attention_are_taken_anew(model, padded, values):
     for gone in ("heads at a position", "much"):
         test_what_is_left_equals_hooked_forwards(model, padded, values, gone)
     test_removing_at_once_or_one_by_one_gives_the_same_bits(model, padded, values)
+
+
+def test_a_copy_is_a_run_of_its_own(model: Teacher, padded: PromptPairs, values: StandIns) -> None:
+    """What is removed from a copy is the same as what is removed from a new run, to the bit; the run it was made of
+    stays as it was."""
+    gone = places(padded, *GONE["much"])
+    for whole, anew in zip(both(model, padded, values), both(model, padded, values), strict=True):
+        before = whole.logits.clone()
+        copy = whole.copy()
+        copy.remove(*gone)
+        anew.remove(*gone)
+        assert torch.equal(copy.logits, anew.logits)
+        assert torch.equal(whole.logits, before)
+        assert float((copy.logits - before).abs().max()) > 100 * ROUNDING
+        whole.remove(*gone)
+        assert torch.equal(whole.logits, anew.logits)
