@@ -102,7 +102,7 @@ class Remains:
         self._run(0)
 
     def copy(self) -> "Remains":
-        """The same run, from which parts are removed without removing them here. Tensors are shared until they change."""
+        """The same run, to remove parts from without removing them here; tensors are shared until they change."""
         other = copy.copy(self)
         other.layers = [replace(layer, removed=layer.removed.clone()) for layer in self.layers]
         return other
