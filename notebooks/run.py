@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
@@ -23,15 +24,16 @@ FAST: Mapping[str, Mapping[str, str]] = {
     "01_explore_a_model": {"prompts=24": "prompts=6"},
     "02_find_a_circuit": {
         'scenes=4, split="calibration"': 'scenes=2, split="calibration"',
-        'scenes=12, split="test"': 'scenes=4, split="test"',
+        'scenes=12, split="test"': 'scenes=3, split="test"',
         "random_rankings=5": "random_rankings=2",
         "draws=3": "draws=1",
         "draws=8": "draws=2",
+        "few = pairs[:7]": "few = pairs[:3]",
     },
     "03_match_and_distil": {
         'scenes=10, split="train"': 'scenes=6, split="train"',
         'scenes=40, split="test"': 'scenes=10, split="test"',
-        "steps=80": "steps=25",
+        "steps=80": "steps=20",
         "random_circuits=3": "random_circuits=1",
     },
     "04_your_own_model_and_task": {
@@ -84,12 +86,23 @@ def fast(notebook: Any, changes: Mapping[str, str]) -> Any:
     return notebook
 
 
-def executed(path: Path, *, whole: bool = False) -> Any:
-    """The notebook after a run in a fresh kernel, in its fast form unless `whole`. Raises what a cell raises."""
+def executed(path: Path, *, whole: bool = False, kernel: KernelManager | None = None) -> Any:
+    """The notebook after a run in a fresh kernel, in its fast form unless `whole`. Raises what a cell raises.
+
+    `kernel`: one that several notebooks share, each beginning without names; what they import is imported once.
+    """
     notebook = nbformat.read(path, as_version=4)
     if not whole:
         fast(notebook, FAST.get(path.stem, {}))
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    settings: dict[str, Any] = {"timeout": 900, "resources": {"metadata": {"path": str(HERE)}}}
+    if kernel is None:
+        NotebookClient(notebook, kernel_name="python3", **settings).execute()
+        return notebook
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = NotebookClient(notebook, km=kernel, **settings)
+    client.execute()
+    client.kc.stop_channels()
+    notebook.cells.pop(0)
     return notebook
 
 

@@ -10,6 +10,7 @@ import threading
 import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # prompts are read one by one: threads would wait for each other
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -137,6 +138,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each supported architecture in turn."""
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what comes last then is short, and no process waits long for the others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 class Pool:

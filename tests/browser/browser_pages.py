@@ -36,8 +36,8 @@ class Watched:
         ]
 
 
-def watched_page() -> Iterator[Watched]:
-    """A page in headless Chromium."""
+def headless_chromium() -> Iterator[Any]:
+    """A headless Chromium, which all tests of a file share."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
     )
@@ -45,19 +45,24 @@ def watched_page() -> Iterator[Watched]:
         pytest.skip("no Chromium on this machine (apt-get install -y chromium)")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(PATIENCE)
-        seen = Watched(page)
-        page.on("request", lambda request: seen.requests.append(request.url))
-        page.on(
-            "console",
-            lambda message: (
-                seen.errors.append(f"{message.text} {message.location}") if message.type == "error" else None
-            ),
-        )
-        page.on("pageerror", lambda error: seen.errors.append(str(error)))
-        yield seen
+        yield browser
         browser.close()
+
+
+def watched_page(chromium: Any) -> Iterator[Watched]:
+    """A page in a context of its own: nothing is left of what other tests stored or emulated."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    seen = Watched(page)
+    page.on("request", lambda request: seen.requests.append(request.url))
+    page.on(
+        "console",
+        lambda message: seen.errors.append(f"{message.text} {message.location}") if message.type == "error" else None,
+    )
+    page.on("pageerror", lambda error: seen.errors.append(str(error)))
+    yield seen
+    context.close()
 
 
 Serve = Callable[..., tuple["subprocess.Popen[str]", Callable[[str], str]]]

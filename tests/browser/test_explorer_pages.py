@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_pages import ROOT, Serve, Watched, serving, watched_page
+from browser_pages import ROOT, Serve, Watched, headless_chromium, serving, watched_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(2400)]
+chromium = pytest.fixture(headless_chromium, scope="module", name="chromium")
 watched, serve = pytest.fixture(watched_page, name="watched"), pytest.fixture(serving, name="serve")
 HEAD, OTHER = "L0H5", "L0H4"
 RECOVERED = '[data-circuit="teacher"] [data-meter="logit difference recovered"]'
@@ -104,9 +105,8 @@ def reproduces(page: Any) -> None:
 def test_the_command_lines_page(
     watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, line_with = serve(
-        "-m", "workbench.cli", "explore", "--folder", str(tmp_path), log=tmp_path / "serve.log", cwd=ROOT
-    )
+    words = ("explore", "--prompts", "4", "--folder", str(tmp_path))
+    _, line_with = serve("-m", "workbench.cli", *words, log=tmp_path / "serve.log", cwd=ROOT)
     page = watched.page
     page.goto(line_with("http://").split()[-1])
     settle(page)
@@ -330,6 +330,7 @@ def typed(page: Any) -> None:
     assert page.locator('[data-circuit="teacher"] .chip').count() == 2
 
 
+@pytest.mark.lengthy
 def test_jupyterlab(watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import nbformat  # its import costs seconds, which the tests' collection need not wait for
 

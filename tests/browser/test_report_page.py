@@ -3,12 +3,12 @@ printed, nothing fetched."""
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_pages import Watched, watched_page
+from browser_pages import Watched, headless_chromium, watched_page
 from plotly import graph_objects as go
 
 from tests.plots.plot_results import figures, results
@@ -18,6 +18,7 @@ from workbench.plots.theme import DARK, LIGHT
 from workbench.report.page import Section, report_html
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1200)]
+chromium = pytest.fixture(headless_chromium, scope="module", name="chromium")
 watched = pytest.fixture(watched_page, name="watched")
 DRAWN = "document.querySelectorAll('figure .main-svg').length"
 LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
@@ -85,10 +86,11 @@ def test_printing_draws_what_is_still_waiting(watched: Watched, tmp_path: Path) 
 @pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.lengthy)])
 def test_a_phone_shows_every_figure_whole(watched: Watched, tmp_path: Path, scheme: Any) -> None:
     """Nothing is wider than the screen, the page has the system's colours, and a wider window draws them wide again."""
+    drawn = cache(figures)
     sections = [
         Section(
             heading=name,
-            figure=partial(lambda theme, name: figures(theme)[name], name=name),
+            figure=partial(lambda theme, name: drawn(theme)[name], name=name),
             html=results_html(results()),
         )
         for name in ("heads", "results", "matching change", "CKA change")

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.browser.browser_pages import Watched, watched_page
+from tests.browser.browser_pages import Watched, headless_chromium, watched_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
+chromium = pytest.fixture(headless_chromium, scope="module")
 page = pytest.fixture(watched_page)
+searched = pytest.fixture(watched_page, scope="module")
+"""The page of all questions: it makes its index once."""
 PAGES = ("index", "start", "guides/patching", "results/index", "results/scenes", "concepts/glossary", "architecture")
 WIDE = ("results/methods", "results/lineage", "guides/train_at_length", "reference/by-name/patching-and-ablation")
 """Pages whose tables or code are wider than a telephone."""
@@ -49,40 +52,48 @@ def address(site: Path) -> Iterator[str]:
     server.server_close()
 
 
-def first_result(page: Any, home: str, question: str) -> str:
+RESULT = ".md-search-result__item a.md-search-result__link"
+
+
+def first_result(page: Any, question: str) -> str:
     """The address of what the search puts first."""
-    page.goto(home)
+    page.evaluate("document.querySelectorAll('.md-search-result__item').forEach(each => each.remove())")
     page.fill("input.md-search__input", question)
-    found = page.wait_for_selector(".md-search-result__item a.md-search-result__link", state="attached")
+    page.press("input.md-search__input", "End")  # the page listens to keys
+    page.wait_for_selector(RESULT, state="attached")
     page.wait_for_timeout(500)  # the list is drawn anew while words arrive
-    found = page.query_selector(".md-search-result__item a.md-search-result__link")
-    return found.evaluate("link => link.href")
+    return page.query_selector(RESULT).evaluate("link => link.href")
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_the_search_leads_to_guides_and_public_names(page: Watched, address: str, question: str) -> None:
-    found = first_result(page.page, f"{address}index.html", question)
+def test_the_search_leads_to_guides_and_public_names(searched: Watched, address: str, question: str) -> None:
+    if not searched.requests:
+        searched.page.goto(f"{address}index.html")
+    found = first_result(searched.page, question)
     assert found.split("?")[0].removeprefix(address).removesuffix(".html") in QUESTIONS[question]
-    assert not page.errors
-    assert not page.left_loopback()
+    assert not searched.errors
+    assert not searched.left_loopback()
 
 
 def test_the_search_works_from_the_disk(page: Watched, site: Path) -> None:
     question = next(iter(QUESTIONS))
-    found = first_result(page.page, f"file://{site}/index.html", question)
+    page.page.goto(f"file://{site}/index.html")
+    found = first_result(page.page, question)
     assert found.split("?")[0].removeprefix(f"file://{site}/").removesuffix(".html") in QUESTIONS[question]
     assert not [url for url in page.requests if not url.startswith(("file:", "data:", "blob:"))]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
-def test_no_page_scrolls_sideways(page: Watched, address: str, width: int, scheme: str) -> None:
-    page.page.set_viewport_size({"width": width, "height": 900})
+def test_no_page_scrolls_sideways(page: Watched, address: str, scheme: str) -> None:
     page.page.emulate_media(color_scheme=scheme)
     for name in (*PAGES, *WIDE):
-        page.page.goto(f"{address}{name}.html")
-        extra = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert page.page.evaluate(extra) <= 0, f"{name} scrolls sideways at {width} pixels"
+        for width in (1440, 390):
+            page.page.set_viewport_size({"width": width, "height": 900})
+            if width == 1440:
+                page.page.goto(f"{address}{name}.html")
+            extra = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            assert page.page.evaluate("innerWidth") == width
+            assert page.page.evaluate(extra) <= 0, f"{name} scrolls sideways at {width} pixels"
         shown = page.page.evaluate("document.body.getAttribute('data-md-color-scheme')")
         assert shown == ("slate" if scheme == "dark" else "default")
     assert not page.errors

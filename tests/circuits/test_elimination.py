@@ -105,7 +105,7 @@ def test_positions_are_found_where_heads_act(known, pairs, reference):  # noqa: 
 
 @pytest.mark.parametrize("criterion", ["log_probability", "logit_difference", "kl_divergence"])
 def test_replay_and_hooks_agree(load_teacher, criterion):
-    model, some = load_teacher("llama"), entity_pairs(scenes=2)
+    model, some = load_teacher("llama", layers=2), entity_pairs(scenes=2)
     means = reference_means(model, entity_pairs(scenes=3, seed=5))
     config = EliminationConfig(criterion=criterion, to_the_end=True, mlps=True)
     fast, slow = (

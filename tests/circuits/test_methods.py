@@ -24,8 +24,11 @@ from workbench.circuits.search_curve import SearchCurve
 from workbench.circuits.search_result import CircuitSearch
 from workbench.cli import main
 from workbench.errors import InputError
+from workbench.experiment.discover import discover
 from workbench.experiment.origins import stated
 from workbench.experiment.recipe import read_recipe, to_plain
+from workbench.experiment.run import Run
+from workbench.experiment.runs import RunFolder
 from workbench.patching.ablation import ablated_logits, reference_means
 from workbench.patching.attribution import attribute_edges
 from workbench.patching.execution import Execution
@@ -208,7 +211,9 @@ def test_a_recipe_reaches_every_method(recipe, tmp_path: Path, monkeypatch, name
     if name == "elimination":
         assert {member["position"] for member in circuit["members"]} <= {"last", "not last"}
     (tmp_path / "run" / "circuits" / "teacher.json").unlink()
-    assert main(["discover", "--recipe", str(file), "--out", str(tmp_path / "run"), "--quiet", "--resume"]) == 0
+    again = Run(read_recipe(file), RunFolder(tmp_path / "run"))
+    again.begin(resume=True)
+    discover(again)
     assert json.loads((tmp_path / "run" / "circuits" / "teacher.json").read_text()) == circuit
 
 

@@ -281,7 +281,7 @@ def test_what_goes_on_after_an_interruption(words: list[str], advice: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.lengthy), signal.SIGTERM])
 def test_signals_end_a_command_with_its_advice(number: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "workbench", "explore", "--prompts", "4"],

@@ -197,8 +197,11 @@ def test_the_plan_fits_one_accelerator(name: str) -> None:
 
 
 def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", NAMES[0], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == tables.planned(NAMES[0])
+    small = {"data.train_scenes": 30, "data.validation_scenes": 10, "data.test_scenes": 10}
+    assert main(["plan", NAMES[0], "--json", *(f"--set={key}={value}" for key, value in small.items())]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads(json.dumps(plan_of(NAMES[0], overrides=small).to_json()))
+    assert shown != tables.planned(NAMES[0]), "it is of the recipe as it was changed"
 
 
 def test_the_page_of_costs_is_what_the_plans_say() -> None:

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,27 @@ def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """One for all notebooks, each of which begins without names: in a fresh one the imports take longer than most
+    notebooks do."""
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager(kernel_name="python3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PLOTLY_RENDERER", "json")
+        yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings(
     "ignore"
 )  # of the kernel's own machinery; a cell that warns is not hidden by it: cells run in another process
-def test_a_notebook_runs(path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PLOTLY_RENDERER", "json")
-    notebook = runner().executed(path)
+def test_a_notebook_runs(path, kernel):
+    notebook = runner().executed(path, kernel=kernel)
     assert any(cell.get("outputs") for cell in notebook.cells)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,22 +17,33 @@ from workbench.patching.replacement import Replacement, Zero, counterfactual_out
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Mlp
 
-ARCHITECTURES = ("llama-mha", "llama", "llama-mqa", "gpt2", "neox")
+CASES = (
+    ("llama-mha", "left"),
+    *((architecture, side) for architecture in ("llama", "gpt2", "neox") for side in ("left", "right")),
+    ("llama-mqa", "right"),
+)
+"""Architectures and the side of their padding: each architecture that differs in kind with both."""
 ROUNDING = 2e-5
 """Largest difference of float32 logits of size 1 to 10; every effect that is compared is at least 100 times larger."""
 MEMORY = 1 << 28
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def model(request: pytest.FixtureRequest, model_folder: Callable[..., Path]) -> Teacher:
-    """Each architecture."""
-    return Teacher.load(model_folder(request.param))
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """An architecture, and the side on which prompts are padded."""
+    return request.param
 
 
-@pytest.fixture(scope="module", params=["left", "right"])
-def padded(request: pytest.FixtureRequest) -> PromptPairs:
+@pytest.fixture(scope="module")
+def model(case: tuple[str, Any], model_folder: Callable[..., Path]) -> Teacher:
+    """The architecture with random weights."""
+    return Teacher.load(model_folder(case[0]))
+
+
+@pytest.fixture(scope="module")
+def padded(case: tuple[str, Any]) -> PromptPairs:
     """Prompts of unequal length, padded."""
-    return uneven_pairs(request.param)
+    return uneven_pairs(case[1])
 
 
 @pytest.fixture(scope="module", params=["counterfactual", "zero", "pooled mean"])
@@ -87,13 +99,13 @@ def test_what_is_left_equals_hooked_forwards(model, padded, values, gone):
     for place in places(padded, *GONE[gone]):  # one after another, as elimination goes
         fast.remove(place)
         slow.remove(place)
-    same(fast.logits, slow.logits)
+    candidates, left = places(padded, *CANDIDATES), slow.logits
+    same(fast.logits, left)
     assert not GONE[gone] or float((fast.logits - whole).abs().max()) > 100 * ROUNDING
-    candidates = places(padded, *CANDIDATES)
     expected = dict(slow.without_each(candidates))
     for number, logits in fast.without_each(candidates):
         same(logits, expected[number])
-    changed = [float((expected[number] - slow.logits).abs().max()) > 100 * ROUNDING for number in expected]
+    changed = [float((expected[number] - left).abs().max()) > 100 * ROUNDING for number in expected]
     assert sum(changed) >= 4, "the candidates do something"
 
 
@@ -116,8 +128,24 @@ def test_a_small_memory_changes_nothing_beyond_rounding(model, padded, values):
         same(logits, expected[number])
 
 
-@pytest.mark.parametrize(("model", "padded", "values"), [("gemma2", "left", "pooled mean")], indirect=True)
+@pytest.mark.parametrize(("case", "values"), [(("gemma2", "left"), "pooled mean")], indirect=True)
 def test_norms_after_attention_are_taken_anew(model, padded, values):
     for gone in ("heads at a position", "much"):
         test_what_is_left_equals_hooked_forwards(model, padded, values, gone)
     test_removing_at_once_or_one_by_one_gives_the_same_bits(model, padded, values)
+
+
+def test_a_copy_is_a_run_of_its_own(model: Teacher, padded: PromptPairs, values: StandIns) -> None:
+    """What is removed from a copy is the same as what is removed from a new run, to the bit; the run it was made of
+    stays as it was."""
+    gone = places(padded, *GONE["much"])
+    for whole, anew in zip(both(model, padded, values), both(model, padded, values), strict=True):
+        before = whole.logits.clone()
+        copy = whole.copy()
+        copy.remove(*gone)
+        anew.remove(*gone)
+        assert torch.equal(copy.logits, anew.logits)
+        assert torch.equal(whole.logits, before)
+        assert float((copy.logits - before).abs().max()) > 100 * ROUNDING
+        whole.remove(*gone)
+        assert torch.equal(whole.logits, anew.logits)

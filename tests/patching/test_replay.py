@@ -32,7 +32,12 @@ from workbench.tasks.base import PromptPairs
 from workbench.values.metrics import log_probability, logit_difference
 from workbench.values.refs import Embedding, Head, Mlp, Receiver
 
-ARCHITECTURES = ("llama-mha", "llama", "llama-mqa", "gpt2", "neox")
+CASES = (
+    ("llama-mha", "left"),
+    *((architecture, side) for architecture in ("llama", "gpt2", "neox") for side in ("left", "right")),
+    ("llama-mqa", "right"),
+)
+"""Architectures and the side of their padding: each architecture that differs in kind with both."""
 ROUNDING = 2e-5
 """Largest difference of float32 logits of size 1 to 10; every effect that is compared is at least 100 times larger."""
 SENDERS: dict[str, frozenset[Any]] = {
@@ -53,16 +58,22 @@ RECEIVERS: dict[str, tuple[Any, ...]] = {
 POSITIONS = (("all", "all"), ("last", "last"), ("all", "labels"), ("labels", "all"))
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def model(request: pytest.FixtureRequest, model_folder: Callable[..., Path]) -> Teacher:
-    """Each architecture."""
-    return Teacher.load(model_folder(request.param))
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """An architecture, and the side on which prompts are padded."""
+    return request.param
 
 
-@pytest.fixture(scope="module", params=["left", "right"])
-def padded(request: pytest.FixtureRequest) -> PromptPairs:
+@pytest.fixture(scope="module")
+def model(case: tuple[str, Any], model_folder: Callable[..., Path]) -> Teacher:
+    """The architecture with random weights."""
+    return Teacher.load(model_folder(case[0]))
+
+
+@pytest.fixture(scope="module")
+def padded(case: tuple[str, Any]) -> PromptPairs:
     """Prompts of unequal length, padded."""
-    return uneven_pairs(request.param)
+    return uneven_pairs(case[1])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,7 @@ def test_patched_logits_equal_hooked_forwards(both, senders, receivers, freeze_m
     assert_patched_the_same(*both, senders, receivers, freeze_mlps)
 
 
-@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("case", [each for each in CASES if each[0] == "llama"], indirect=True)
 @pytest.mark.parametrize(
     ("senders", "receivers", "freeze_mlps"), [each for each in COMBINATIONS if each not in COVERING]
 )
@@ -320,7 +331,7 @@ def test_a_sweep_of_paths_is_what_the_hooked_engine_scores(model, padded):
         assert_same(scores.at(head), expected, torch.zeros(()))
 
 
-@pytest.mark.parametrize(("model", "padded"), [("gemma2", "left"), ("mixtral", "right")], indirect=True)
+@pytest.mark.parametrize("case", [("gemma2", "left"), ("mixtral", "right")], indirect=True)
 def test_norms_after_attention_and_mixtures_of_experts_are_replayed_exactly(model, padded, both):
     """Each of the ways above in one: a norm stands in front of the residual stream, or experts are chosen anew."""
     assert model.has_post_norms == ("gemma2" in model.name)

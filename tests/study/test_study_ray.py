@@ -72,6 +72,7 @@ def on_ray(recipe: Path, out: Path, *words: str) -> subprocess.Popen[str]:
         "1",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["RAY_worker_niceness"] = "0"  # at Ray's own 15 they hardly run where other tests are at work
     environment.pop("RAY_ADDRESS", None)
     command += ["--launcher", "ray", "--workers", "2", *words]
     return subprocess.Popen(
@@ -109,8 +110,12 @@ def files(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
 def test_a_study_on_ray_is_the_sequential_one(recipe: Path, tmp_path: Path) -> None:
+    """Two waves of two trials, so that both workers are at work in each: the choice of lambda, then the arms."""
+    few = {**yaml.safe_load(recipe.read_text()), "seeds": [1], "conditions": ["base", "circuit_ce_cka"]}
+    recipe.write_text(yaml.safe_dump(few, sort_keys=False))
     assert main(["study", "--recipe", str(recipe), "--out", str(tmp_path / "one"), "--threads", "1"]) == 0
     driver, killed = on_ray(recipe, tmp_path / "ray"), False
     while driver.poll() is None and not killed:

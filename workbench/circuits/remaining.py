@@ -45,12 +45,13 @@ class Remaining:
         self.stand_ins = [stand_ins(model, part, replacement, mlps=mlps) for part in self.pairs]
         self.runs = 0.0
         """Forwards over one prompt so far: what is left without one part counts 1, a forward with its backward 3."""
+        self._untouched = [self._whole_model(number) for number in range(len(self.pairs))]
         self.restart()
         self.whole = [each.logits for each in self.batches]
 
     def restart(self) -> None:
         """Nothing is removed."""
-        self.batches = [self._whole_model(number) for number in range(len(self.pairs))]
+        self.batches = [batch.copy() for batch in self._untouched]
 
     def _whole_model(self, number: int) -> Ablatable:
         pairs, values = self.pairs[number], self.stand_ins[number]
@@ -77,7 +78,7 @@ class Remaining:
         rows = []
         self.runs += sum(map(len, self.pairs))
         for number in range(len(self.pairs)):
-            batch = self._whole_model(number)
+            batch = self._untouched[number].copy()
             batch.remove(*self._places(number, parts))
             rows.append(self._measured(number, batch.logits))
         return torch.cat(rows, 1)

@@ -9,8 +9,9 @@ changes there, the candidates of all layers are stacked on one axis, and only th
 not know, and as the reference that tests and benchmarks hold it against.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,6 +100,12 @@ class Remains:
         ]
         self._weights: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
         self._run(0)
+
+    def copy(self) -> "Remains":
+        """The same run, to remove parts from without removing them here; tensors are shared until they change."""
+        other = copy.copy(self)
+        other.layers = [replace(layer, removed=layer.removed.clone()) for layer in self.layers]
+        return other
 
     def _bias(self, layer: int, like: Tensor) -> Tensor:
         bias = self.parts.blocks[layer].bias_o
@@ -326,6 +333,12 @@ class HookedRemains:
     def __init__(self, model: HookedModel, pairs: PromptPairs, stand_ins: StandIns) -> None:
         self.model, self.pairs, self.stand_ins = model, pairs, stand_ins
         self.removed: list[Place] = []
+
+    def copy(self) -> "HookedRemains":
+        """The same, from which parts are removed without removing them here."""
+        other = HookedRemains(self.model, self.pairs, self.stand_ins)
+        other.removed = [*self.removed]
+        return other
 
     @property
     def logits(self) -> Logits:
