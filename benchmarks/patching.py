@@ -101,7 +101,7 @@ def patch_to_heads() -> dict[str, Any]:
         clean = logit_difference(base[:, -1], pairs.answers, pairs.distractors).mean()
 
         def metric(logits: Tensor) -> Tensor:
-            return logit_difference(logits[:, -1], pairs.answers, pairs.distractors).mean() - clean
+            return clean - logit_difference(logits[:, -1], pairs.answers, pairs.distractors).mean()
 
         with torch.no_grad():
             return get_act_patch_direct_path(

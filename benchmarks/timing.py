@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EQUAL = 1000.0
+"""How many times smaller than the largest effect a difference must be for two ways to give the same numbers."""
 Product = tuple[int, int, int]
 """A matrix product: rows, inner width, columns."""
 
@@ -48,6 +50,8 @@ def compared(
     forward()
     _multiply(products)
     difference = float((found - expected).abs().max())
+    effect = float(expected.abs().max())
+    assert effect > EQUAL * difference, f"{name}: they differ by {difference:.2g}, the largest effect is {effect:.2g}"
     fast, slow, plain, floor = medians(
         ours, reference, forward, lambda: _multiply(products), repeats=repeats, warm=True
     )
@@ -55,7 +59,7 @@ def compared(
         "name": name,
         "ratio": round(slow / fast, 2),
         "max_abs_difference": difference,
-        "effect_over_difference": round(float(expected.abs().max()) / max(difference, 1e-30), 1),
+        "effect_over_difference": round(effect / max(difference, 1e-30), 1),
         "forwards": round(fast / plain, 2),
         "floor_ratio": round(fast / floor, 2),
         "seconds": round(fast, 4),

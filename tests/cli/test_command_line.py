@@ -133,6 +133,7 @@ def commands(*, taking: str) -> set[str]:
 
 def test_every_command_that_loads_a_model_takes_a_device_and_a_dtype() -> None:
     loading = {"demo", "discover", "match", "distill", "evaluate", "study", "explore", "check-model", "finetune"}
+    loading.add("generate")
     assert commands(taking="--device") == commands(taking="--dtype") == loading
     assert commands(taking="--quiet") == commands(taking="--log-file") == set(parser().get_default("known"))
 

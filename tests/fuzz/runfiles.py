@@ -24,7 +24,7 @@ from workbench.report.run import run_report
 from workbench.report.run_matches import read_ckas
 from workbench.report.study import study_report
 from workbench.storage import read_json, write_tensors
-from workbench.study.diagnostic import read_starts
+from workbench.study.diagnostic import read_known
 from workbench.study.grid import opened_study
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
@@ -83,7 +83,7 @@ def _doors() -> list[Door]:
         (read_json(RESULTS / "study_entity" / "study.json"), lambda path: opened_study(path.parent), "study.json"),
         (
             read_json(RESULTS / "study_entity" / "summary.json"),
-            lambda path: (read_starts(path.parent), study_report(path.parent)),
+            lambda path: (read_known(path.parent), study_report(path.parent)),
             "summary.json",
         ),
         (

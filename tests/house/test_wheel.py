@@ -117,7 +117,7 @@ def test_every_bundled_name_is_found_from_an_empty_folder(installed: Path, tmp_p
     code = (
         "from pathlib import Path\nfrom workbench.storage.assets import MODELS, located\n"
         "from workbench.experiment.recipe import bundled_recipes, read_recipe, read_yaml\n"
-        "from workbench.study.config import read_study\nfrom workbench.study.diagnostic import read_starts\n"
+        "from workbench.study.config import read_study\nfrom workbench.study.diagnostic import BUNDLED, read_known\n"
         "assert all((Path(located(name)) / 'config.json').is_file() for name in MODELS)\n"
         "assert (Path(located('assets/models/teacher')) / 'config.json').is_file()\n"
         "assert Path(located(read_yaml('smollm2_ioi')['data']['pairs'])).is_file()\n"
@@ -126,7 +126,7 @@ def test_every_bundled_name_is_found_from_an_empty_folder(installed: Path, tmp_p
         "    if each.kind == 'study':\n"
         "        for student in read_study(each.name).students.values():\n"
         "            assert (Path(located(student.source)) / 'config.json').is_file(), student\n"
-        "assert read_starts()[0]\nprint('all there')"
+        "assert all(read_known(folder).starts for folder in BUNDLED.values())\nprint('all there')"
     )
     assert "all there" in done(installed / "python", "-c", code, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ from workbench.matching.pair_cka import PairCka
 from workbench.report.run import run_report
 from workbench.report.run_matches import read_ckas
 from workbench.storage.checksums import note_file
-from workbench.study.diagnostic import read_starts
+from workbench.study.diagnostic import read_known
 from workbench.study.written import read_summary
 from workbench.values.refs import Head
 from workbench.values.scores import Scores
@@ -185,7 +185,7 @@ def test_the_committed_results_open_without_checksums() -> None:
         assert FaithfulnessCurve.from_json(value["curve"]).cpr
     for file in RESULTS.rglob("summary.json"):
         assert read_summary(file)["cells"]
-        assert read_starts(file.parent)
+        assert read_known(file.parent).starts
     for file in RESULTS.rglob("run.json"):
         assert RunFolder(file.parent).described()["recipe"]["teacher"]
     assert not list(RESULTS.rglob("*.sha256"))
