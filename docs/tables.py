@@ -104,7 +104,10 @@ WAITS = {
     ),
 }
 """What a person waits for -> benchmark, its field, the field's form, and what was aimed at."""
-DISCOVERIES = ("mind-teacher", "mind-student", "ioi-teacher", "operations-teacher", "entity-teacher")
+DISCOVERIES = (
+    *("mind-teacher", "mind-student", "ioi-teacher", "ioi-student"),
+    *("operations-teacher", "operations-student", "entity-teacher"),
+)
 """Subjects of `python -m docs.methods` that a page shows."""
 VARIANTS = {
     "as-it-is": "the method as it is",
