@@ -17,7 +17,7 @@ from workbench import storage
 from workbench.circuits.methods import ranked
 from workbench.cli import main
 from workbench.errors import InputError
-from workbench.experiment import arms, located
+from workbench.experiment import arms
 from workbench.experiment.distill import distill, trained_heads
 from workbench.experiment.recipe import RECIPES
 from workbench.models.hooked_model import Student
@@ -242,8 +242,6 @@ def test_a_bundled_study_passes_what_is_checked_before_it_begins(
     """At its first data size; the recipe's own size, which is never trained on, may be smaller than a batch."""
     config = read_study(name)
     first = next(iter(config.students))
-    if not (Path(located(config.students[first].source)) / "config.json").exists():
-        pytest.skip("its models are made first")
     few = {"train_scenes": config.train_scenes[:1], "students": {first: config.students[first]}}
     study, checked = Study(replace(config, **few), tmp_path / "study"), []
     monkeypatch.setattr(grid, "match", lambda run: checked.append(run))

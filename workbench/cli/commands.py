@@ -148,7 +148,7 @@ def discover(options: argparse.Namespace) -> None:
 def match(options: argparse.Namespace) -> None:
     """Circuits and the head map, and whether alignment is likely to help."""
     from workbench.experiment.match import match as match_circuits
-    from workbench.study.diagnostic import forecast_of
+    from workbench.study.diagnostic import BUNDLED, forecast_of
 
     run = _begun(options)
     match_circuits(run)
@@ -157,7 +157,7 @@ def match(options: argparse.Namespace) -> None:
     forecast = forecast_of(options.out, options.against, task=task)
     if forecast is not None:
         print(forecast.text())
-    elif options.against is None and (options.out / "ckas.json").exists():
+    elif options.against is None and task not in BUNDLED:
         print(
             f"Whether alignment will help is not forecast: no study of {task or 'these pairs'} comes with the "
             "workbench. Give the folder of one with --against."

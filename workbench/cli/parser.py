@@ -152,13 +152,7 @@ def _declare_plan(commands: Any) -> None:
     )
     command_parser = commands.add_parser("plan", help=summary, description=summary[0].upper() + summary[1:] + ".")
     command_parser.add_argument("recipe", help="a YAML file or a bundled recipe's name")
-    command_parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a recipe key, e.g. training.steps=20 or student=PATH",
-    )
+    _settings(command_parser, "override a recipe key, e.g. training.steps=20 or student=PATH")
     command_parser.add_argument(
         "--config",
         action="append",
@@ -252,9 +246,7 @@ def _declare_pretrain(commands: Any) -> None:
         default=Path("runs/pretrain"),
         help="where checkpoints go; a killed training goes on from there (default: %(default)s)",
     )
-    command_parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. lessons.seed=3"
-    )
+    _settings(command_parser, "override a setting, e.g. lessons.seed=3")
     _common(command_parser, run.pretrain_models, after=CHECKPOINTED)
 
 
@@ -279,13 +271,7 @@ def _declare_finetune(commands: Any) -> None:
     )
     command_parser.add_argument("--private", action="store_true", help="of --push-to-hub: a private repository")
     command_parser.add_argument("--work", type=Path, help="where checkpoints go (default: beside the model, NAME-work)")
-    command_parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting, e.g. model=PATH or steps=100",
-    )
+    _settings(command_parser, "override a setting, e.g. model=PATH or steps=100")
     _on_a_device(command_parser)
     _common(command_parser, run.finetune_model, check=run.check_finetuning, after=CHECKPOINTED)
 
@@ -300,13 +286,7 @@ def _declare_generate(commands: Any) -> None:
     command_parser.add_argument("model", help="a directory, hub id or GGUF file")
     command_parser.add_argument("--task", default="entity_tracking", help="whose prompts begin the rows (%(default)s)")
     command_parser.add_argument("--out", type=Path, required=True, help="the rows, a JSONL file")
-    command_parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a setting, e.g. rows=500 or options.boxes=5",
-    )
+    _settings(command_parser, "override a setting, e.g. rows=500 or options.boxes=5")
     _on_a_device(command_parser)
     _common(command_parser, run.generate_rows, after="the same command goes on with the rows that are missing")
 
@@ -326,13 +306,7 @@ def _declare_check_task(commands: Any) -> None:
     command_parser.add_argument(
         "--scenes", type=int, default=600, help="scenes drawn of each split (default: %(default)s)"
     )
-    command_parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the task, e.g. counterfactual=order",
-    )
+    _settings(command_parser, "an option of the task, e.g. counterfactual=order")
     _common(command_parser, run.check_task)
 
 
@@ -374,13 +348,7 @@ def _command(
         help="the run folder",
     )
     command_parser.add_argument("--resume", action="store_true", help="go on in a run folder that holds a run")
-    command_parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a recipe key, e.g. training.steps=20 or student=PATH",
-    )
+    _settings(command_parser, "override a recipe key, e.g. training.steps=20 or student=PATH")
     _skipping(command_parser)
     _on_a_device(command_parser)
     _common(command_parser, command, check=check, after=RESUMED)
@@ -411,6 +379,10 @@ def _with_workers(command_parser: argparse.ArgumentParser) -> None:
         help="train conditions and seeds on so many processes, one thread each, or `auto`: one for each free core, "
         "none where fewer than two are free; the same numbers for every N (default: one after another in this process)",
     )
+
+
+def _settings(command_parser: argparse.ArgumentParser, what: str) -> None:
+    command_parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
 
 
 def _on_a_device(
