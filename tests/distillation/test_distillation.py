@@ -94,7 +94,7 @@ def test_lambda_zero_equals_plain_head_only_fine_tuning_to_the_bit(
 ) -> None:
     """The plain loop is written out here: AdamW on copies of the slices, cross-entropy on the teacher's labels."""
     ours: Student = load_student(architecture)
-    config = PLAIN
+    config = replace(PLAIN, shared_prefixes=False)
     trained(ours, cache, config, tmp_path)
     plain: Student = load_student(architecture)
     parts = {f"{part.parameter}{part.index}": part for part in slices_of_heads(plain, HEADS)}

@@ -158,6 +158,10 @@ class TrainingConfig:
     """How the student's attention is computed: step by step, with a hook on each (`eager`), or in one kernel (`sdpa`):
     the numbers to float32 rounding, in 0.76 of a step's time for the bundled student, of long prompts in a wide model
     about as long. Not with activation `pattern`, and not in every family."""
+    shared_prefixes: bool = True
+    """Prompts of a batch that begin alike (the questions of a scene) run as one prefix and its continuations: losses
+    and gradients to float32 rounding. Where that is not so (dropout, bfloat16, answers of several tokens, activation
+    `pattern`, models whose attention asks for more than who sees whom), and on corrupt prompts, prompt by prompt."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -262,8 +262,9 @@ class Distillation:
 
 def _stated(config: TrainingConfig) -> dict[str, Any]:
     """The settings by which a training is known: later ones, its alignment's too, only where they are set, so that a
-    checkpoint from before there was a choice goes on."""
+    checkpoint from before there was a choice goes on; without the manner of computing the same."""
     settings = asdict(config)
+    del settings["shared_prefixes"]
     for name, before in (("attention", "eager"), ("answers", "whole")):
         if settings[name] == before:
             del settings[name]

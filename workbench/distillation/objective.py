@@ -24,6 +24,7 @@ from workbench.matching.head_rows import difference, hook_names, output_weights,
 from workbench.models.hooked_model import Student
 from workbench.patching.counterfactual import corrupt_activations
 from workbench.patching.interchange import interchanged_logits
+from workbench.patching.shared import rows_agree, shared_activations
 from workbench.tasks.base import PromptPairs
 from workbench.tasks.forcing import answer_columns, per_token
 
@@ -68,6 +69,17 @@ class Objective:
             answer_words(prompts) if prompts.teacher is not None and config.task_loss == "ce_teacher" else None
         )
         self._teacher_names = hook_names([pair.teacher for pair in pairs], config.activation) if self.aligned else []
+        self._shares = self._can_share()
+
+    def _can_share(self) -> bool:
+        """Whether prompts that begin alike can run as rows."""
+        config = self.config
+        if not config.shared_prefixes or config.precision != "full" or answer_columns(self.prompts) is not None:
+            return False
+        if self.similar and config.activation == "pattern":
+            return False
+        with self.student.training():
+            return rows_agree(self.student, self.prompts)
 
     def losses(self, index: Index) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " pairs"]]:
         """(task loss, alignment loss, CKA of each pair) of some prompts; None for a loss that is left out."""
@@ -91,13 +103,21 @@ class Objective:
     def _task_and_rows(
         self, index: Index, prompts: PromptPairs, corrupt: Mapping[str, Tensor] | None
     ) -> tuple[Tensor | None, list[Float[Tensor, "_ _"]]]:
-        with self._autocast():
-            logits, activations = self.student.activations(
-                prompts.clean, prompts.mask, self._names, gradients=True, columns=answer_columns(prompts)
-            )
+        logits, activations = self._live(prompts)
         if self.similar and self.settings.differs:
             activations = difference(activations, self._corrupt(prompts) if corrupt is None else corrupt)
         return self._task_loss(logits, index, prompts), self._student_rows(prompts, activations)
+
+    def _live(self, prompts: PromptPairs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits and activations on clean prompts, in the graph."""
+        if self._shares and not is_sharded(next(iter(self.student.parameters().values()))):
+            found = shared_activations(self.student, prompts, self._names, gradients=True)
+            if found is not None:
+                return found
+        with self._autocast():
+            return self.student.activations(
+                prompts.clean, prompts.mask, self._names, gradients=True, columns=answer_columns(prompts)
+            )
 
     def _corrupt(self, prompts: PromptPairs) -> dict[str, Tensor]:
         """The student's activations on the corrupt prompts, in the graph, as differences and interchanges need them."""

@@ -19,6 +19,7 @@ from workbench.models.hooked_model import HookedModel
 from workbench.patching.ablation import ablation_profiles, plain_logits
 from workbench.patching.attribution import exact_edges
 from workbench.patching.execution import Execution
+from workbench.patching.shared import shared_prefixes
 from workbench.values.metrics import metric_named
 from workbench.values.scores import Scores
 
@@ -28,7 +29,8 @@ log = logging.getLogger("workbench")
 def discover(run: Run) -> dict[str, Circuit]:
     """Ablation impacts, path effects and a circuit in each model on its own; writes scores and circuits."""
     run.prompts.require("reference", "discovery")
-    return {name: _discover(run, name, model) for name, model in run.both().items()}
+    with shared_prefixes(run.recipe.evaluation.shared_prefixes):
+        return {name: _discover(run, name, model) for name, model in run.both().items()}
 
 
 def _discover(run: Run, name: str, model: HookedModel) -> Circuit:

@@ -50,19 +50,22 @@ LATER: Mapping[str, Mapping[str, Any]] = {
         "learning_rates": {},
     },
     "discovery": {"options": {}, "replacement": "mean", "resamples": 0},
-    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "shared_prefixes": False, "attention": "eager"},
+    "evaluation": {"curve_scope": "everywhere", "curve_prompts": 300, "attention": "eager"},
     "training": {"attention": "eager", "answers": "whole"},
     "alignment": LATER_ALIGNMENT,
     "matching": {"compared": "activations"},
 }
 """Keys of a recipe, and of its parts, that came later, at what they were before there was a choice."""
+MANNERS = frozenset({"shared_prefixes"})
+"""Keys that say how the same is computed, not what."""
 
 
 def stated(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The settings of a recipe (`recipe`), or under a key of it, as they are digested: the later ones only where they
-    are set, so that a circuit or row from before is still of its recipe."""
+    are set, so that a circuit or row from before is still of its recipe, and no mere manner of computing."""
     later = LATER[key]
-    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
+    counted = {name: value for name, value in settings.items() if name not in MANNERS}
+    return {name: value for name, value in counted.items() if name not in later or value != later[name]}
 
 
 def to_metadata(origin: Origin) -> dict[str, str]:

@@ -117,10 +117,10 @@ class EvaluationConfig:
     edges: Annotated[int, Field(ge=0)] = 0
     """After discovery: on how many discovery prompts exact path effects among the circuit's heads are measured, for its
     graph; 0: not."""
-    shared_prefixes: bool = False
+    shared_prefixes: bool = True
     """Prompts that begin alike (the questions of a scene) run as one prefix and its continuations where whole models
-    are evaluated and heads are ablated everywhere: the same answers, logits to float32 rounding. Off: prompt by prompt,
-    to the bits of before."""
+    are evaluated and heads are ablated everywhere, in discovery's curve too: the same answers, logits to float32
+    rounding. Off: prompt by prompt."""
     attention: Attention = "eager"
     """Of whole models and ablated ones on the test prompts; see `training.attention`."""
     transfer: tuple[TransferConfig, ...] = ()

@@ -11,17 +11,19 @@ longer ones come), and rows are taken only where they agree.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench import seeds
 from workbench.models import hooks
 from workbench.models.hooked_model import HookedModel
 from workbench.tasks.base import PromptPairs
@@ -66,6 +68,8 @@ class Rows:
     """0 in the prefix, from 1 on in the continuations."""
     ends: Int[Tensor, "prompt 2"]
     """Row and slot of each prompt's last token."""
+    slots: Int[Tensor, "prompt pos"]
+    """The slot of each token of a prompt, in the prompt's row."""
 
     @property
     def visible(self) -> Bool[Tensor, "row 1 slot slot"]:
@@ -80,13 +84,18 @@ class Rows:
         prompt = self.prompt if value.shape[0] > 1 else torch.zeros_like(self.prompt)
         return value[prompt, self.place if value.shape[1] > 1 else torch.zeros_like(self.place)]
 
+    def back(self, value: Tensor) -> Tensor:
+        """[row slot ...] at the prompts' tokens: [prompt pos ...]."""
+        return value[self.ends[:, :1], self.slots]
+
 
 def rows_of(pairs: PromptPairs, alike: Bool[Tensor, "batch pos"] | None = None) -> Rows | None:
     """Consecutive prompts with a common beginning as rows, or None where that saves too little. `alike`: where what is
     done to a prompt equals what is done to the one before it."""
     groups = _groups(pairs, alike)
-    rows, ends = [], torch.zeros(len(pairs), 2, dtype=torch.long)
     length = pairs.clean.shape[1]
+    rows, ends = [], torch.zeros(len(pairs), 2, dtype=torch.long)
+    slots = torch.arange(length).repeat(len(pairs), 1)
     if sum(prefix + len(members) * (length - prefix) for members, prefix in groups) > WORTH * pairs.clean.numel():
         return None
     for number, (members, prefix) in enumerate(groups):
@@ -94,16 +103,18 @@ def rows_of(pairs: PromptPairs, alike: Bool[Tensor, "batch pos"] | None = None) 
         branch = torch.cat([torch.full_like(part, each) for each, part in enumerate(places)])
         prompt = torch.tensor([members[0], *members])[branch]
         rows.append((prompt, torch.cat(places), branch))
-        for member in members:
-            last = int(pairs.mask[member].nonzero().max())
-            ends[member] = torch.tensor([number, int(((prompt == member) & (rows[-1][1] == last)).nonzero().max())])
+        for earlier, member in enumerate(members):
+            slots[member, prefix:] += earlier * (length - prefix)
+            ends[member] = torch.tensor([number, int(slots[member, int(pairs.mask[member].nonzero().max())])])
     prompt, place, branch = (
         torch.nn.utils.rnn.pad_sequence([row[part] for row in rows], batch_first=True).to(pairs.clean.device)
         for part in range(3)
     )
     there = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True).bool()
     real = there.to(prompt.device) & pairs.mask[prompt, place]
-    return Rows(prompt=prompt, place=place, real=real, branch=branch, ends=ends.to(prompt.device))
+    return Rows(
+        prompt=prompt, place=place, real=real, branch=branch, ends=ends.to(prompt.device), slots=slots.to(prompt.device)
+    )
 
 
 def _groups(pairs: PromptPairs, alike: Tensor | None) -> list[tuple[list[int], int]]:
@@ -137,6 +148,38 @@ def shared_logits(
     if rows is None or not _agrees(model, pairs, stand_ins, rows):
         return None
     return _by_rows(model, pairs, stand_ins, rows)
+
+
+@torch.no_grad()
+def rows_agree(model: HookedModel, pairs: PromptPairs) -> bool:
+    """Whether prompts share enough, and the model in the mode that it is in (with dropout it does not) gives for a row
+    of them what it gives prompt by prompt."""
+    ordered = pairs.rows(_order(pairs))
+    rows = rows_of(ordered)
+    with seeds.local(0, "rows agree", device=model.device):
+        return rows is not None and _compared(model, ordered, {}, rows)
+
+
+def shared_activations(
+    model: HookedModel, pairs: PromptPairs, names: Sequence[str], *, gradients: bool = False
+) -> tuple[Float[Tensor, "batch d_vocab"], dict[str, Tensor]] | None:
+    """Final logits on the clean prompts and activations [batch pos ...] by hook name, as `HookedModel.activations`
+    gives them, from rows of the prompts in whatever order they stand; None where they share too little. Ask
+    `rows_agree` first."""
+    order = _order(pairs)
+    ordered = pairs.rows(order)
+    rows = rows_of(ordered)
+    if rows is None:
+        return None
+    with torch.set_grad_enabled(gradients), hooks.capture(model.model, names, detach=not gradients) as captured:
+        logits = _by_rows(model, ordered, {}, rows)
+    back = order.argsort()
+    return logits[back], {name: rows.back(value)[back] for name, value in captured.items()}
+
+
+def _order(pairs: PromptPairs) -> Int[Tensor, " batch"]:
+    """Prompts by their tokens, first to last: those with a common beginning stand together."""
+    return torch.from_numpy(np.lexsort(pairs.clean.cpu().numpy().T[::-1])).to(pairs.clean.device)
 
 
 def _full(value: Tensor) -> Tensor:
