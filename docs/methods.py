@@ -4,7 +4,8 @@ Each method ranks the heads of a model on its discovery prompts, with its defaul
 what the first 5, 10 and 20 % of the heads keep of the logit difference is measured on fresh prompts, everything else
 ablated, heads kept at all positions; CPR and CMD are the areas over all sizes, by heads. A method whose row is there,
 with the options that it has today, is not done again. `python -m docs.methods SUBJECT ...` does some;
-`python -m docs.methods smollm2-ioi=PATH.gguf` those of a model that is not bundled.
+`python -m docs.methods smollm2-ioi=PATH.gguf smollm2-boxes=FOLDER` those of models that are not bundled (the folder is what
+`workbench finetune --recipe smollm2_boxes_teacher` makes: the model as it is can't track boxes).
 """
 
 import json
@@ -34,7 +35,9 @@ from workbench.values.metrics import METRICS
 
 FOLDER = Path(__file__).parents[1] / "assets/results/discovery"
 SHARES = (0.05, 0.1, 0.2, 0.3)
-SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2, FINETUNED = "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct, fine-tuned on boxes"
+GIVEN = (SMOLLM2, FINETUNED)
+"""Models that are not bundled."""
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "elimination": {"to_the_end": True},
     "elimination_by_gates": {"to_the_end": True},
@@ -76,9 +79,9 @@ SUBJECTS: Mapping[str, Subject] = {
         model=SMOLLM2, task="ioi", reference=1, discovery=8, test=12, counterfactual=True, methods=AFFORDABLE
     ),
     "smollm2-boxes": Subject(
-        model=SMOLLM2,
+        model=FINETUNED,
         task="entity_tracking",
-        options={"boxes": 3},
+        options={"boxes": 5},
         reference=1,
         discovery=2,
         test=4,
@@ -91,13 +94,13 @@ SUBJECTS: Mapping[str, Subject] = {
 def main() -> int:
     """The subjects that are named, or all of bundled models."""
     named = {name: path for name, _, path in (word.partition("=") for word in sys.argv[1:])}
-    named = named or {name: "" for name, subject in SUBJECTS.items() if subject.model != SMOLLM2}
+    named = named or {name: "" for name, subject in SUBJECTS.items() if subject.model not in GIVEN}
     if unknown := [name for name in named if name not in SUBJECTS]:
         log.error("no subject %s; there are %s", ", ".join(unknown), ", ".join(SUBJECTS))
         return 2
     for name, path in named.items():
-        if SUBJECTS[name].model == SMOLLM2 and not path:
-            log.error("%s needs the model's file: python -m docs.methods %s=PATH.gguf", name, name)
+        if SUBJECTS[name].model in GIVEN and not path:
+            log.error("%s needs %s: python -m docs.methods %s=PATH", name, SUBJECTS[name].model, name)
             return 2
         compare(name, path or SUBJECTS[name].model)
     return 0
