@@ -4,8 +4,8 @@ Each method ranks the heads of a model on its discovery prompts, with its defaul
 what the first 5, 10 and 20 % of the heads keep of the logit difference is measured on fresh prompts, everything else
 ablated, heads kept at all positions; CPR and CMD are the areas over all sizes, by heads. A method whose row is there,
 with the options that it has today, is not done again. `python -m docs.methods SUBJECT ...` does some;
-`python -m docs.methods smollm2-ioi=PATH.gguf smollm2-boxes=FOLDER` those of models that are not bundled (the folder is what
-`workbench finetune --recipe smollm2_boxes_teacher` makes: the model as it is can't track boxes).
+`python -m docs.methods smollm2-ioi=PATH.gguf smollm2-boxes=FOLDER` those of models that are not bundled (the folder is
+what `workbench finetune --recipe smollm2_boxes_teacher` makes: the model as it is can't track boxes).
 """
 
 import json
