@@ -52,7 +52,8 @@ def step(
         assert alignment is not None
         (task + 0.5 * alignment).backward()
         slices.collect_gradients()
-    return float(task.detach()), ckas.detach(), [leaf.grad.clone() for leaf in slices.leaves.values()]
+    gradients = [leaf.grad.clone() for leaf in slices.leaves.values() if leaf.grad is not None]
+    return float(task.detach()), ckas.detach(), gradients
 
 
 @pytest.mark.parametrize("padded", [False, True])

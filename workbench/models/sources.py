@@ -6,6 +6,8 @@ once.
 """
 
 import contextlib
+import copy
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -15,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -238,25 +241,41 @@ def _convert_gguf(path: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
-    """Inside, a GGUF file's header is parsed once: config, tokenizer and model each ask for it, and a vocabulary of
-    49,000 tokens takes seconds every time."""
+    """Inside, what config, tokenizer and model each ask for anew is computed once: a GGUF file's header (a vocabulary
+    of 49,000 tokens takes seconds every time), what transformers makes of it, and the table of tensor names, which is
+    asked for by every module of the model."""
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
-    whole: Any = gguf.GGUFReader
-    known: dict[str, Any] = {}
+    class Reader(gguf.GGUFReader):
+        """Of plain arrays: views of a memory map are costly to make, and there is one of every token."""
 
-    def reader(place: Any, *rest: Any) -> Any:
-        key = f"{place} {rest}"
-        if key not in known:
-            known[key] = whole(place, *rest)
-        return known[key]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
 
-    module: Any = gguf
-    module.GGUFReader = reader
+    whole: Any = reading.load_gguf_checkpoint
+    header = functools.cache(lambda path: whole(path, return_tensors=False))
+
+    def checkpoint(path: Any, return_tensors: bool = False, **rest: Any) -> Any:
+        return whole(path, return_tensors=True, **rest) if return_tensors else copy.deepcopy(header(path))
+
+    with (
+        _standing_in(gguf, "GGUFReader", functools.cache(Reader)),
+        _standing_in(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        _standing_in(reading, "load_gguf_checkpoint", checkpoint),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _standing_in(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, a module's name means something else."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        module.GGUFReader = whole
+        setattr(module, name, before)
 
 
 @contextlib.contextmanager
