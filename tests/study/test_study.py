@@ -229,7 +229,9 @@ def test_a_few_heads_train_and_every_pair_is_aligned(value: dict[str, Any], tmp_
     }
 
 
-BUNDLED_STUDIES = sorted(file.stem for file in (RECIPES / "studies").glob("*.yaml"))
+MADE_FIRST = ("study_smollm2",)
+"""Studies of models that are not bundled; their commands stand in the recipe."""
+BUNDLED_STUDIES = sorted({file.stem for file in (RECIPES / "studies").glob("*.yaml")} - set(MADE_FIRST))
 
 
 @pytest.mark.parametrize(
