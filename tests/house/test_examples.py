@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from workbench import storage
 from workbench.matching import HeadMap
 from workbench.plots import to_frame
 
@@ -40,7 +39,7 @@ def test_from_nothing_to_a_heat_map(tmp_path: Path) -> None:
     assert lines_of_code("heat_map") <= 6
     made = run("heat_map", tmp_path)
     search = made["search"]
-    recorded = HeadMap.from_json(storage.read_json(ROOT / "assets/results/demo/head_map.json"))
+    recorded = HeadMap.load(ROOT / "assets/results/demo/head_map.json")
     stored = set(recorded.teacher_heads)  # the demo searched other stages too, on prompts of its own
     strongest = search.scores.top(5)
     assert set(strongest) <= set(search.circuit.heads)

@@ -37,7 +37,7 @@ CIRCUIT = Circuit.of([Member(Head(1, 2), "A", "last"), Member(Head(0, 1), "B", "
 EVALUATION = json.loads((RESULTS / "demo" / "student-evaluation.json").read_text())
 READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "circuit": (CIRCUIT.to_json(), Circuit.from_json),
-    "head map": (json.loads((RESULTS / "demo" / "head_map.json").read_text()), HeadMap.from_json),
+    "head map": (HeadMap.load(RESULTS / "demo" / "head_map.json").to_json(), HeadMap.from_json),
     "curve": (EVALUATION["curve"], FaithfulnessCurve.from_json),
     "evaluation": (EVALUATION["report"], CircuitReport.from_json),
     "row": (json.loads((RESULTS / "demo" / "results.json").read_text())[0], ConditionResult.from_json),
@@ -174,7 +174,7 @@ def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
 def test_the_committed_results_open_without_checksums() -> None:
     """Files of before have none; every reader reads them."""
     for file in RESULTS.rglob("head_map.json"):
-        assert HeadMap.from_json(storage.read_json(file)).matches
+        assert HeadMap.load(file).matches
     for file in RESULTS.rglob("results.json"):
         assert table(read_results(file))
     for file in RESULTS.rglob("ckas.json"):
