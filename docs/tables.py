@@ -107,7 +107,7 @@ WAITS = {
 """What a person waits for -> benchmark, its field, the field's form, and what was aimed at."""
 DISCOVERIES = (
     *("mind-teacher", "mind-student", "ioi-teacher", "ioi-student"),
-    *("operations-teacher", "operations-student", "entity-teacher"),
+    *("operations-teacher", "operations-student", "entity-teacher", "smollm2-ioi", "smollm2-boxes"),
 )
 """Subjects of `python -m docs.methods` that a page shows."""
 VARIANTS = {
