@@ -33,6 +33,7 @@ from transformers import (
 
 from workbench.models.hooked_model import HookedModel, Student, Teacher
 from workbench.models.sources import quiet
+from workbench.patching import shared
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import PromptPairs, encode, task_dataset
 from workbench.tasks.counterparts import Counterparts
@@ -235,6 +236,18 @@ def entity_pairs(*, split: str = "calibration", scenes: int = 4, boxes: int = 3,
     return encode(
         task_dataset(EntityTracking(boxes=boxes), tokenizer, split=split, scenes=scenes, seed=seed), tokenizer
     )  # pyright: ignore[reportArgumentType]
+
+
+def tokens_by_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each forward by rows of shared prefixes takes, as they come."""
+    sizes, run = [], shared._by_rows
+
+    def counting(model: Any, pairs: PromptPairs, stand_ins: Any, rows: Any) -> torch.Tensor:
+        sizes.append(rows.prompt.numel())
+        return run(model, pairs, stand_ins, rows)
+
+    monkeypatch.setattr(shared, "_by_rows", counting)
+    return sizes
 
 
 def left_padded(pairs: PromptPairs, rows: Sequence[int], *, tokens: int = 3) -> PromptPairs:

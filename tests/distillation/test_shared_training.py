@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import entity_pairs, left_padded
+from tests.conftest import entity_pairs, left_padded, tokens_by_rows
 from tests.distillation.distilling import CONFIG, HEADS, PAIRS, aligning
 from workbench import seeds
 from workbench.distillation.config import TrainingConfig
@@ -18,25 +18,12 @@ from workbench.distillation.objective import Objective
 from workbench.distillation.teacher_cache import computed
 from workbench.matching.head_rows import hook_names
 from workbench.models.hooked_model import Student, Teacher
-from workbench.patching import shared
 from workbench.tasks.base import PromptPairs
 
 PROMPTS = entity_pairs(split="train", scenes=4, boxes=5)
 INDEX = torch.tensor([3, 19, 0, 7, 12, 1, 9, 2, 4, 15, 11, 8])
 """Questions of four scenes, in no order."""
 Load = Callable[..., Any]
-
-
-def tokens_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each forward by rows takes."""
-    sizes, run = [], shared._by_rows
-
-    def counting(model: Any, pairs: PromptPairs, stand_ins: Any, rows: Any) -> Tensor:
-        sizes.append(rows.prompt.numel())
-        return run(model, pairs, stand_ins, rows)
-
-    monkeypatch.setattr(shared, "_by_rows", counting)
-    return sizes
 
 
 def step(
@@ -61,7 +48,7 @@ def test_a_step_by_rows_is_the_step_prompt_by_prompt(
     load_student: Load, load_teacher: Load, architecture: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = left_padded(PROMPTS, range(5, 10)) if padded else PROMPTS
-    teacher, sizes = load_teacher(architecture), tokens_taken(monkeypatch)
+    teacher, sizes = load_teacher(architecture), tokens_by_rows(monkeypatch)
     expected = step(load_student(architecture, seed=1), teacher, replace(CONFIG, shared_prefixes=False), prompts)
     assert not sizes
     found = step(load_student(architecture, seed=1), teacher, CONFIG, prompts)
@@ -82,6 +69,6 @@ def test_a_step_by_rows_is_the_step_prompt_by_prompt(
 def test_what_rows_would_not_give_runs_prompt_by_prompt(
     load_student: Load, load_teacher: Load, config: TrainingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = tokens_taken(monkeypatch)
+    sizes = tokens_by_rows(monkeypatch)
     step(load_student("llama", seed=1), load_teacher("llama"), config, PROMPTS)
     assert not sizes

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import entity_pairs, left_padded
+from conftest import entity_pairs, left_padded, tokens_by_rows
 from miniatures import FAMILIES, miniature
 from torch import Tensor
 
 from workbench.models.hooked_model import Teacher
-from workbench.patching import shared
 from workbench.patching.ablation import ablated_logits, plain_logits
 from workbench.patching.replacement import counterfactual_outputs, reference_means
 from workbench.patching.shared import rows_of, shared_prefixes
-from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head
 
 PAIRS = entity_pairs(scenes=3, boxes=5)
@@ -27,22 +25,10 @@ def both(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     return rows, run()
 
 
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each run by rows takes."""
-    sizes, run = [], shared._by_rows
-
-    def counting(model: Any, pairs: PromptPairs, stand_ins: Any, rows: Any) -> Tensor:
-        sizes.append(rows.prompt.numel())
-        return run(model, pairs, stand_ins, rows)
-
-    monkeypatch.setattr(shared, "_by_rows", counting)
-    return sizes
-
-
 def test_rows_give_the_logits_of_their_prompts(
     load_teacher: Callable[..., Teacher], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, sizes = load_teacher(architecture), taken(monkeypatch)
+    model, sizes = load_teacher(architecture), tokens_by_rows(monkeypatch)
     padded = left_padded(PAIRS, range(5, 10))
     means = reference_means(model, entity_pairs(split="test", scenes=2, boxes=5), per_position=False)
     scope = {Head(0, 1): ["all"], Head(1, 2): ["last"]}
@@ -68,7 +54,7 @@ def test_a_prefix_ends_where_what_is_done_differs(
     load_teacher: Callable[..., Teacher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ablated at the label that is asked for, or each prompt by its own counterpart: nothing is shared, or less."""
-    model, sizes = load_teacher("llama"), taken(monkeypatch)
+    model, sizes = load_teacher("llama"), tokens_by_rows(monkeypatch)
     stand_in = counterfactual_outputs(model, PAIRS)
     for run in (
         lambda: ablated_logits(model, PAIRS, {Head(0, 1): ["earlier_label"]}, "zero"),
