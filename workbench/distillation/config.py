@@ -110,6 +110,8 @@ LATER: Mapping[str, Any] = {
 }
 """Settings of an alignment that came later, at what they were before there was a choice: a training of before has an
 identity without them."""
+MANNERS = frozenset({"shared_prefixes"})
+"""Settings, of evaluations too, that say how the same is computed, not what: no identity counts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -22,7 +22,7 @@ from workbench import seeds, storage
 from workbench.distillation import schedules
 from workbench.distillation.answers import require_own_vocabulary
 from workbench.distillation.backward import backward
-from workbench.distillation.config import LATER, AlignmentConfig, TrainingConfig, interchanges
+from workbench.distillation.config import LATER, MANNERS, AlignmentConfig, TrainingConfig, interchanges
 from workbench.distillation.losses import DIVERGENCES
 from workbench.distillation.masks import TrainedSlices
 from workbench.distillation.objective import Objective
@@ -263,8 +263,7 @@ class Distillation:
 def _stated(config: TrainingConfig) -> dict[str, Any]:
     """The settings by which a training is known: later ones, its alignment's too, only where they are set, so that a
     checkpoint from before there was a choice goes on; without the manner of computing the same."""
-    settings = asdict(config)
-    del settings["shared_prefixes"]
+    settings = {name: value for name, value in asdict(config).items() if name not in MANNERS}
     for name, before in (("attention", "eager"), ("answers", "whole")):
         if settings[name] == before:
             del settings[name]

@@ -11,6 +11,7 @@ from typing import Any
 
 from workbench import storage
 from workbench.distillation.config import LATER as LATER_ALIGNMENT
+from workbench.distillation.config import MANNERS
 from workbench.errors import InputError
 from workbench.storage.hub import ORIGIN
 
@@ -56,8 +57,6 @@ LATER: Mapping[str, Mapping[str, Any]] = {
     "matching": {"compared": "activations"},
 }
 """Keys of a recipe, and of its parts, that came later, at what they were before there was a choice."""
-MANNERS = frozenset({"shared_prefixes"})
-"""Keys that say how the same is computed, not what."""
 
 
 def stated(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
