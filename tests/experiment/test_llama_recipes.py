@@ -14,28 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from docs import tables
+from docs.full_size import SPECIAL, byte_pairs, random_model
 from workbench import storage
 from workbench.cli import main
 from workbench.distillation.reports import read_log
 from workbench.experiment.recipe import RECIPES, read_recipe
 from workbench.models.hooked_model import Student, Teacher
-from workbench.models.sources import quiet
 from workbench.plan.road import plan_of
-from workbench.plan.shapes import CONFIGS
-from workbench.tasks.vocabulary import mixture_words
 
 NAMES = sorted(path.stem for path in RECIPES.glob("runs/llama3_*.yaml"))
 ONE_OF_THEM = [NAMES[0], *(pytest.param(name, marks=pytest.mark.lengthy) for name in NAMES[1:])]
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-CHAT = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ "
-    "message['content'] }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 SMALL = {
     "device": "cpu",
     "data.reference_scenes": 2,
@@ -66,22 +57,8 @@ THEORY_OF_MIND = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level byte pairs as in Llama 3; every word of the tasks is one token after a space, as the tasks ask."""
-    plain = Tokenizer(models.BPE())
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    plain.train_from_iterator([f"{word} {word}. {word}, {word}" for word in mixture_words() for _ in range(3)], trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=plain, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[1], padding_side="left"
-    )
-    made.chat_template = CHAT
-    return made
+    """As Llama 3's."""
+    return byte_pairs()
 
 
 @pytest.fixture(scope="module")
@@ -91,30 +68,19 @@ def miniature(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
 
     def make(name: str) -> Path:
         if name not in made:
-            value = json.loads((CONFIGS / f"{name.split('/')[-1].lower()}.json").read_text())
             small = {
                 "hidden_size": 64,
                 "head_dim": 16,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 8,
                 "num_key_value_heads": 2,
+                "intermediate_size": 96,
+                "vocab_size": len(tokenizer),
             }
-            ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-            config = AutoConfig.for_model(
-                **{
-                    **value,
-                    **small,
-                    **ids,
-                    "intermediate_size": 96,
-                    "vocab_size": len(tokenizer),
-                    "initializer_range": 0.1,
-                }
+            folder = tmp_path_factory.mktemp("miniature")
+            made[name] = random_model(
+                name, folder, device="cpu", dtype=torch.float32, seed=len(made) + 1, initializer_range=0.1, **small
             )
-            made[name] = tmp_path_factory.mktemp("miniature")
-            with torch.random.fork_rng(), quiet():
-                torch.manual_seed(len(made))
-                AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
-                tokenizer.save_pretrained(made[name])
         return made[name]
 
     return make

@@ -182,8 +182,9 @@ def evaluate(options: argparse.Namespace) -> None:
     from workbench.experiment.pool import number_of_workers
     from workbench.experiment.results import table
 
-    workers = number_of_workers(options.workers)
-    print("\n" + table(run_recipe(_begun(options), resume=options.resume, workers=workers)))
+    run = _begun(options)
+    workers = number_of_workers(options.workers, run.recipe.device)
+    print("\n" + table(run_recipe(run, resume=options.resume, workers=workers)))
 
 
 def study(options: argparse.Namespace) -> None:
@@ -195,9 +196,9 @@ def study(options: argparse.Namespace) -> None:
 
     if options.launcher == "ray" and options.workers == "auto":
         raise InputError("Ray counts its cores itself: leave --workers out, or give a number of processes.")
-    workers = number_of_workers(options.workers)
     running = Study(_study_config(options), options.out)
     require_device(running.recipe.device)
+    workers = number_of_workers(options.workers, running.recipe.device)
     running.begin(resume=options.resume)
     if options.launcher == "ray":
         run_on_ray(running, workers=workers)
@@ -252,9 +253,7 @@ def check_model(options: argparse.Namespace) -> None:
     from workbench.models.devices import require_device
 
     require_device(options.device)
-    workers = number_of_workers(options.workers) or 1
-    if workers > 1 and options.device != "cpu":
-        raise InputError(f"workers are processes on CPU cores, not on {options.device}; leave --workers out.")
+    workers = number_of_workers(options.workers, options.device) or 1
     how = {name: getattr(options, name) for name in ("device", "dtype", "quantisation", "device_map")}
     jobs = [(model, how) for model in options.model]
     faults: list[str] = []
@@ -265,7 +264,7 @@ def check_model(options: argparse.Namespace) -> None:
         faults.extend([fault] if fault else [])
 
     if workers > 1 and len(jobs) > 1:
-        Pool(workers=workers, unit="model", what="models").run(_checked, jobs, tell)
+        Pool(workers=workers, unit="model", what="models", device=options.device).run(_checked, jobs, tell)
     else:
         for number, job in enumerate(jobs):
             tell(number, _checked(*job))

@@ -140,8 +140,9 @@ def _declare_study(commands: Any) -> None:
         "--workers",
         type=_workers,
         metavar="N",
-        help="spread the trainings over so many processes, one thread each, or `auto`: one for each free core; the "
-        "same numbers for every N (default: one after another in this process; on Ray one for each --threads cores)",
+        help="spread the trainings over so many processes, one thread each, or `auto`: one for each free core; an "
+        "accelerator is shared by a number of them that is given; the same numbers for every N (default: one after "
+        "another in this process; on Ray one for each --threads cores)",
     )
 
 
@@ -377,7 +378,8 @@ def _with_workers(command_parser: argparse.ArgumentParser) -> None:
         type=_workers,
         metavar="N",
         help="train conditions and seeds on so many processes, one thread each, or `auto`: one for each free core, "
-        "none where fewer than two are free; the same numbers for every N (default: one after another in this process)",
+        "none where fewer than two are free; an accelerator is shared by a number of them that is given; the same "
+        "numbers for every N (default: one after another in this process)",
     )
 
 

@@ -25,6 +25,8 @@ DEATHS = 3
 """How many workers may die before the pool gives up."""
 LEAST = 600 * 2**20
 """Bytes that a worker takes before it has done anything: Python and torch."""
+CONTEXT = 600 * 2**20
+"""Bytes that a process takes on an accelerator before it has put anything there."""
 Told = Callable[[int, Any], None]
 """What is said of a finished job: its number among the jobs, and what it returned."""
 
@@ -38,12 +40,15 @@ class Pool:
     what: str = "jobs"
     need: int = LEAST
     """Bytes of memory that a worker needs; no more work than find room."""
+    device: str = "cpu"
+    """Where the workers compute: an accelerator is shared by them, and its memory too."""
 
     def run(self, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], tell: Told = lambda _, __: None) -> None:
         """`work(*job)` of every job. `tell` is called here, in the order in which they end. Errors: the first of a job,
         when the others at work have been ended; `InputError` where workers die again and again."""
         waiting = dict(enumerate(jobs))
-        workers = fitting(min(self.workers, max(len(jobs), 1)), self.need)
+        workers = min(self.workers, max(len(jobs), 1))
+        workers = min(fitting(workers, self.need), fitting_on(self.device, workers))
         with bar(total=len(jobs), desc=f"{self.what}, {workers} at once", unit=self.unit) as progress:
             for deaths in range(DEATHS + 1):
                 try:
@@ -95,25 +100,44 @@ def free_cores() -> int:
     return max(1, round(allowed - busy))
 
 
-def number_of_workers(asked: int | str | None) -> int | None:
+def number_of_workers(asked: int | str | None, device: str = "cpu") -> int | None:
     """Of `--workers`: a number, or for `auto` one for each free core, and none where fewer than two are free (one
-    worker alone has one thread, and is slower than this process)."""
+    worker alone has one thread, and is slower than this process) or an accelerator computes (how many a small model
+    leaves room for is the user's to say)."""
     if not isinstance(asked, str):
         return asked
-    free = free_cores()
+    free = free_cores() if device == "cpu" else 1
     return free if free > 1 else None
 
 
-def fitting(workers: int, need: int) -> int:
-    """As many workers as memory has room for; at least one."""
-    free = free_memory()
+def fitting(workers: int, need: int, *, free: int | None = None, where: str = "") -> int:
+    """As many workers as memory has room for (`free`; None: this machine's); at least one."""
+    free = free_memory() if free is None else free
     if free is None or workers * need <= free:
         return workers
     room = max(1, free // need)
     log.warning(
-        "%d of %d workers: each needs about %.1f GB, and %.1f GB are free", room, workers, need / 1e9, free / 1e9
+        "%d of %d workers: each needs about %.1f GB%s, and %.1f GB are free",
+        room,
+        workers,
+        need / 1e9,
+        where,
+        free / 1e9,
     )
     return room
+
+
+def fitting_on(device: str, workers: int) -> int:
+    """As many workers as an accelerator's memory has room for, by what this process has held on it at most (the same
+    models at work); all on the CPU, and where torch can't tell."""
+    import torch  # here: the command line asks for the free cores before torch is wanted
+
+    kind = torch.device(device).type
+    module = None if kind == "cpu" else torch.get_device_module(kind)
+    if module is None or not hasattr(module, "mem_get_info") or not hasattr(module, "max_memory_reserved"):
+        return workers
+    need, (free, _) = module.max_memory_reserved(device) + CONTEXT, module.mem_get_info(device)
+    return fitting(workers, need, free=free, where=f" on {device}")
 
 
 def free_memory() -> int | None:

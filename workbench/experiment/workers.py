@@ -11,11 +11,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from workbench.errors import InputError
 from workbench.experiment.arms import run_condition
 from workbench.experiment.conditions import TITLES
 from workbench.experiment.pool import Pool, peak_memory
-from workbench.experiment.recipe import Recipe, to_plain, written_recipe
+from workbench.experiment.recipe import to_plain, written_recipe
 from workbench.experiment.results import read_row
 from workbench.experiment.run import Run
 from workbench.experiment.runs import RunFolder
@@ -25,18 +24,9 @@ Arm = tuple[str, int]
 """Condition and seed."""
 
 
-def require_cpu(recipe: Recipe) -> None:
-    """Errors: `InputError` where workers would share an accelerator."""
-    if recipe.device != "cpu":
-        raise InputError(
-            f"workers are processes on CPU cores, and this recipe computes on {recipe.device}; leave --workers out."
-        )
-
-
 def run_in_processes(run: Run, arms: Sequence[Arm], workers: int) -> None:
-    """Train and evaluate arms whose rows are not there yet, each in the run's folder. Errors: `InputError` where an
-    accelerator would be shared, when an arm fails, and as `Pool.run`."""
-    require_cpu(run.recipe)
+    """Train and evaluate arms whose rows are not there yet, each in the run's folder. An accelerator is shared: small
+    models leave most of it idle. Errors: `InputError` when an arm fails, and as `Pool.run`."""
     if not arms:
         return
     plain = json.dumps(to_plain(run.recipe))
@@ -53,7 +43,7 @@ def run_in_processes(run: Run, arms: Sequence[Arm], workers: int) -> None:
             row.random_circuit_accuracy,
         )
 
-    pool = Pool(workers=workers, unit="training", what="conditions", need=peak_memory())
+    pool = Pool(workers=workers, unit="training", what="conditions", need=peak_memory(), device=run.recipe.device)
     pool.run(_arm, [(plain, str(run.folder.path), run.folder.trial, *arm) for arm in arms], tell)
 
 

@@ -22,8 +22,17 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
+        "accelerator": _accelerator(torch) if torch else None,
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
+
+
+def _accelerator(torch: Any) -> str | None:
+    """The accelerator's own name, where there is one."""
+    if not torch.accelerator.is_available():
+        return None
+    module = torch.get_device_module()
+    return str(module.get_device_name()) if hasattr(module, "get_device_name") else module.__name__
 
 
 def commit() -> str | None:

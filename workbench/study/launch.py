@@ -25,7 +25,6 @@ import torch
 
 from workbench.errors import InputError
 from workbench.experiment.pool import Pool, peak_memory
-from workbench.experiment.workers import require_cpu
 from workbench.models.sources import require_package
 from workbench.study.choice import Point
 from workbench.study.grid import Study, opened_study
@@ -114,14 +113,16 @@ def run_in_waves(study: Study, run_all: Callable[[Sequence[Trial]], None]) -> No
 
 
 def run_in_processes(study: Study, workers: int) -> None:
-    """`study.run()` with its trials on so many processes of this machine, one thread each.
+    """`study.run()` with its trials on so many processes of this machine, one thread each; they share the recipe's
+    accelerator, if it computes on one.
 
-    Errors: `InputError` where an accelerator would be shared, and as `Pool.run`; a study that stops resumes.
+    Errors: as `Pool.run`; a study that stops resumes.
     """
-    require_cpu(study.recipe)
     study.prepare()
     path = study.path.resolve()
-    pool = Pool(workers=workers, unit="trial", what="trials of the study", need=peak_memory())
+    pool = Pool(
+        workers=workers, unit="trial", what="trials of the study", need=peak_memory(), device=study.recipe.device
+    )
 
     def run_all(trials: Sequence[Trial]) -> None:
         pool.run(run_trial, [(path, trial) for trial in trials], lambda number, _: log.info("%s: done", trials[number]))
