@@ -58,7 +58,7 @@ class Remaining:
         replay = self.execution.replay(self.model, pairs)
         if replay is None:
             return HookedRemains(self.model, pairs, values)
-        return Remains(replay, values, memory=self.execution.memory)
+        return Remains(replay, values, memory=self.execution.memory_on(self.model.device))
 
     def _places(self, number: int, parts: Somewhere) -> list[Place]:
         return [Place(part=part, where=self.pairs[number].position(position)) for part, position in parts]

@@ -50,12 +50,16 @@ def run_conditions(
     with launched(run.recipe.device).main_first():
         run.prompts.require("reference", "discovery", "train", "validation", "test")
         preflight(run, dict.fromkeys(condition for condition, _ in arms))
+        if workers is not None:
+            from workbench.experiment.workers import discover_in_processes  # which trains by what stands here
+
+            discover_in_processes(run, workers)
         if run.recipe.endpoint is None:
             match(run)
         else:
             discover(run)
     if workers is not None:
-        from workbench.experiment.workers import run_in_processes  # which trains by what stands here
+        from workbench.experiment.workers import run_in_processes
 
         run_in_processes(run, [arm for arm in arms if not _has_row(run, *arm)], workers)
     return run_arms(run, arms, resume=resume)

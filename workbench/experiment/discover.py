@@ -28,9 +28,14 @@ log = logging.getLogger("workbench")
 
 def discover(run: Run) -> dict[str, Circuit]:
     """Ablation impacts, path effects and a circuit in each model on its own; writes scores and circuits."""
+    return {name: discover_one(run, name) for name in run.both()}
+
+
+def discover_one(run: Run, name: str) -> Circuit:
+    """The same in one of the models, `teacher` or `student`: what several processes share out."""
     run.prompts.require("reference", "discovery")
     with shared_prefixes(run.recipe.evaluation.shared_prefixes):
-        return {name: _discover(run, name, model) for name, model in run.both().items()}
+        return _discover(run, name, run.both()[name])
 
 
 def _discover(run: Run, name: str, model: HookedModel) -> Circuit:

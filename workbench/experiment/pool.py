@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ Told = Callable[[int, Any], None]
 """What is said of a finished job: its number among the jobs, and what it returned."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Pool:
-    """How many processes work, and what the bar calls their jobs."""
+    """How many processes work, and what the bar calls their jobs. Inside `with pool:` they are kept from one `run` to
+    the next: each costs seconds of imports, and the loading of its models."""
 
     workers: int
     unit: str = "job"
@@ -43,54 +44,80 @@ class Pool:
     device: str = "cpu"
     """Where the workers compute: an accelerator is shared by them, and its memory too."""
 
+    _kept: bool = field(default=False, init=False, repr=False)
+    _processes: "_Processes | None" = field(default=None, init=False, repr=False)
+
+    def __enter__(self) -> "Pool":
+        self._kept = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept = False
+        self._end()
+
     def run(self, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], tell: Told = lambda _, __: None) -> None:
         """`work(*job)` of every job. `tell` is called here, in the order in which they end. Errors: the first of a job,
         when the others at work have been ended; `InputError` where workers die again and again."""
-        waiting = dict(enumerate(jobs))
-        workers = min(self.workers, max(len(jobs), 1))
-        workers = min(fitting(workers, self.need), fitting_on(self.device, workers))
-        with bar(total=len(jobs), desc=f"{self.what}, {workers} at once", unit=self.unit) as progress:
+        if not jobs:
+            return
+        waiting, workers = dict(enumerate(jobs)), self.workers if self._kept else min(self.workers, len(jobs))
+        if self._processes is None:
+            self._processes = _Processes(min(fitting(workers, self.need), fitting_on(self.device, workers)))
+        with bar(
+            total=len(jobs), desc=f"{self.what}, {min(self._processes.count, len(jobs))} at once", unit=self.unit
+        ) as progress:
             for deaths in range(DEATHS + 1):
                 try:
-                    if waiting:
-                        self._round(
-                            work, waiting, workers, lambda number, value: (progress.update(), tell(number, value))
-                        )
+                    self._processes.work(work, waiting, lambda number, value: (progress.update(), tell(number, value)))
+                    if not self._kept:
+                        self._end()
                     return
                 except BrokenProcessPool:
-                    workers = max(1, workers - 1)
+                    workers = max(1, self._processes.count - 1)
+                    self._end()
                     if deaths < DEATHS:
+                        self._processes = _Processes(workers)
                         log.warning(
                             "a worker died (out of memory, or killed); its %s goes on from what it has written, with "
                             "--workers %d",
                             self.unit,
                             workers,
                         )
+                except BaseException:
+                    self._processes.terminate()  # what is cut off has its checkpoint
+                    self._end()
+                    raise
         raise InputError(
             f"workers died {DEATHS + 1} times (out of memory, or killed); what was done is kept: go on with --resume "
             "and fewer --workers."
         )
 
-    @staticmethod
-    def _round(
-        work: Callable[..., Any], waiting: dict[int, tuple[Any, ...]], workers: int, tell: Callable[..., Any]
-    ) -> None:
-        """One pool's life; what is done is taken from `waiting`."""
+    def _end(self) -> None:
+        processes, self._processes = self._processes, None
+        if processes is not None:
+            processes.pool.shutdown(cancel_futures=True)
+
+
+class _Processes:
+    """Processes at work until one of them dies; they are started as jobs come."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._others = count, set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")  # a fork of a process that has computed with threads may hang
-        before = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(min(workers, len(waiting)), mp_context=context, initializer=_one_thread)
-        try:
-            futures: dict[Future[Any], int] = {pool.submit(work, *job): number for number, job in waiting.items()}
-            for future in as_completed(futures):
-                value = future.result()
-                waiting.pop(futures[future])
-                tell(futures[future], value)
-        except BaseException:
-            for worker in set(multiprocessing.active_children()) - before:
-                worker.terminate()  # what is cut off has its checkpoint
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread)
+
+    def work(self, work: Callable[..., Any], waiting: dict[int, tuple[Any, ...]], tell: Told) -> None:
+        """Jobs by number; what is done is taken from `waiting`."""
+        futures: dict[Future[Any], int] = {self.pool.submit(work, *job): number for number, job in waiting.items()}
+        for future in as_completed(futures):
+            value = future.result()
+            waiting.pop(futures[future])
+            tell(futures[future], value)
+
+    def terminate(self) -> None:
+        """End them, whatever they do."""
+        for worker in set(multiprocessing.active_children()) - self._others:
+            worker.terminate()
 
 
 def free_cores() -> int:

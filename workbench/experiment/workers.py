@@ -13,6 +13,7 @@ from pathlib import Path
 
 from workbench.experiment.arms import run_condition
 from workbench.experiment.conditions import TITLES
+from workbench.experiment.discover import discover_one
 from workbench.experiment.pool import Pool, peak_memory
 from workbench.experiment.recipe import to_plain, written_recipe
 from workbench.experiment.results import read_row
@@ -22,6 +23,22 @@ from workbench.experiment.runs import RunFolder
 log = logging.getLogger("workbench")
 Arm = tuple[str, int]
 """Condition and seed."""
+
+
+def discover_in_processes(run: Run, workers: int) -> None:
+    """The circuits that are not there yet, each model's in a process of its own; matching reads them then."""
+    names = ["teacher", "student"] if run.recipe.endpoint is None else ["student"]
+    missing = [name for name in names if not run.folder.circuit_file(name).exists()]
+    if run.recipe.student is None or not missing:
+        return
+    plain = json.dumps(to_plain(run.recipe))
+    pool = Pool(workers=workers, unit="model", what="circuits", need=peak_memory(), device=run.recipe.device)
+    pool.run(_search, [(plain, str(run.folder.path), run.folder.trial, name) for name in missing])
+
+
+def _search(plain: str, path: str, trial: str, name: str) -> None:
+    """In a worker."""
+    discover_one(_run(plain, path, trial), name)
 
 
 def run_in_processes(run: Run, arms: Sequence[Arm], workers: int) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import einsum
@@ -35,6 +36,8 @@ Dtype = Literal["float32", "float64", "bfloat16", "float16", "auto"]
 FUSED = re.compile(r"\.qkv\.|\.gate_up_proj\.")
 """Matrices that a bridge has split, and no longer uses: of queries, keys and values, and of an MLP's gate and input."""
 Loaded = TypeVar("Loaded", bound="HookedModel")
+_FINGERPRINTS: "WeakKeyDictionary[HookedModel, tuple[str, str]]" = WeakKeyDictionary()
+"""A checksum of a model's weights, and the fingerprint that was taken of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,16 +378,17 @@ class HookedModel:
         return {name: parameter for name, parameter in self.model.named_parameters() if not FUSED.search(name)}
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and values of all parameters: the key of anything computed with this model."""
-        named = sorted(self.parameters().items())
-        return storage.digest(
-            *(
-                part
-                for name, value in named
-                for part in (f"{name}{tuple(value.shape)}{value.dtype}", quantisation.full(value))
-            ),
-            separator="",
-        )
+        """SHA-256 over names and values of all parameters: the key of anything computed with this model. It is taken
+        anew where a checksum over the same says that they are not those of the last time."""
+        parts = [
+            part
+            for name, value in sorted(self.parameters().items())
+            for part in (f"{name}{tuple(value.shape)}{value.dtype}", quantisation.full(value))
+        ]
+        seen = storage.checksum(*parts)
+        if _FINGERPRINTS.get(self, ("", ""))[0] != seen:
+            _FINGERPRINTS[self] = (seen, storage.digest(*parts, separator=""))
+        return _FINGERPRINTS[self][1]
 
 
 class Teacher(HookedModel):

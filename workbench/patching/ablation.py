@@ -322,6 +322,6 @@ class _Ablation:
             return
         value = self.replacement.at(layer, pairs).to(dtype=replay.clean_logits.dtype, device=where.device)
         value = value.expand(*((1, *replay.clean[layer].z.shape[1:]) if value.ndim < 4 else value.shape))
-        indices = [head.index for head in heads]
-        for patched in replaced(replay, "z", layer, value, [where], memory=self.execution.memory, heads=indices):
+        indices, memory = [head.index for head in heads], self.execution.memory_on(where.device)
+        for patched in replaced(replay, "z", layer, value, [where], memory=memory, heads=indices):
             yield Head(layer, patched.head), patched.rows, patched.logits

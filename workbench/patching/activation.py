@@ -133,7 +133,12 @@ class _Activation:
                 _through_hooks(model, pairs, site, layer, masks, heads)
                 if replay is None or corrupt is None
                 else _replayed(
-                    replay, pairs.aligned(_values(corrupt, site, layer)), site, layer, masks, self.execution.memory
+                    replay,
+                    pairs.aligned(_values(corrupt, site, layer)),
+                    site,
+                    layer,
+                    masks,
+                    self.execution.memory_on(model.device),
                 )
             )
             for run in runs:

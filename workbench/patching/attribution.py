@@ -209,12 +209,13 @@ def _attributed(
         )
     edges = Edges.of(model)
     there = edges.connected(parallel=model.has_parallel_blocks)
-    affordable = GRAPH * execution.memory // graph_bytes(parts, pairs.clean.shape[1])
+    memory = execution.memory_on(model.device)
+    affordable = GRAPH * memory // graph_bytes(parts, pairs.clean.shape[1])
     batches, values = list(pairs.batches(execution.batch_of(min(max(affordable, 1), BATCH)))), []
     for part in progress_bar(
         batches, desc=f"attributing edges of {model.name}", unit="batch", shown=execution.progress
     ):
-        scores = _scores(Gradients.none(model, parts, rule), part, metric, points, execution.memory)
+        scores = _scores(Gradients.none(model, parts, rule), part, metric, points, memory)
         values.append(scores.cpu().float() * there[..., None])
     return Scores(
         values=torch.cat(values, -1),

@@ -77,7 +77,7 @@ class EdgePatcher:
         inputs = int(present.any(0).sum()) // layers + 1
         rows = int(present.any(1).sum()) + COPIES * inputs + 8 * layers
         element = self.parts.blocks[0].weight_o.element_size()
-        fitting = self.execution.memory // (rows * self.pairs.clean.shape[1] * width * element)
+        fitting = self.execution.memory_on(self.model.device) // (rows * self.pairs.clean.shape[1] * width * element)
         return self.execution.batch_of(max(1, min(BATCH, fitting)))
 
     def _run(self, present: Tensor, pairs: PromptPairs, ends: "_Ends | None" = None) -> Float[Tensor, "batch d_vocab"]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from workbench.errors import InputError
 from workbench.models.hooked_model import HookedModel
-from workbench.patching.engine.chunks import MEMORY
+from workbench.patching.engine.chunks import memory_on
 from workbench.patching.engine.replay import Replay, replay_of
 from workbench.tasks.base import PromptPairs
 
@@ -24,8 +26,9 @@ class Execution:
     engine: Engine | None = None
     """`replay` (fast, exact), or `hooks` (hooked forwards of the whole model, slow); None takes the replay wherever it
     agrees with the hooked forward."""
-    memory: int = MEMORY
-    """Bytes that one chunk of variants may take."""
+    memory: int | None = None
+    """Bytes that one chunk of variants may take; None: 64 MiB on a processor, whose cache larger chunks would leave,
+    and a sixteenth of an accelerator's memory."""
     batch: int | None = None
     """Prompts in one forward; None: what suits the sweep (128; 256 for ablation, 32 for gradients)."""
     progress: bool = True
@@ -37,13 +40,17 @@ class Execution:
     def __post_init__(self) -> None:
         if self.engine not in (None, "replay", "hooks"):
             raise InputError(f"no engine {self.engine!r}; leave it out, or say 'replay' or 'hooks'.")
-        if self.memory < 1 or (self.batch is not None and self.batch < 1):
+        if (self.memory is not None and self.memory < 1) or (self.batch is not None and self.batch < 1):
             raise InputError(f"a sweep needs memory and prompts: memory={self.memory}, batch={self.batch}.")
 
     @property
     def path(self) -> Path | None:
         """The file as a path."""
         return None if self.file is None else Path(self.file)
+
+    def memory_on(self, device: torch.device) -> int:
+        """Bytes that one chunk of variants may take on a device."""
+        return memory_on(device) if self.memory is None else self.memory
 
     def batch_of(self, default: int) -> int:
         """Prompts in one forward."""

@@ -73,7 +73,7 @@ class PathPatcher:
         Errors: `InputError` in training mode, and where `replay` is asked for and not to be had.
         """
         model.require_eval()
-        self.model, self.pairs, self.memory = model, pairs, execution.memory
+        self.model, self.pairs, self.memory = model, pairs, execution.memory_on(model.device)
         self.replay = execution.replay(model, pairs)
         if self.replay is None:
             self.hooked = HookedPatcher(model, pairs)

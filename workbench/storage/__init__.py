@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.storage.assets import located
     from workbench.storage.checksums import discard, sha256
-    from workbench.storage.digests import digest
+    from workbench.storage.digests import checksum, digest
     from workbench.storage.directories import recovered, replace_directory, require_replaceable
     from workbench.storage.files import (
         json_value,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from workbench.storage.typed import read_field, read_typed
 
 _HOMES = {
+    "checksum": "digests",
     "command": "process",
     "digest": "digests",
     "discard": "checksums",
@@ -52,6 +53,7 @@ _HOMES = {
 }
 """Name -> the file that holds it; it is imported when the name is asked for."""
 __all__ = [
+    "checksum",
     "command",
     "digest",
     "discard",

@@ -26,7 +26,7 @@ from workbench.distillation.reports import evaluations, read_training
 from workbench.errors import InputError
 from workbench.experiment.arms import run_arms, run_condition
 from workbench.experiment.conditions import CONDITIONS, METHOD
-from workbench.experiment.discover import inquiry_of
+from workbench.experiment.discover import discover_one, inquiry_of
 from workbench.experiment.distill import distill, is_trained
 from workbench.experiment.match import aligned_ckas, head_map_of, match, mean_cka_and_floor
 from workbench.experiment.preflight import preflight
@@ -121,6 +121,19 @@ class Study:
         """Circuits and head maps of all students, which every trial reads."""
         for name in self.config.students:
             self._matched(name)
+
+    def unsearched(self) -> list[tuple[str, str]]:
+        """(student, `teacher` or `student`) of the circuits that can be looked for at once: the teacher's for the first
+        student alone, because the others take it over where they may."""
+        first = next(iter(self.config.students))
+        wanted = [(first, "teacher"), *((name, "student") for name in self.config.students)]
+        return [(name, side) for name, side in wanted if not self.folder(name).circuit_file(side).exists()]
+
+    def search(self, student: str, model: str) -> None:
+        """The circuit of one model of a student's run."""
+        run = self._opened(student)
+        self._check(run, student)
+        discover_one(run, model)
 
     def choose(self) -> None:
         """lambda of every cell, from its trainings (which are done here where they are not yet)."""
@@ -223,17 +236,22 @@ class Study:
         for other in self._searched.values():
             _share_results(other, run)
         log.info("student %s", name)
+        self._check(run, name)
+        match(run)
+        self._searched[name] = run
+        return run
+
+    def _check(self, run: Run, name: str) -> None:
+        """What can be refused of a student's trainings before anything is computed; the recipe's own data size trains
+        nothing."""
         own = self.config.students[name].conditions
         conditions = (
             *(self.config.conditions if own is None else own),
             *self.config.best,
             *([METHOD] if self.config.chooses else []),
         )
-        for scenes in self.config.train_scenes:  # the recipe's own size trains nothing
+        for scenes in self.config.train_scenes:
             preflight(run.varied(_at(run.recipe, scenes, min(self.config.weights)), f"scenes-{scenes}"), conditions)
-        match(run)
-        self._searched[name] = run
-        return run
 
     def _chosen(self, base: Run, scenes: int) -> Run:
         """A cell's run as validation chose it; it is chosen here where it is not yet."""

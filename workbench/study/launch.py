@@ -95,6 +95,11 @@ def run_trial(path: Path, trial: Trial) -> None:
         study.run_trial(trial.student, trial.scenes, trial.condition, trial.seed, at=trial.at)
 
 
+def search(path: Path, student: str, model: str) -> None:
+    """Find the circuit of one model of one student's run, in the study in a folder."""
+    _study_in(path).search(student, model)
+
+
 @functools.lru_cache(maxsize=1)
 def _study_in(path: Path) -> Study:
     """The study as this process knows it: its models are loaded, and its prompts made, once for all trials."""
@@ -118,8 +123,10 @@ def run_in_processes(study: Study, workers: int) -> None:
 
     Errors: as `Pool.run`; a study that stops resumes.
     """
-    study.prepare()
     path = study.path.resolve()
+    searching = Pool(workers=workers, unit="model", what="circuits", need=peak_memory(), device=study.recipe.device)
+    searching.run(search, [(path, *each) for each in study.unsearched()])
+    study.prepare()
     pool = Pool(
         workers=workers, unit="trial", what="trials of the study", need=peak_memory(), device=study.recipe.device
     )
@@ -127,7 +134,8 @@ def run_in_processes(study: Study, workers: int) -> None:
     def run_all(trials: Sequence[Trial]) -> None:
         pool.run(run_trial, [(path, trial) for trial in trials], lambda number, _: log.info("%s: done", trials[number]))
 
-    run_in_waves(study, run_all)
+    with pool:
+        run_in_waves(study, run_all)
 
 
 def run_on_ray(study: Study, *, workers: int | None = None) -> None:

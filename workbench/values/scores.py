@@ -53,6 +53,7 @@ class Scores(Shown):
     baseline: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", self.values.cpu())  # to be read, drawn and kept, wherever they were computed
         if self.values.ndim != len(self.axes):
             raise InputError(f"values have {self.values.ndim} dimensions, axes name {len(self.axes)}: {self.axes}.")
         for axis, names in self.labels.items():

@@ -8,10 +8,20 @@ import torch
 from workbench.errors import InputError
 
 MEMORY = 64 * 2**20
-"""Default bytes of one chunk's activations. Larger chunks are not faster on a processor (they leave its cache); on a
-GPU give gigabytes."""
+"""Default bytes of one chunk's activations. Larger chunks are not faster on a processor: they leave its cache."""
+SHARE = 16
+"""On an accelerator a chunk may take its memory over this: of all of it, not of what is free, because the same chunks
+round to the same bits."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def memory_on(device: torch.device) -> int:
+    """Default bytes of one chunk's activations on a device."""
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device.type)
+    if module is None or not hasattr(module, "mem_get_info"):
+        return MEMORY
+    return max(MEMORY, module.mem_get_info(device)[1] // SHARE)
 
 
 def in_chunks(
