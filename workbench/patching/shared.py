@@ -92,7 +92,8 @@ class Rows:
 def rows_of(pairs: PromptPairs, alike: Bool[Tensor, "batch pos"] | None = None) -> Rows | None:
     """Consecutive prompts with a common beginning as rows, or None where that saves too little. `alike`: where what is
     done to a prompt equals what is done to the one before it."""
-    groups = _groups(pairs, alike)
+    device, pairs = pairs.clean.device, pairs.to("cpu")  # it asks prompt by prompt, and an accelerator answers slowly
+    groups = _groups(pairs, None if alike is None else alike.cpu())
     length = pairs.clean.shape[1]
     rows, ends = [], torch.zeros(len(pairs), 2, dtype=torch.long)
     slots = torch.arange(length).repeat(len(pairs), 1)
@@ -107,13 +108,17 @@ def rows_of(pairs: PromptPairs, alike: Bool[Tensor, "batch pos"] | None = None) 
             slots[member, prefix:] += earlier * (length - prefix)
             ends[member] = torch.tensor([number, int(slots[member, int(pairs.mask[member].nonzero().max())])])
     prompt, place, branch = (
-        torch.nn.utils.rnn.pad_sequence([row[part] for row in rows], batch_first=True).to(pairs.clean.device)
-        for part in range(3)
+        torch.nn.utils.rnn.pad_sequence([row[part] for row in rows], batch_first=True) for part in range(3)
     )
     there = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True).bool()
-    real = there.to(prompt.device) & pairs.mask[prompt, place]
+    real = there & pairs.mask[prompt, place]
     return Rows(
-        prompt=prompt, place=place, real=real, branch=branch, ends=ends.to(prompt.device), slots=slots.to(prompt.device)
+        prompt=prompt.to(device),
+        place=place.to(device),
+        real=real.to(device),
+        branch=branch.to(device),
+        ends=ends.to(device),
+        slots=slots.to(device),
     )
 
 
