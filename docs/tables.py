@@ -5,6 +5,7 @@ is made.
 """
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -50,8 +51,13 @@ GAINS = {
     "[six heads of 32 trained][few]": ("study_few_heads", ("sibling", 70)),
     "[an unrelated student][lineage]": ("study_lineage", ("unrelated", 70)),
     "[theory of mind][mind]": ("study_mind_family", ("differences", 300)),
+    "[SmolLM2-135M, boxes][boxes]": ("study_smollm2", ("half", 16)),
 }
 """Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
+FORECASTED = (
+    *("study_entity", "study_lineage", "study_lineage_data", "study_scenes"),
+    *("study_few_heads", "study_quarter", "study_methods"),
+)
 FORECASTS = {
     "every scene asked at all its boxes": ("study_entity", "shared and unrelated lineage"),
     "lineage": ("study_lineage", "five"),
@@ -63,7 +69,14 @@ FORECASTS = {
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
     "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
+    "SmolLM2-135M, boxes": ("study_smollm2", "one"),
 }
+POOLED = {
+    "entity tracking, bundled models": (*FORECASTED,),
+    "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family"),
+    "boxes, SmolLM2-135M": ("study_smollm2",),
+}
+"""Studies of one task, whose trainings the forecast's second table pools."""
 WAITS = {
     "a training step, two threads, beside a busy process": (
         "busy-neighbour",
@@ -162,8 +175,9 @@ def over_floor(cka: float | None, floor: float | None) -> str:
 
 
 def difference(found: Mapping[str, Any]) -> str:
-    """`+0.012 [0.003, 0.021]`, with real minus signs."""
-    return f"{found['mean']:+.3f} [{found['low']:.3f},{HARD}{found['high']:.3f}]".replace("-", MINUS)
+    """`+0.012 [0.003, 0.021]`, with real minus signs; without an interval where nothing was repeated."""
+    reach = "" if found["low"] is None else f" [{found['low']:.3f},{HARD}{found['high']:.3f}]"
+    return f"{found['mean']:+.3f}{reach}".replace("-", MINUS)
 
 
 def titled(condition: str) -> str:
@@ -279,22 +293,7 @@ def gains_and_losses() -> str:
         parts = [difference(gained[part]["over_seeds"]) for part in ("full", "circuit")]
         return [words, f"{cell['train_prompts']:,}", *accuracies, *parts]
 
-    return markdown(head, [*(row(words, *where) for words, where in GAINS.items()), boxes_row()])
-
-
-def boxes_row() -> list[str]:
-    """The row of SmolLM2-135M, a run of three seeds without a summary: differences seed by seed."""
-    folder = RESULTS / "smollm2_boxes"
-    rows = storage.read_json(folder / "results.json")
-    arms = {arm: {each["seed"]: each for each in rows if each["condition"] == arm} for arm in ("circuit_ce", METHOD)}
-    plain, aligned = arms.values()
-    accuracies = [number(mean([each["full_accuracy"] for each in arm.values()])) for arm in (plain, aligned)]
-    parts = [
-        difference(statistics.mean_interval([aligned[seed][key] - plain[seed][key] for seed in plain]).to_json())
-        for key in ("full_accuracy", "circuit_accuracy")
-    ]
-    data = storage.read_json(folder / "run.json")["recipe"]["data"]
-    return ["[SmolLM2-135M, boxes][boxes]", f"{data['train_scenes'] * data['boxes']}", *accuracies, *parts]
+    return markdown(head, [row(words, *where) for words, where in GAINS.items()])
 
 
 def family(name: str, scenes: int) -> str:
@@ -346,6 +345,55 @@ def forecast() -> str:
         return [words, students, counts[0], whole, counts[1], part]
 
     return markdown(head, [row(words, *of) for words, of in FORECASTS.items()])
+
+
+def pooled() -> str:
+    """The same over all studies of a task, and over all: with an interval over cells (a student of a study at one size
+    of data), because the trainings of a cell begin alike."""
+    head = ("task", "cells", "trainings", "rank correlation", "with matched partners", "rank correlation")
+    points = {words: [point for name in names for point in starts_and_gains(name)] for words, names in POOLED.items()}
+    points["all of them"] = [point for of in points.values() for point in of]
+
+    def row(words: str) -> list[str]:
+        every = points[words]
+        matched = [point for point in every if point[3]]
+        cells = len({point[0] for point in every})
+        return [words, str(cells), str(len(every)), ranked(every), str(len(matched)), ranked(matched)]
+
+    return markdown(head, [row(words) for words in points])
+
+
+def starts_and_gains(name: str) -> list[tuple[str, float, float, bool]]:
+    """(cell, CKA above its floor before training, gain over circuit CE, whether the partners are matched ones) of every
+    training of a study."""
+    return [
+        (
+            f"{name} {point['student']} {point['train_scenes']}",
+            point["cka"] - point["floor"],
+            point["gain"],
+            point["condition"] == METHOD,
+        )
+        for point in storage.read_json(RESULTS / name / "summary.json")["diagnostic"]["points"]
+    ]
+
+
+def ranked(points: Sequence[tuple[str, float, float, bool]], draws: int = 1000) -> str:
+    """Rank correlation of starts and gains, with the 95 % interval of a bootstrap over cells; of fewer than five cells
+    without one."""
+    cells: dict[str, list[tuple[float, float]]] = {}
+    for cell, start, gain, _ in points:
+        cells.setdefault(cell, []).append((start, gain))
+
+    def correlation(drawn: Iterable[str]) -> float:
+        starts, gained = zip(*(pair for cell in drawn for pair in cells[cell]), strict=True)
+        return float(spearmanr(starts, gained).statistic) if len(set(starts)) > 1 < len(set(gained)) else float("nan")
+
+    value, names, draw = number(correlation(cells), 2), list(cells), random.Random(0)
+    if len(names) < 5:
+        return value.replace("-", MINUS).replace("nan", DASH)
+    found = sorted(each for _ in range(draws) if (each := correlation(draw.choices(names, k=len(names)))) == each)
+    low, high = (found[int(len(found) * share)] for share in (0.025, 0.975))
+    return f"{value} [{low:.2f},{HARD}{high:.2f}]".replace("-", MINUS)
 
 
 def transfer(name: str, cell: tuple[str, int]) -> str:
@@ -561,9 +609,11 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "gains-and-losses": gains_and_losses,
     "forecast": forecast,
+    "forecast-pooled": pooled,
     "demo": demo,
     **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
+    **{f"study-smollm2-{size}": partial(study, "study_smollm2", ("half", size)) for size in (4, 16)},
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},

@@ -25,7 +25,7 @@ from workbench.report.study import study_report
 from workbench.study import grid
 from workbench.study.config import read_study
 from workbench.study.grid import Study, lineage_overlap
-from workbench.study.summary import summarise
+from workbench.study.summary import summarise, text
 from workbench.values.refs import Head
 from workbench.values.statistics import mean_interval
 
@@ -337,6 +337,24 @@ def test_too_few_prompts_of_one_data_size_are_said_before_any_is_trained(recipe:
     with pytest.raises(InputError, match="fewer than a batch of 6"):
         study.run()
     assert not list((tmp_path / "study").rglob("*.safetensors"))
+
+
+def test_seeds_with_nothing_to_draw_repeat_nothing(value: dict[str, Any], tmp_path: Path) -> None:
+    """A batch that holds all prompts: two seeds, one training; random partners are drawn all the same."""
+    path, arms = tmp_path / "whole.yaml", ["circuit_ce", "circuit_ce_random_cka", "circuit_ce_cka"]
+    few = {"students": {"short": value["students"]["short"]}, "weights": [1.0], "conditions": arms, "anew": []}
+    overrides = {"training.batch": 18, "training.steps": 2, "training.evaluate_every": 2, "training.learning_rate": 0.01}
+    path.write_text(yaml.safe_dump({**value, **few, "overrides": overrides}))
+    study = Study(read_study(path), tmp_path / "study")
+    study.begin(resume=False)
+    study.run()
+    (cell,) = summarise(study)["cells"]
+    assert {name: cell["conditions"][name]["repeated"] for name in arms} == dict(zip(arms, (1, 0, 1), strict=True))
+    against = cell["comparisons"]["circuit_ce"]
+    assert against["circuit_ce_cka"]["full"]["over_seeds"]["low"] is None
+    assert len(against["circuit_ce_cka"]["full"]["per_seed_p"]) == 1
+    assert len(against["circuit_ce_random_cka"]["full"]["per_seed_p"]) == 2
+    assert "no interval over seeds for circuit / CE, circuit / CE + CKA:" in text({**summarise(study)})
 
 
 def test_overlap_by_lineage_counts_the_kept_layers_alone() -> None:

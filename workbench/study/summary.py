@@ -105,11 +105,13 @@ def _heads_trained(cell: Cell) -> dict[str, Any]:
 
 
 def _condition(study: Study, cell: Cell, rows: Sequence[ConditionResult], target: float | None) -> dict[str, Any]:
+    seeds, rows = rows, _varied(rows)
     faithful = [row.faithfulness for row in rows if row.faithfulness is not None]
     ckas = [row.mean_cka for row in rows if row.mean_cka is not None]
     floors = [row.cka_floor for row in rows if row.cka_floor is not None]
     return {
-        "seeds": [row.seed for row in rows],
+        "seeds": [row.seed for row in seeds],
+        "repeated": len(rows) < len(seeds),
         "full": mean_interval([row.full_accuracy for row in rows]).to_json(),
         "circuit": mean_interval([row.circuit_accuracy for row in rows]).to_json(),
         "random_circuit": mean_interval([row.random_circuit_accuracy for row in rows]).to_json(),
@@ -120,6 +122,16 @@ def _condition(study: Study, cell: Cell, rows: Sequence[ConditionResult], target
         "steps_to_circuit_ce": _steps(study, cell, rows[0].condition, target),
         "curve": _curve(study, cell, rows[0].condition),
     }
+
+
+def _varied(rows: Sequence[ConditionResult]) -> Sequence[ConditionResult]:
+    """The rows of a condition's seeds; of seeds that all gave one and the same training (a batch that holds all prompts
+    leaves nothing to draw) the first alone, because they repeat nothing: no interval over them means anything."""
+    kinds = {
+        (row.full_accuracy, row.circuit_accuracy, None if row.mean_cka is None else round(row.mean_cka, 4))
+        for row in rows
+    }
+    return rows[:1] if len(kinds) == 1 else rows
 
 
 def _trainings(study: Study, cell: Cell, condition: str) -> list[Path]:
@@ -174,15 +186,24 @@ def _comparisons(study: Study, cell: Cell, other: str) -> dict[str, Any]:
         _outcomes(study, holder, other),
         len(cell.run.prompts.test) // cell.run.prompts.allotment.sizes["test"],
     )
-    comparisons = {}
+    comparisons, repeated = {}, _repeated(study, holder, other)
     for condition in study.conditions(cell.student, cell.scenes):
         if other in CONDITIONS[condition].compared_with:
             first = _outcomes(study, cell, condition)
+            count = 1 if repeated and _repeated(study, cell, condition) else len(first)
             comparisons[condition] = {
-                part: compared([run[part] for run in first], [run[part] for run in second], clusters=scene).to_json()
+                part: compared(
+                    [run[part] for run in first[:count]], [run[part] for run in second[:count]], clusters=scene
+                ).to_json()
                 for part in ("full", "circuit")
             }
     return comparisons
+
+
+def _repeated(study: Study, cell: Cell, condition: str) -> bool:
+    """Whether all seeds of a condition are one training."""
+    rows = [row for row in collect(cell.run.folder) if row.condition == condition and row.seed in study.config.seeds]
+    return len(_varied(rows)) == 1
 
 
 def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -264,6 +285,12 @@ def _cell_text(cell: Mapping[str, Any]) -> str:
             "accuracy on the other tasks, and its change from the untrained student's",
             transfer_text(cell["transfer"]),
         ]
+    alike = [TITLES[name] for name, condition in cell["conditions"].items() if condition.get("repeated")]
+    if alike:
+        lines.append(
+            f"no interval over seeds for {', '.join(alike)}: every seed gave the same training, because nothing in it "
+            "is drawn (a batch holds all prompts)."
+        )
     return "\n".join(lines)
 
 
