@@ -33,6 +33,7 @@ from transformers import (
 
 from workbench.models.hooked_model import HookedModel, Student, Teacher
 from workbench.models.sources import quiet
+from workbench.models.transformer_lens import HookedTransformerLike
 from workbench.patching import shared
 from workbench.pretraining import word_tokenizer
 from workbench.tasks.base import PromptPairs, encode, task_dataset
@@ -40,6 +41,20 @@ from workbench.tasks.counterparts import Counterparts
 from workbench.tasks.entity_tracking import EntityTracking
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and two busy processes with two threads each crawl
+
+
+def _name_the_hooked() -> None:
+    """From Python 3.12 on a protocol sees no attribute that `__getattr__` gives, as a module gives its parts: what is
+    hooked is said by hand there."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge as Known
+    except ImportError:
+        from transformer_lens import HookedTransformer as Known  # pyright: ignore[reportAttributeAccessIssue]
+    HookedTransformerLike.register(Known)
+
+
+if sys.version_info >= (3, 12):
+    _name_the_hooked()
 LIVING: "weakref.WeakSet[HookedModel]" = weakref.WeakSet()
 """Every wrapper that a test has made and not let go."""
 _initialise = HookedModel.__init__

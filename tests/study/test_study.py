@@ -343,7 +343,12 @@ def test_seeds_with_nothing_to_draw_repeat_nothing(value: dict[str, Any], tmp_pa
     """A batch that holds all prompts: two seeds, one training; random partners are drawn all the same."""
     path, arms = tmp_path / "whole.yaml", ["circuit_ce", "circuit_ce_random_cka", "circuit_ce_cka"]
     few = {"students": {"short": value["students"]["short"]}, "weights": [1.0], "conditions": arms, "anew": []}
-    overrides = {"training.batch": 18, "training.steps": 2, "training.evaluate_every": 2, "training.learning_rate": 0.01}
+    overrides = {
+        "training.batch": 18,
+        "training.steps": 2,
+        "training.evaluate_every": 2,
+        "training.learning_rate": 0.01,
+    }
     path.write_text(yaml.safe_dump({**value, **few, "overrides": overrides}))
     study = Study(read_study(path), tmp_path / "study")
     study.begin(resume=False)
