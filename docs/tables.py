@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -347,53 +348,111 @@ def forecast() -> str:
     return markdown(head, [row(words, *of) for words, of in FORECASTS.items()])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A training, or a cell of a study, as a forecast sees it."""
+
+    student: str
+    """With its study: what belongs to one student is not drawn apart."""
+    known: float
+    """Before training."""
+    gain: float
+    """Over circuit CE."""
+    matched: bool = True
+    scenes: int = 0
+
+
 def pooled() -> str:
-    """The same over all studies of a task, and over all: with an interval over cells (a student of a study at one size
-    of data), because the trainings of a cell begin alike."""
-    head = ("task", "cells", "trainings", "rank correlation", "with matched partners", "rank correlation")
-    points = {words: [point for name in names for point in starts_and_gains(name)] for words, names in POOLED.items()}
-    points["all of them"] = [point for of in points.values() for point in of]
+    """The same over all studies of a task, and over all, with intervals over the students of the studies."""
+    head = ("task", "students of studies", "trainings", "rank correlation", "with matched partners", "rank correlation")
+    points = {words: [point for name in names for point in trainings(name)] for words, names in POOLED.items()}
+    points[EVERY] = [point for of in points.values() for point in of]
 
     def row(words: str) -> list[str]:
         every = points[words]
-        matched = [point for point in every if point[3]]
-        cells = len({point[0] for point in every})
-        return [words, str(cells), str(len(every)), ranked(every), str(len(matched)), ranked(matched)]
+        matched = [point for point in every if point.matched]
+        students = len({point.student for point in every})
+        return [words, str(students), str(len(every)), ranked(every), str(len(matched)), ranked(matched)]
 
     return markdown(head, [row(words) for words in points])
 
 
-def starts_and_gains(name: str) -> list[tuple[str, float, float, bool]]:
-    """(cell, CKA above its floor before training, gain over circuit CE, whether the partners are matched ones) of every
-    training of a study."""
+def trainings(name: str) -> list[Point]:
+    """Every aligned training of a study: its pairs' CKA above the floor before, and its gain in full accuracy."""
     return [
-        (
-            f"{name} {point['student']} {point['train_scenes']}",
-            point["cka"] - point["floor"],
-            point["gain"],
-            point["condition"] == METHOD,
+        Point(
+            student=f"{name} {point['student']}",
+            known=point["cka"] - point["floor"],
+            gain=point["gain"],
+            matched=point["condition"] == METHOD,
+            scenes=point["train_scenes"],
         )
         for point in storage.read_json(RESULTS / name / "summary.json")["diagnostic"]["points"]
     ]
 
 
-def ranked(points: Sequence[tuple[str, float, float, bool]], draws: int = 1000) -> str:
-    """Rank correlation of starts and gains, with the 95 % interval of a bootstrap over cells; of fewer than five cells
-    without one."""
-    cells: dict[str, list[tuple[float, float]]] = {}
-    for cell, start, gain, _ in points:
-        cells.setdefault(cell, []).append((start, gain))
+def ranked(points: Sequence[Point], draws: int = 1000) -> str:
+    """Rank correlation of what was known with the gain, with the 95 % interval of a bootstrap over students; of fewer
+    than five students without one."""
+    students: dict[str, list[Point]] = {}
+    for point in points:
+        students.setdefault(point.student, []).append(point)
 
     def correlation(drawn: Iterable[str]) -> float:
-        starts, gained = zip(*(pair for cell in drawn for pair in cells[cell]), strict=True)
-        return float(spearmanr(starts, gained).statistic) if len(set(starts)) > 1 < len(set(gained)) else float("nan")
+        some = [point for student in drawn for point in students[student]]
+        known, gained = [point.known for point in some], [point.gain for point in some]
+        return float(spearmanr(known, gained).statistic) if len(set(known)) > 1 < len(set(gained)) else float("nan")
 
-    value, names, draw = number(correlation(cells), 2), list(cells), random.Random(0)
+    value, names, draw = number(correlation(students), 2), list(students), random.Random(0)
     if len(names) < 5:
         return value.replace("-", MINUS).replace("nan", DASH)
     found = sorted(each for _ in range(draws) if (each := correlation(draw.choices(names, k=len(names)))) == each)
     low, high = (found[int(len(found) * share)] for share in (0.025, 0.975))
-    return f"{value} [{low:.2f},{HARD}{high:.2f}]".replace("-", MINUS)
+    return f"{value} [{low:.2f},{HARD}{high:.2f}]".replace("-0.00", "0.00").replace("-", MINUS)
+
+
+EVERY = "all of them"
+PREDICTORS: Mapping[str, Callable[[Mapping[str, Any], float], float | None]] = {
+    "CKA of the matched pairs above its floor": lambda _, start: start,
+    "share of the student's heads that train": lambda cell, _: (
+        cell["heads_trained"]["heads"] / cell["heads_trained"]["of"]
+    ),
+    "faithfulness of the student's circuit": lambda cell, _: base_of(cell, "faithfulness"),
+    "accuracy of the untrained student": lambda cell, _: base_of(cell, "full"),
+    "training prompts": lambda cell, _: cell["train_prompts"],
+}
+"""What is known of a cell before its training."""
+
+
+def base_of(cell: Mapping[str, Any], what: str) -> float | None:
+    """Of the untrained student, where the study evaluated it."""
+    found = cell["conditions"].get("base", {}).get(what)
+    return None if found is None else found["mean"]
+
+
+def predictors() -> str:
+    """What is known before training against the mean gain of matched partners, cell by cell: of entity tracking on the
+    bundled models, and of all studies."""
+    tasks = {"entity tracking": POOLED["entity tracking, bundled models"], EVERY: sum(POOLED.values(), ())}
+
+    def entry(task: str, measure: Callable[[Mapping[str, Any], float], float | None], part: str) -> str:
+        points = []
+        for name in tasks[task]:
+            starts = {(point.student, point.scenes): point.known for point in trainings(name) if point.matched}
+            for (student, scenes), cell in summary(name).items():
+                value = measure(cell, starts[f"{name} {student}", scenes])
+                gain = cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"]["mean"]
+                if value is not None:
+                    points.append(Point(student=f"{name} {student}", known=value, gain=gain))
+        return f"{ranked(points)} of {len(points)}"
+
+    parts = {"full": "full", "circuit": "circuit alone"}
+    head = ["known before training", *(f"{words}: {task}" for words in parts.values() for task in tasks)]
+    rows = [
+        [words, *(entry(task, measure, part) for part in parts for task in tasks)]
+        for words, measure in PREDICTORS.items()
+    ]
+    return markdown(head, rows)
 
 
 def transfer(name: str, cell: tuple[str, int]) -> str:
@@ -610,6 +669,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "gains-and-losses": gains_and_losses,
     "forecast": forecast,
     "forecast-pooled": pooled,
+    "forecast-predictors": predictors,
     "demo": demo,
     **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
