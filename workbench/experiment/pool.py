@@ -66,9 +66,14 @@ class Pool:
         with bar(
             total=len(jobs), desc=f"{self.what}, {min(self._processes.count, len(jobs))} at once", unit=self.unit
         ) as progress:
+
+            def told(number: int, value: Any) -> None:
+                progress.update()
+                tell(number, value)
+
             for deaths in range(DEATHS + 1):
                 try:
-                    self._processes.work(work, waiting, lambda number, value: (progress.update(), tell(number, value)))
+                    self._processes.work(work, waiting, told)
                     if not self._kept:
                         self._end()
                     return
