@@ -27,7 +27,7 @@ test-all:  ## the same with the lengthy tests
 	$(MAKE) --no-print-directory test TESTS=
 
 test-fast: $(READY)  ## the quick tests alone: no browser, no notebook, no second environment
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not lengthy"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=runs/fast.xml -m "not slow and not browser and not lengthy"
 
 budget: $(READY)  ## the table of CONTRIBUTING: which tests the last `make test` took how long for
 	$(BIN)/python -m tests.budget runs/tests.xml

@@ -3,11 +3,16 @@ and writes the table between the marks in CONTRIBUTING.md.
 
 Seconds are those of the clock in the process that ran a test, its fixtures included; on two cores the gate takes about
 half their sum.
+
+`python -m tests.budget FILE --slow` writes slow.txt from such a report too: the tests that took long, which count as
+marked `slow` and which `make test-fast` leaves out. What stands there already stays, for a report of the fast tests
+alone knows nothing of the others.
 """
 
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +22,10 @@ from workbench.errors import InputError
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- table: budget -->", "<!-- end -->"
 SLOWEST = 10
+SLOW = ROOT / "tests/slow.txt"
+"""A test function a line (`tests/room/test_file.py::test_name`), with all its parameters."""
+LONG = 0.6
+"""Seconds from which a test is slow."""
 
 
 def times(report: Path) -> dict[tuple[str, str], float]:
@@ -56,10 +65,31 @@ def written(page: str, lines: str) -> str:
     )
 
 
+def slow_tests() -> frozenset[str]:
+    """What slow.txt holds; nothing where it is not there."""
+    return frozenset(SLOW.read_text().split()) if SLOW.exists() else frozenset()
+
+
+def function_of(name: str) -> str:
+    """A test's name without its parameters."""
+    return name.partition("[")[0]
+
+
+def slow_in(seconds: dict[tuple[str, str], float], known: Collection[str] = ()) -> list[str]:
+    """The functions that took long with one of their parameters, and those known already whose file is still there."""
+    found = {f"{file}.py::{function_of(test)}" for (file, test), value in seconds.items() if value >= LONG}
+    return sorted(found | {line for line in known if (ROOT / line.partition("::")[0]).exists()})
+
+
 def main(report: Path, page: Path = ROOT / "CONTRIBUTING.md") -> None:
     """Write the table."""
     storage.write_text(page, written(page.read_text(), table(times(report))))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/tests.xml"))
+    words = [word for word in sys.argv[1:] if word != "--slow"]
+    file = Path(words[0]) if words else ROOT / "runs/tests.xml"
+    if "--slow" in sys.argv:
+        storage.write_text(SLOW, "".join(f"{line}\n" for line in slow_in(times(file), slow_tests())))
+    else:
+        main(file)

@@ -31,6 +31,7 @@ from transformers import (
     MixtralConfig,
 )
 
+from tests import budget
 from workbench.models.hooked_model import HookedModel, Student, Teacher
 from workbench.models.sources import quiet
 from workbench.models.transformer_lens import HookedTransformerLike
@@ -156,8 +157,14 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: what comes last then is short, and no process waits long for the others."""
+    """What was measured as slow is marked so. Files with slow tests first: what comes last then is short, and no
+    process waits long for the others."""
+    measured = budget.slow_tests()
+    for item in items:
+        if budget.function_of(item.nodeid) in measured:
+            item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

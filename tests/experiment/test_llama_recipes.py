@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from docs import tables
+from docs import full_size, tables
 from docs.full_size import SPECIAL, byte_pairs, random_model
 from workbench import storage
 from workbench.cli import main
@@ -124,6 +124,21 @@ def test_a_recipe_from_end_to_end(
     assert shards, "the teacher's outputs are on disk"
     assert all(storage.read_tensors(file)[0]["logits"].dtype == torch.bfloat16 for file in shards)
     assert (out / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_run_at_full_size_on_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage is timed, and stands beside what the plan of the same recipe says."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(full_size, "SMALL", full_size.SMALL | {name: SMALL[name] for name in SMALL if "." in name})
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 4000}
+    full_size.main(tmp_path, device="cpu", sizes=sizes, result=tmp_path / "result.json")
+    found = storage.read_json(tmp_path / "result.json")
+    assert {f"train {name}" for name in full_size.CONDITIONS} <= set(found["seconds"]) & set(found["operations"])
+    assert all(value > 0 for value in (*found["seconds"].values(), *found["operations"].values()))
+    assert found["bytes"] is None, "there is no accelerator"
+    assert found["circuits"]["teacher"] > 0
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"])

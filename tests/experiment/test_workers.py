@@ -13,12 +13,25 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from workbench import cli, storage
-from workbench.experiment.pool import LEAST, fitting, free_cores, free_memory, peak_memory
+from workbench.experiment.pool import (
+    CONTEXT,
+    LEAST,
+    Pool,
+    fitting,
+    fitting_on,
+    free_cores,
+    free_memory,
+    number_of_workers,
+    peak_memory,
+)
 from workbench.experiment.road import run_recipe
 from workbench.experiment.runs import RunFolder
+from workbench.patching.engine.chunks import MEMORY
+from workbench.patching.execution import Execution
 from workbench.study.config import read_study
 from workbench.study.grid import Study
 from workbench.study.launch import run_in_processes
@@ -120,3 +133,49 @@ def test_a_number_that_is_none_is_refused_at_once(number: str, capsys: pytest.Ca
 
 def test_there_is_always_a_core() -> None:
     assert 1 <= free_cores() <= (os.cpu_count() or 1)
+
+
+def test_processes_are_kept_from_wave_to_wave() -> None:
+    seen: list[int] = []
+
+    def tell(_: int, worker: int) -> None:
+        seen.append(worker)
+
+    with Pool(workers=1) as pool:
+        for _ in range(2):
+            pool.run(os.getpid, [(), ()], tell)
+    assert len(set(seen)) == 1
+    assert os.getpid() not in seen
+    pool.run(os.getpid, [()], tell)
+    assert len(set(seen)) == 2
+
+
+def test_an_accelerator_is_not_asked_for_where_there_is_none() -> None:
+    assert fitting_on("cpu", 12) == 12
+    assert number_of_workers("auto", "cuda") is None, "how many a device has room for is the user's to say"
+    assert number_of_workers(3, "cuda") == 3
+
+
+class Card:
+    """What torch says of an accelerator of 10 GB, of which this process has held 1.4 at most."""
+
+    @staticmethod
+    def max_memory_reserved(_: str) -> int:
+        return 2000 * 2**20 - CONTEXT
+
+    @staticmethod
+    def mem_get_info(_: object) -> tuple[int, int]:
+        return 9000 * 2**20, 10240 * 2**20
+
+
+def test_as_many_workers_as_an_accelerator_has_memory_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: Card)
+    assert fitting_on("cuda:0", 3) == 3
+    with caplog.at_level("WARNING"):
+        assert fitting_on("cuda:0", 12) == 4
+    assert "4 of 12 workers: each needs about 2.1 GB on cuda:0, and 9.4 GB are free" in caplog.text
+    assert Execution().memory_on(torch.device("cuda:0")) == 640 * 2**20
+    assert Execution(memory=5).memory_on(torch.device("cuda:0")) == 5
+    assert Execution().memory_on(torch.device("cpu")) == MEMORY

@@ -60,8 +60,8 @@ def cell_chart(cell: Mapping[str, Any], *, theme: Theme = LIGHT) -> go.Figure:
     figure.update_xaxes(title="accuracy on held-out test prompts", range=[0, 1.02])
     seeds = max(condition["full"]["count"] for condition in cell["conditions"].values())
     remarks = [
-        f"Dots: means over {seeds} seeds; bars: 95 % t intervals over seeds (none for what is not trained). lambda "
-        f"{cell['weight']:g}."
+        f"Dots: means over {seeds} seeds; bars: 95 % t intervals over seeds (none for what is not trained, or gave "
+        f"every seed the same training). lambda {cell['weight']:g}."
     ]
     titled(figure, cell_title(cell), remarks, theme, width=WIDTH, height=150 + 42 * len(names))
     return with_table(figure, frame)
