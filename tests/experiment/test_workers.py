@@ -52,11 +52,15 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_bits_of_none(recipe: Path, tmp_path: Path) -> None:
-    """The tests compute with one thread, as workers do."""
+def test_two_workers_give_the_bits_of_none(recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tests compute with one thread, as workers do; what a worker found is said here."""
     one, two = tmp_path / "one", tmp_path / "two"
     run_recipe(recipe, one)
-    assert cli.main(["evaluate", "--recipe", str(recipe), "--out", str(two), "--workers", "2"]) == 0
+    with caplog.at_level("INFO"):
+        assert cli.main(["evaluate", "--recipe", str(recipe), "--out", str(two), "--workers", "2"]) == 0
+    for name in ("teacher", "student"):
+        assert caplog.text.count(f"{name}: circuit of ") == 1
+        assert re.search(rf"{name}: \d+ of \d+ heads alone", caplog.text)
     assert rows(one) == rows(two)
     for condition in CONDITIONS[1:]:
         first, second = (RunFolder(out).condition(condition, 0) for out in (one, two))

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from workbench import storage
@@ -49,15 +50,7 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     if not circuit.members:
         reasons, scores = "; ".join(search.notes), run.folder.path / "scores"
         raise InputError(f"{name}: no head is chosen; {reasons}. The scores of all heads are in {scores}.")
-    log.info(
-        "%s: circuit of %d heads (%.0f %%): %s",
-        name,
-        len(circuit.heads),
-        100 * circuit.fraction,
-        "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
-    )
-    for note in search.notes:
-        log.info("%s: %s", name, note)
+    _say(name, circuit, search.notes)
     storage.write_json(run.folder.search_file(name), search.to_json())
     _examine(run, name, model, search)
     _connect(run, name, model, circuit)
@@ -65,6 +58,27 @@ def _discover(run: Run, name: str, model: HookedModel) -> Circuit:
     described = {**circuit.to_json(), KEY: run.circuit_origin(name)}
     storage.write_json(run.folder.circuit_file(name), described)  # last: it says that this stage is done
     return circuit
+
+
+def say(run: Run, name: str) -> None:
+    """What `discover_one` said where nobody heard it, of a model whose circuit is there."""
+    search, examined = storage.read_json(run.folder.search_file(name)), run.folder.examined_file(name)
+    _say(name, run.circuit(name), search.get("notes", ()))
+    if examined.exists():
+        report = evaluation.CircuitReport.from_json(storage.read_json(examined)["report"])
+        log.info("%s: %s", name, report.line())
+
+
+def _say(name: str, circuit: Circuit, notes: Sequence[str]) -> None:
+    log.info(
+        "%s: circuit of %d heads (%.0f %%): %s",
+        name,
+        len(circuit.heads),
+        100 * circuit.fraction,
+        "; ".join(f"{role}: {' '.join(map(str, heads))}" for role, heads in circuit.roles.items()),
+    )
+    for note in notes:
+        log.info("%s: %s", name, note)
 
 
 def _searched(run: Run, name: str, model: HookedModel) -> CircuitSearch:

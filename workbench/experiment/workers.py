@@ -13,7 +13,7 @@ from pathlib import Path
 
 from workbench.experiment.arms import run_condition
 from workbench.experiment.conditions import TITLES
-from workbench.experiment.discover import discover_one
+from workbench.experiment.discover import discover_one, say
 from workbench.experiment.pool import Pool, peak_memory
 from workbench.experiment.recipe import to_plain, written_recipe
 from workbench.experiment.results import read_row
@@ -33,7 +33,8 @@ def discover_in_processes(run: Run, workers: int) -> None:
         return
     plain = json.dumps(to_plain(run.recipe))
     pool = Pool(workers=workers, unit="model", what="circuits", need=peak_memory(), device=run.recipe.device)
-    pool.run(_search, [(plain, str(run.folder.path), run.folder.trial, name) for name in missing])
+    jobs = [(plain, str(run.folder.path), run.folder.trial, name) for name in missing]
+    pool.run(_search, jobs, lambda number, _: say(run, missing[number]))
 
 
 def _search(plain: str, path: str, trial: str, name: str) -> None:
