@@ -3,13 +3,16 @@ conditions, each with its evaluation; circuits and head map are there before.
 
 Trainings are independent, so two cores should do twice as many; what is lost is the start of every worker (its imports
 and models, once) and the last training, beside which a worker stands idle. Wall-clock time. The rows are the same to
-the bit.
+the bit. Beside it what the machine itself gives two processes: bare matrix products, alone and two at once
+(`bare_ratio`; cores that share what they compute with do less than twice as much).
 """
 
 import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -46,12 +49,47 @@ def run(*, steps: int = 12, seeds: int = 3) -> dict[str, Any]:
     return {
         "name": "study-throughput",
         "ratio": round(rates[1] / rates[0], 2),
+        "bare_ratio": round(bare_ratio(), 2),
         "trainings": trainings,
         "trainings_an_hour_one": round(rates[0]),
         "trainings_an_hour_two": round(rates[1]),
         "load_after": round(os.getloadavg()[0], 2),
         "cores": os.cpu_count(),
     }
+
+
+BARE = """
+import sys, time, torch
+torch.set_num_threads(1)
+a = torch.randn(384, 384)
+a @ a
+print("ready", flush=True)
+sys.stdin.readline()
+start, count = time.perf_counter(), 0
+while time.perf_counter() - start < 6:
+    for _ in range(50):
+        a @ a
+    count += 50
+print(count)
+"""
+
+
+def bare_ratio() -> float:
+    """How many times as many matrix products two processes do at once as one does alone."""
+
+    def products(count: int) -> int:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = [subprocess.Popen([sys.executable, "-c", BARE], **pipes) for _ in range(count)]
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return sum(int(process.communicate()[0]) for process in processes)
+
+    return products(2) / products(1)
 
 
 def _config(steps: int, seeds: int) -> StudyConfig:

@@ -22,6 +22,8 @@ from workbench.distillation.reports import StepReport, read_log
 from workbench.errors import InputError
 from workbench.models.hooked_model import Teacher
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EQUAL = [name for name in CASES if name != "micro"]
 Runs = tuple[Path, Path]

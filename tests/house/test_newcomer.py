@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from workbench import seeds
 from workbench.tasks.vocabulary import word_level_tokenizer
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 COLOURS = "red blue green white black grey pink brown".split()
 PLACES = "north south east west hills sea woods town".split()

@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests import budget
 from workbench import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -97,3 +98,11 @@ def test_what_the_forge_reads_is_yaml(path: Path) -> None:
     if path.parent.name == "ISSUE_TEMPLATE" and "body" in value:
         assert {"name", "description"} <= set(value)
         assert len({part["id"] for part in value["body"]}) == len(value["body"])
+
+
+def test_every_test_that_was_measured_as_slow_is_there() -> None:
+    """`python -m tests.budget FILE --slow` keeps what it knows, so a test that was renamed has to be taken out."""
+    for line in budget.slow_tests():
+        file, _, name = line.partition("::")
+        text = (ROOT / file).read_text() if (ROOT / file).exists() else ""
+        assert all(re.search(rf"^ *(?:def|class) {part}\b", text, re.MULTILINE) for part in name.split("::")), line
