@@ -26,7 +26,7 @@ from workbench.study.launch import run_in_processes
 SCENES = 10
 
 
-def run(*, steps: int = 12, seeds: int = 3) -> dict[str, Any]:
+def run(*, steps: int = 12, seeds: int = 8) -> dict[str, Any]:
     """One result: the trainings an hour with each, and their ratio."""
     logging.getLogger("workbench").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as place, _cache(place):
