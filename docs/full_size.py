@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +128,10 @@ def main(folder: Path, *, device: str = "cuda", sizes: dict[str, int] | None = N
     assert recipe.student is not None
     names = {"teacher": recipe.teacher, "student": recipe.student}
     measured: dict[str, float] = {}
-    folders = {
-        name: str(
-            timed(
-                measured,
-                f"make {role}",
-                lambda name=name, role=role, seed=seed: random_model(
-                    name, folder / role, device=device, seed=seed, **(sizes or {})
-                ),
-                device,
-            )
-        )
-        for seed, (role, name) in enumerate(names.items())
-    }
+    folders = {name: str(folder / role) for role, name in names.items()}
+    for seed, (role, name) in enumerate(names.items()):
+        make = partial(random_model, name, folder / role, device=device, seed=seed, **(sizes or {}))
+        timed(measured, f"make {role}", make, device)
     own = {
         **SMALL,
         "device": device,
@@ -154,15 +146,10 @@ def main(folder: Path, *, device: str = "cuda", sizes: dict[str, int] | None = N
     timed(measured, "discover", lambda: discover(run), device)
     timed(measured, "match", lambda: match(run), device)
     for condition in CONDITIONS:
-        timed(measured, f"train {condition}", lambda name=condition: distill(run, name, 0, resume=False), device)
-        timed(
-            measured,
-            f"evaluate {condition}",
-            lambda name=condition: run_condition(run, name, 0, resume=True),
-            device,
-        )
+        timed(measured, f"train {condition}", partial(distill, run, condition, 0, resume=False), device)
+        timed(measured, f"evaluate {condition}", partial(run_condition, run, condition, 0, resume=True), device)
     plain = {key: value for key, value in own.items() if key not in ("device", "teacher", "student")}
-    operations, memory = planned({**plain, "conditions": list(CONDITIONS)}, folders)
+    operations, memory = planned(plain, folders)
     at_most = torch.accelerator.max_memory_allocated() if torch.device(device).type != "cpu" else None
     circuits = {side: len(run.circuit(side).heads) for side in ("teacher", "student")}
     storage.write_json(
@@ -183,4 +170,6 @@ def main(folder: Path, *, device: str = "cuda", sizes: dict[str, int] | None = N
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m docs.full_size FOLDER")
     main(Path(sys.argv[1]))

@@ -186,6 +186,7 @@ def titled(condition: str) -> str:
     return f"**{TITLES[condition]}**" if condition == METHOD else TITLES[condition]
 
 
+@cache
 def summary(study: str) -> dict[tuple[str, int], Mapping[str, Any]]:
     """A study's cells by (student, training scenes)."""
     return {
@@ -377,6 +378,7 @@ def pooled() -> str:
     return markdown(head, [row(words) for words in points])
 
 
+@cache
 def trainings(name: str) -> list[Point]:
     """Every aligned training of a study: its pairs' CKA above the floor before, and its gain in full accuracy."""
     return [

@@ -35,7 +35,7 @@ from workbench.study.config import read_study
 from workbench.study.grid import Study
 from workbench.study.launch import run_in_processes
 from workbench.study.summary import summarise
-from workbench.tasks.base import PromptPairs
+from workbench.tasks.base import PromptPairs, encode, task_dataset
 from workbench.tasks.entity_tracking import EntityTracking
 from workbench.values.refs import Head
 
@@ -52,8 +52,6 @@ def device() -> str:
 
 
 def pairs_for(model: Any, *, scenes: int = 4, seed: int = 0, split: str = "calibration") -> PromptPairs:
-    from workbench.tasks.base import encode, task_dataset
-
     dataset = task_dataset(EntityTracking(boxes=3), model.tokenizer, split=split, scenes=scenes, seed=seed)
     return encode(dataset, model.tokenizer).to(model.device)
 
@@ -130,7 +128,7 @@ def losses(folder: RunFolder, condition: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-ALL = [name for name, condition in CONDITIONS.items()]
+ALL = list(CONDITIONS)
 
 
 def test_the_whole_road_is_the_cpus(small_recipe: Callable[..., Any], tmp_path: Path) -> None:
@@ -156,7 +154,7 @@ def test_the_whole_road_is_the_cpus(small_recipe: Callable[..., Any], tmp_path: 
 
 @pytest.mark.parametrize("precision", ["full", "bf16"])
 def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(
-    precision: str, small_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, small_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     changes = {"device": device(), "training.precision": precision}
     path = tmp_path / "recipe.yaml"

@@ -359,7 +359,7 @@ def test_seeds_with_nothing_to_draw_repeat_nothing(value: dict[str, Any], tmp_pa
     assert against["circuit_ce_cka"]["full"]["over_seeds"]["low"] is None
     assert len(against["circuit_ce_cka"]["full"]["per_seed_p"]) == 1
     assert len(against["circuit_ce_random_cka"]["full"]["per_seed_p"]) == 2
-    assert "no interval over seeds for circuit / CE, circuit / CE + CKA:" in text({**summarise(study)})
+    assert "no interval over seeds for circuit / CE, circuit / CE + CKA:" in text(summarise(study))
 
 
 def test_overlap_by_lineage_counts_the_kept_layers_alone() -> None:
@@ -382,6 +382,7 @@ def test_variants_of_a_method_share_their_baseline_and_the_best_gets_the_control
     path.write_text(yaml.safe_dump({**family, "best": ["circuit_ce_random_cka"]}))
     study = Study(read_study(path), tmp_path / "family")
     study.begin(resume=False)
+    assert study.unsearched() == [("causal", "teacher"), ("causal", "student")], "both students are one model"
     assert study.best(6) is None
     study.run()
     cells = {cell["student"]: cell for cell in summarise(study)["cells"]}

@@ -123,10 +123,11 @@ class Study:
             self._matched(name)
 
     def unsearched(self) -> list[tuple[str, str]]:
-        """(student, `teacher` or `student`) of the circuits that can be looked for at once: the teacher's for the first
-        student alone, because the others take it over where they may."""
+        """(student, `teacher` or `student`) of the circuits that can be looked for at once: each model's once, because
+        other students of the study take over what was found in the same model where they may."""
+        sources = {student.source: name for name, student in reversed(self.config.students.items())}
         first = next(iter(self.config.students))
-        wanted = [(first, "teacher"), *((name, "student") for name in self.config.students)]
+        wanted = [(first, "teacher"), *((name, "student") for name in self.config.students if name in sources.values())]
         return [(name, side) for name, side in wanted if not self.folder(name).circuit_file(side).exists()]
 
     def search(self, student: str, model: str) -> None:
