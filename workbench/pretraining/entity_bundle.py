@@ -26,6 +26,7 @@ from workbench import seeds
 from workbench.errors import InputError
 from workbench.pretraining.config import STRICT, CurriculumConfig, SizeConfig
 from workbench.pretraining.curriculum import Curriculum, linear_probes
+from workbench.pretraining.head_penalty import head_norms
 from workbench.pretraining.models import finished, new_model, pruned, save_model
 from workbench.tasks.base import Split, encode, task_dataset
 from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
@@ -50,6 +51,11 @@ class LessonConfig(CurriculumConfig):
     """Accuracy on the first query (a running mean) that adds a box."""
     stop_at: float = 0.99
     """The same on the last number of boxes, which ends the training."""
+    head_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the heads' norms in the loss once the first number of boxes is solved (see
+    `pretraining.head_penalty`): what few heads can do is then left to few."""
+    settling: Annotated[int, Field(ge=0)] = 0
+    """Steps that the training stays at each number of boxes after it is solved, for the penalty to work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -148,6 +154,8 @@ class Boxes(Curriculum):
         self.boxes, self.accuracy = config.boxes[0], 0.0
         self.solved: int | None = None
         """The number of boxes that the last step solved, if it did."""
+        self.passed_at: int | None = None
+        """The step that passed the number of boxes at work, while it settles."""
 
     def backward(self) -> dict[str, float]:
         """Gradients of a batch of scenes, mostly of the number of boxes at work; returns the step's row of the log."""
@@ -156,26 +164,32 @@ class Boxes(Curriculum):
         boxes = self.boxes if draw.random() < 0.6 else draw.randint(config.boxes[0], self.boxes)
         batch = lesson(self.vocabulary, boxes, config, self.step)
         answer, probe, accuracy = lesson_losses(self.model, self.probes, batch)
-        weight = config.probe_weight if self.boxes == config.boxes[0] else 0.0
-        (answer + weight * probe).backward()
-        self._graduate(boxes, accuracy)
-        return {
+        begins = self.boxes == config.boxes[0] and self.passed_at is None
+        row = {
             "step": self.step,
             "boxes": boxes,
             "answer_loss": answer.item(),
             "probe_loss": probe.item(),
             "accuracy": accuracy,
         }
+        loss = answer + (config.probe_weight if begins else 0.0) * probe
+        if config.head_penalty and not begins:
+            norms = head_norms(self.model).sum()
+            loss, row["head_norms"] = loss + config.head_penalty * norms, norms.item()
+        loss.backward()
+        self._graduate(boxes, accuracy)
+        return row
 
     def _graduate(self, boxes: int, accuracy: float) -> None:
         """Add a box once the number at work is solved."""
         if boxes == self.boxes:
             self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
-        last = self.boxes == self.config.boxes[1]
-        if self.accuracy <= (self.config.stop_at if last else self.config.solved):
-            self.solved = None
+        last, self.solved = self.boxes == self.config.boxes[1], None
+        if self.passed_at is None and self.accuracy > (self.config.stop_at if last else self.config.solved):
+            self.passed_at = self.step
+        if self.passed_at is None or self.step < self.passed_at + self.config.settling:
             return
-        self.solved, self.boxes = self.boxes, self.boxes + (not last)
+        self.solved, self.boxes, self.passed_at = self.boxes, self.boxes + (not last), None
         self.accuracy = self.accuracy if last else 0.0
 
     def standing(self) -> dict[str, str]:
@@ -183,12 +197,12 @@ class Boxes(Curriculum):
         return {"boxes": str(self.boxes), "accuracy": f"{self.accuracy:.2f}"}
 
     def state(self) -> dict[str, Any]:
-        """Number of boxes at work, and the running accuracy on it."""
-        return {"boxes": self.boxes, "accuracy": self.accuracy}
+        """Number of boxes at work, the running accuracy on it, and since when it settles."""
+        return {"boxes": self.boxes, "accuracy": self.accuracy, "passed_at": self.passed_at}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
-        self.boxes, self.accuracy = state["boxes"], state["accuracy"]
+        self.boxes, self.accuracy, self.passed_at = state["boxes"], state["accuracy"], state["passed_at"]
 
     def identity(self) -> str:
         """Label and settings."""
@@ -224,7 +238,7 @@ def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]
 
 
 def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
-    model = new_model(config.teacher, len(word_tokenizer()), seed=config.lessons.seed)
+    model = new_model(config.teacher, len(word_tokenizer()), seed=config.lessons.seed, attention="sdpa")
     course = Boxes(model, word_tokenizer().get_vocab(), config.lessons, label="teacher")
     course.resume(work / "teacher")
     for _ in course.steps(work / "teacher"):
@@ -242,6 +256,7 @@ def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
         boxes=(2, config.pruned_from),
         stop_at=2.0,
         solved=0.0,
+        settling=0,
         learning_rate=config.healing_rate,
         probe_weight=0.0,
     )
@@ -269,7 +284,7 @@ def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
         replace(config.lessons, seed=config.unrelated_seed),
         replace(config.teacher, layers=config.student_layers),
     )
-    model = new_model(size, len(word_tokenizer()), seed=config.unrelated_seed)
+    model = new_model(size, len(word_tokenizer()), seed=config.unrelated_seed, attention="sdpa")
     course = Boxes(model, word_tokenizer().get_vocab(), lessons, label="unrelated student")
     course.resume(work / "unrelated-student")
     _until_in_band(course, config, work / "unrelated-student")

@@ -22,8 +22,9 @@ EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 """Attention whose pattern can be read, which lessons on where a head looks need."""
 
 
-def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model; the global random state is left as it was."""
+def new_model(size: SizeConfig, vocabulary: int, *, seed: int, attention: str = "eager") -> LlamaForCausalLM:
+    """A freshly initialised model; the global random state is left as it was. With `attention="sdpa"` it trains in half
+    the time, and no pattern can be read."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=size.d_model,
@@ -35,7 +36,7 @@ def new_model(size: SizeConfig, vocabulary: int, *, seed: int) -> LlamaForCausal
         max_position_embeddings=256,
         tie_word_embeddings=False,
         initializer_range=size.init_std,
-        **EAGER,
+        attn_implementation=attention,
         bos_token_id=2,
         eos_token_id=None,
         pad_token_id=0,

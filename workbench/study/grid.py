@@ -268,7 +268,8 @@ class Study:
             storage.write_json(file, dict(choice))
         choice = read_choice(file)
         recipe = _at(base.recipe, scenes, choice["weight"])
-        return base.varied(replace(recipe, learning_rates=choice.get("learning_rates", {})), f"scenes-{scenes}")
+        rates = recipe.learning_rates | choice.get("learning_rates", {})
+        return base.varied(replace(recipe, learning_rates=rates), f"scenes-{scenes}")
 
     def _chosen_weight(self, base: Run, scenes: int) -> float:
         """lambda, from trials of the method that are all done."""
