@@ -9,7 +9,7 @@ import torch
 
 from workbench.pretraining.config import SizeConfig
 from workbench.pretraining.entity_bundle import Boxes, LessonConfig, word_tokenizer
-from workbench.pretraining.head_penalty import head_norms
+from workbench.pretraining.head_penalty import head_norms, head_penalty
 from workbench.pretraining.models import new_model
 
 TINY = SizeConfig(layers=2, heads=4, kv_heads=2, d_head=4, d_model=16, d_mlp=16)
@@ -42,20 +42,21 @@ def test_larger_values_behind_smaller_outputs_hide_nothing() -> None:
     torch.testing.assert_close(head_norms(model), before)
 
 
-def test_the_slope_stays_as_large_while_a_head_shrinks() -> None:
-    """A norm, not its square; and no infinity where a head is nothing."""
-    model = new_model(TINY, 20, seed=0)
-    outputs = model.model.layers[0].self_attn.o_proj.weight
-    slopes = []
-    for factor in (1.0, 1e-2):
-        with torch.no_grad():
-            outputs.mul_(factor)
-        (slope,) = torch.autograd.grad(head_norms(model).sum(), outputs)
-        slopes.append(slope)
-    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-3, atol=1e-5)
+def test_one_head_costs_less_than_two_that_write_alike() -> None:
+    """Two heads with the same values, each with half of what one would write: the norms add up to the same, the penalty
+    does not; and no slope is infinite where a head is nothing."""
+    split, whole = new_model(TINY, 20, seed=0), new_model(TINY, 20, seed=0)
     with torch.no_grad():
-        outputs.zero_()
-    (slope,) = torch.autograd.grad(head_norms(model).sum(), outputs)
+        for model, shares in ((split, (0.5, 0.5)), (whole, (1.0, 0.0))):
+            outputs = model.model.layers[0].self_attn.o_proj.weight
+            one = outputs[:, :4].clone()
+            outputs[:, :4], outputs[:, 4:8] = shares[0] * one, shares[1] * one
+    torch.testing.assert_close(head_norms(split).sum(), head_norms(whole).sum())
+    norm = head_norms(whole)[0, 0] / 0.1
+    expected = 2 * torch.log1p(norm / 2) - torch.log1p(norm)
+    torch.testing.assert_close(head_penalty(split) - head_penalty(whole), expected, rtol=1e-3, atol=1e-4)
+    assert expected > 0.1
+    (slope,) = torch.autograd.grad(head_penalty(whole), whole.model.layers[0].self_attn.o_proj.weight)
     assert bool(slope.isfinite().all())
 
 
@@ -64,10 +65,10 @@ def test_a_training_with_it_shrinks_heads_and_logs_it_from_the_second_number_of_
     for course in (with_it, without):
         for _ in range(12):
             course.advance()
-    assert "head_norms" not in with_it.log[0], "the first number of boxes is learned without it"
-    assert all("head_norms" in row for row in with_it.log[1:])
-    assert not any("head_norms" in row for row in without.log)
-    assert with_it.log[-1]["head_norms"] < with_it.log[1]["head_norms"]
+    assert "head_penalty" not in with_it.log[0], "the first number of boxes is learned without it"
+    assert all("head_penalty" in row for row in with_it.log[1:])
+    assert not any("head_penalty" in row for row in without.log)
+    assert with_it.log[-1]["head_penalty"] < with_it.log[1]["head_penalty"]
     assert head_norms(with_it.model).sum() < 0.97 * head_norms(without.model).sum()
 
 
@@ -79,7 +80,7 @@ def test_each_number_of_boxes_settles_before_the_next() -> None:
         solved.append(course.solved)
     assert solved == [None, None, None, 2, None, None, None, 3]
     assert [row["boxes"] for row in course.log[:4]] == [2] * 4
-    assert ["head_norms" in row for row in course.log] == [False] + 7 * [True]
+    assert ["head_penalty" in row for row in course.log] == [False] + 7 * [True]
 
 
 def test_it_resumes_to_the_bit_amid_settling(tmp_path: Path) -> None:

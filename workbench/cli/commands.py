@@ -303,6 +303,7 @@ def pretrain_models(options: argparse.Namespace) -> None:
     """The bundled models."""
     from workbench.experiment.recipe import parse_config
     from workbench.pretraining import BundleConfig, pretrain
+    from workbench.pretraining.entity_bundle import THIN
     from workbench.pretraining.mixture import report_table
     from workbench.pretraining.mixture_bundle import MixtureConfig, pretrain_mixture
 
@@ -310,7 +311,8 @@ def pretrain_models(options: argparse.Namespace) -> None:
         mixture = parse_config(MixtureConfig, {}, overrides=_overrides(options.set))
         print(report_table(pretrain_mixture(mixture, options.out, options.work)).to_string(index=False))
         return
-    config = parse_config(BundleConfig, {}, overrides=_overrides(options.set))
+    own = THIN if options.bundle == "thin" else {}
+    config = parse_config(BundleConfig, own, overrides=_overrides(options.set))
     for name, accuracy in pretrain(config, options.out, options.work).items():
         print(f"{name}: accuracy {accuracy:.3f} on 7 boxes, held-out test scenes")
 

@@ -232,11 +232,14 @@ def _declare_explore(commands: Any) -> None:
 def _declare_pretrain(commands: Any) -> None:
     command_parser = commands.add_parser(
         "pretrain",
-        help="train the bundled teacher and students, on entity tracking or on the mixture of tasks",
+        help="train the bundled teacher and students: entity tracking, the same with thin heads, or a mixture of tasks",
         description="Train the bundled teacher, its pruned student and the unrelated student.",
     )
     command_parser.add_argument(
-        "--bundle", choices=("entity", "mixture"), default="entity", help="which three models (default: %(default)s)"
+        "--bundle",
+        choices=("entity", "thin", "mixture"),
+        default="entity",
+        help="which three models (default: %(default)s)",
     )
     command_parser.add_argument(
         "--out", type=Path, default=Path("runs/models"), help="where the models go (default: %(default)s)"

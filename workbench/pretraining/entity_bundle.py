@@ -1,5 +1,5 @@
-"""How the bundled models are made: a Llama-style teacher, its pruned student, and an unrelated student, on entity
-tracking.
+"""How the bundled models of entity tracking are made: a Llama-style teacher, its pruned student, and an unrelated
+student; and the same with thin heads.
 
 Two temporary probes on the residual after the first layer (each context label predicts its object, the last token
 predicts the queried label) and a curriculum over the number of boxes get past where plain training stalls.
@@ -26,7 +26,7 @@ from workbench import seeds
 from workbench.errors import InputError
 from workbench.pretraining.config import STRICT, CurriculumConfig, SizeConfig
 from workbench.pretraining.curriculum import Curriculum, linear_probes
-from workbench.pretraining.head_penalty import head_norms
+from workbench.pretraining.head_penalty import head_penalty
 from workbench.pretraining.models import finished, new_model, pruned, save_model
 from workbench.tasks.base import Split, encode, task_dataset
 from workbench.tasks.entity_tracking import LABELS, OBJECTS, EntityTracking, Scene, context, draw_scene
@@ -52,8 +52,8 @@ class LessonConfig(CurriculumConfig):
     stop_at: float = 0.99
     """The same on the last number of boxes, which ends the training."""
     head_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the heads' norms in the loss once the first number of boxes is solved (see
-    `pretraining.head_penalty`): what few heads can do is then left to few."""
+    """Weight of the penalty on heads once the first number of boxes is solved (see `pretraining.head_penalty`): what
+    few heads can do is then left to few."""
     settling: Annotated[int, Field(ge=0)] = 0
     """Steps that the training stays at each number of boxes after it is solved, for the penalty to work."""
 
@@ -62,6 +62,8 @@ class LessonConfig(CurriculumConfig):
 class BundleConfig:
     """The three bundled models."""
 
+    prefix: str = ""
+    """Of their names: `thin-` makes `thin-teacher`."""
     teacher: SizeConfig = Field(default_factory=SizeConfig)
     student_layers: Annotated[int, Field(ge=1)] = 4
     lessons: LessonConfig = Field(default_factory=LessonConfig)
@@ -74,6 +76,20 @@ class BundleConfig:
     look_every: int = 10
     """Steps between two looks at a student's accuracy."""
     unrelated_seed: int = 2
+
+    @property
+    def command(self) -> str:
+        """What makes them."""
+        return "workbench pretrain" + (f" --bundle {self.prefix.rstrip('-')}" if self.prefix else "")
+
+
+THIN: dict[str, Any] = {
+    "prefix": "thin-",
+    "teacher": {"heads": 16, "kv_heads": 8, "d_head": 8},
+    "lessons": {"head_penalty": 0.02, "settling": 100},
+}
+"""What the bundle of thin heads has otherwise: twice as many of half the size, and a penalty that leaves the task to
+few of them."""
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -174,8 +190,8 @@ class Boxes(Curriculum):
         }
         loss = answer + (config.probe_weight if begins else 0.0) * probe
         if config.head_penalty and not begins:
-            norms = head_norms(self.model).sum()
-            loss, row["head_norms"] = loss + config.head_penalty * norms, norms.item()
+            penalty = head_penalty(self.model)
+            loss, row["head_penalty"] = loss + config.head_penalty * penalty, penalty.item()
         loss.backward()
         self._graduate(boxes, accuracy)
         return row
@@ -227,12 +243,14 @@ def pretrain(config: BundleConfig, folder: Path, work: Path) -> dict[str, float]
     `work` keeps checkpoints and finished phases; a killed run goes on from there. Returns each model's accuracy on 7
     boxes on test scenes.
     """
+    work /= config.prefix.rstrip("-")
+    phases = {"teacher": _train_teacher, "student": _train_student, "unrelated-student": _train_unrelated}
     models = {
-        "teacher": finished(folder / "teacher", lambda: _train_teacher(config, folder / "teacher", work)),
-        "student": finished(folder / "student", lambda: _train_student(config, folder / "student", work)),
-        "unrelated-student": finished(
-            folder / "unrelated-student", lambda: _train_unrelated(config, folder / "unrelated-student", work)
-        ),
+        f"{config.prefix}{name}": finished(
+            folder / f"{config.prefix}{name}",
+            lambda name=name, train=train: train(config, folder / f"{config.prefix}{name}", work),
+        )
+        for name, train in phases.items()
     }
     return {name: task_accuracy(model, boxes=7, split="test", scenes=100) for name, model in models.items()}
 
@@ -243,10 +261,10 @@ def _train_teacher(config: BundleConfig, target: Path, work: Path) -> None:
     course.resume(work / "teacher")
     for _ in course.steps(work / "teacher"):
         if course.solved is not None:
-            _save(model, work / f"teacher-{course.solved}-boxes", {}, [])
+            _save(model, work / f"teacher-{course.solved}-boxes", config, {}, [])
         if course.solved == config.lessons.boxes[1]:
             break
-    _save(model, target, {"size": asdict(config.teacher), "lessons": asdict(config.lessons)}, course.log)
+    _save(model, target, config, {"size": asdict(config.teacher), "lessons": asdict(config.lessons)}, course.log)
 
 
 def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
@@ -274,7 +292,7 @@ def _train_student(config: BundleConfig, target: Path, work: Path) -> None:
         "kept_layers": layers,
         "lessons": asdict(lessons),
     }
-    _save(model, target, origin, course.log)
+    _save(model, target, config, origin, course.log)
 
 
 def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
@@ -288,7 +306,7 @@ def _train_unrelated(config: BundleConfig, target: Path, work: Path) -> None:
     course = Boxes(model, word_tokenizer().get_vocab(), lessons, label="unrelated student")
     course.resume(work / "unrelated-student")
     _until_in_band(course, config, work / "unrelated-student")
-    _save(model, target, {"size": asdict(size), "lessons": asdict(lessons)}, course.log)
+    _save(model, target, config, {"size": asdict(size), "lessons": asdict(lessons)}, course.log)
 
 
 def _until_in_band(course: Boxes, config: BundleConfig, work: Path) -> None:
@@ -306,5 +324,11 @@ def _until_in_band(course: Boxes, config: BundleConfig, work: Path) -> None:
                 )
 
 
-def _save(model: LlamaForCausalLM, target: Path, origin: dict[str, Any], log: list[dict[str, float]]) -> None:
-    save_model(model, word_tokenizer(), target, {**origin, "command": "workbench pretrain"}, log)
+def _save(
+    model: LlamaForCausalLM,
+    target: Path,
+    config: BundleConfig,
+    origin: dict[str, Any],
+    log: list[dict[str, float]],
+) -> None:
+    save_model(model, word_tokenizer(), target, {**origin, "command": config.command}, log)

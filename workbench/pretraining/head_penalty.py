@@ -1,10 +1,10 @@
-"""A penalty that leaves a task to few heads: the group lasso over heads (Yuan & Lin 2006), with a head's output-value
-matrix as its group.
+"""A penalty that leaves a task to few heads: the log-sum penalty (Candes, Wakin & Boyd 2008) over heads, with the norm
+of a head's output-value matrix for its size.
 
-    penalty = weight * sum over heads of |W_V W_O|_F
+    penalty = weight * sum over heads of log(1 + |W_V W_O|_F / SMALL)
 
-A norm, not its square: the gradient stays as large while a head shrinks, so heads that others can stand in for go to
-nearly nothing. The product, not its factors: no head escapes by a larger W_V behind a smaller W_O.
+Concave: what two heads write alike costs less in one, where a sum of norms (the group lasso) costs the same however it
+is split. The product of the matrices, not each: no head escapes by a larger W_V behind a smaller W_O.
 """
 
 import torch
@@ -12,12 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+SMALL = 0.1
+"""A norm well below which a head is as good as gone: where the penalty's slope ends to rise."""
 LEAST = 1e-12
 """Under the root, where its slope would be infinite."""
 
 
+def head_penalty(model: LlamaForCausalLM) -> Float[Tensor, ""]:
+    """The sum over heads of log(1 + norm / SMALL)."""
+    return torch.log1p(head_norms(model) / SMALL).sum()
+
+
 def head_norms(model: LlamaForCausalLM) -> Float[Tensor, "layer head"]:
-    """The Frobenius norm of each head's output-value matrix W_V W_O, which query heads of a group share W_V of."""
+    """The Frobenius norm of each head's output-value matrix W_V W_O; the query heads of a group share W_V."""
     return torch.stack([_norms(block.self_attn) for block in model.model.layers])
 
 
