@@ -74,11 +74,13 @@ def test_a_training_with_it_shrinks_heads_and_logs_it_from_the_second_number_of_
 
 def test_each_number_of_boxes_settles_before_the_next() -> None:
     """Any accuracy passes here: two boxes at step 0, which then settle for three steps, and so do three."""
-    course, solved = begun(replace(LESSONS, stop_at=-1.0, settling=3)), []
+    course, solved, rates = begun(replace(LESSONS, stop_at=-1.0, settling=3)), [], []
     for _ in range(8):
         course.advance()
         solved.append(course.solved)
+        rates.append(course.optimizer.param_groups[0]["lr"] / course.config.learning_rate)
     assert solved == [None, None, None, 2, None, None, None, 3]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]), "warm-up; and a fall while the last one settles"
     assert [row["boxes"] for row in course.log[:4]] == [2] * 4
     assert ["head_penalty" in row for row in course.log] == [False] + 7 * [True]
 

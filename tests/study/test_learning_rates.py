@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -66,32 +67,59 @@ def test_rates_need_validation_seeds_and_no_best(config: StudyConfig) -> None:
         replace(config, best=("circuit_ce_random_cka",))
 
 
-def test_a_study_trains_every_condition_at_its_own_rate(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.fixture
+def begun(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Study]:
+    """A small study, prepared, with settings of its recipe and of its own."""
+
+    def begin(recipe: dict[str, Any], **own: Any) -> Study:
+        base = {
+            "teacher": str(model_folder("llama", seed=1)),
+            "data": {
+                "boxes": 3,
+                "reference_scenes": 4,
+                "discovery_scenes": 4,
+                "test_scenes": 5,
+                "validation_scenes": 3,
+            },
+            "discovery": {"method": "mean_ablation", "selection": "top", "heads": 2},
+            "training": {"steps": 2, "batch": 6, "evaluate_every": 2},
+            "evaluation": {"random_circuits": 1, "curve": False},
+            "save_students": False,
+        }
+        value = {
+            "recipe": str(tmp_path / "base.yaml"),
+            "students": {"short": {"source": str(model_folder("llama", seed=2, layers=2))}},
+            "train_scenes": [6],
+            "weights": [0.5],
+            "seeds": [1],
+            "conditions": ["circuit_ce", "circuit_ce_random_cka", "circuit_ce_cka"],
+        }
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | recipe))
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(value | own))
+        study = Study(read_study(tmp_path / "study.yaml"), tmp_path / "study")
+        study.begin(resume=False)
+        study.prepare()
+        return study
+
+    return begin
+
+
+def rate_of(study: Study, condition: str) -> float:
+    """The learning rate that a training's log says."""
+    log = study.path / "short/scenes-6/conditions" / f"{condition}-1" / "log.jsonl"
+    return json.loads(log.read_text().splitlines()[0])["learning_rate"]
+
+
+def test_where_none_is_chosen_the_recipes_own_rates_stay(begun: Callable[..., Study]) -> None:
+    study = begun({"learning_rates": {"full_ce": 0.25}}, conditions=["full_ce", "circuit_ce"])
+    study.run()
+    assert (rate_of(study, "full_ce"), rate_of(study, "circuit_ce")) == (0.25, 1e-3)
+
+
+def test_a_study_trains_every_condition_at_its_own_rate(begun: Callable[..., Study]) -> None:
     """In waves of trials that don't wait for each other, after which nothing is left to be chosen or trained; the log
     of each training says its rate."""
-    recipe = {
-        "teacher": str(model_folder("llama", seed=1)),
-        "data": {"boxes": 3, "reference_scenes": 4, "discovery_scenes": 4, "test_scenes": 5, "validation_scenes": 3},
-        "discovery": {"method": "mean_ablation", "selection": "top", "heads": 2},
-        "training": {"steps": 2, "batch": 6, "evaluate_every": 2},
-        "evaluation": {"random_circuits": 1, "curve": False},
-        "save_students": False,
-    }
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
-    value = {
-        "recipe": str(tmp_path / "base.yaml"),
-        "students": {"short": {"source": str(model_folder("llama", seed=2, layers=2))}},
-        "train_scenes": [6],
-        "weights": [0.5],
-        "learning_rates": [1e-3, 0.3],
-        "validation_seeds": [7],
-        "seeds": [1],
-        "conditions": ["circuit_ce", "circuit_ce_random_cka", "circuit_ce_cka"],
-    }
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(value))
-    study, sizes = Study(read_study(tmp_path / "study.yaml"), tmp_path / "study"), []
-    study.begin(resume=False)
-    study.prepare()
+    study, sizes = begun({}, learning_rates=[1e-3, 0.3], validation_seeds=[7]), []
 
     def run_all(trials: Sequence[Trial]) -> None:
         sizes.append(len(trials))
@@ -103,11 +131,10 @@ def test_a_study_trains_every_condition_at_its_own_rate(model_folder: Callable[.
     summary = summarise(study)
     (cell,) = summary["cells"]
     chosen, tried = cell["learning_rates"], cell["learning_rate_accuracy"]
-    assert set(chosen) == set(value["conditions"])
+    assert set(chosen) == set(study.config.conditions)
     for condition, rate in chosen.items():
         assert tried[condition][str(rate)] == max(tried[condition].values())
-        log = study.path / "short/scenes-6/conditions" / f"{condition}-1" / "log.jsonl"
-        assert json.loads(log.read_text().splitlines()[0])["learning_rate"] == rate
+        assert rate_of(study, condition) == rate
     assert "learning rates chosen on validation prompts" in text(summary)
     assert not list(study.path.glob("*/*/weight-*/**/result.json")), "no choice sees a test prompt"
 

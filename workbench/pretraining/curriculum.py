@@ -56,10 +56,14 @@ class Curriculum(ABC):
     def identity(self) -> str:
         """All that the training depends on; a checkpoint of another identity is refused."""
 
+    def rate(self) -> float:
+        """The learning rate of this step."""
+        return self._config.rate(self.step)
+
     def advance(self) -> None:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._config.rate(self.step)
+            group["lr"] = self.rate()
         self.optimizer.zero_grad()
         row = self.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self._config.clip)

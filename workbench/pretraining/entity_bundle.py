@@ -55,7 +55,8 @@ class LessonConfig(CurriculumConfig):
     """Weight of the penalty on heads once the first number of boxes is solved (see `pretraining.head_penalty`): what
     few heads can do is then left to few."""
     settling: Annotated[int, Field(ge=0)] = 0
-    """Steps that the training stays at each number of boxes after it is solved, for the penalty to work."""
+    """Steps that the training stays at each number of boxes after it is solved, for the penalty to work; at the last
+    one the learning rate falls to 0 over them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -86,10 +87,11 @@ class BundleConfig:
 THIN: dict[str, Any] = {
     "prefix": "thin-",
     "teacher": {"heads": 16, "kv_heads": 8, "d_head": 8},
-    "lessons": {"head_penalty": 0.02, "settling": 100},
+    "lessons": {"head_penalty": 0.02, "settling": 100, "stop_at": 0.956},
+    "pruned_from": 4,
 }
 """What the bundle of thin heads has otherwise: twice as many of half the size, and a penalty that leaves the task to
-few of them."""
+few of them. After three boxes its teacher knows nothing yet of seven."""
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -207,6 +209,13 @@ class Boxes(Curriculum):
             return
         self.solved, self.boxes, self.passed_at = self.boxes, self.boxes + (not last), None
         self.accuracy = self.accuracy if last else 0.0
+
+    def rate(self) -> float:
+        """Falls to 0 while the last number of boxes settles."""
+        rate = super().rate()
+        if self.passed_at is None or self.boxes < self.config.boxes[1]:
+            return rate
+        return rate * (1 - (self.step - self.passed_at) / (self.config.settling + 1))
 
     def standing(self) -> dict[str, str]:
         """Number of boxes at work, and the running accuracy on it."""
