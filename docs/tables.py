@@ -49,15 +49,15 @@ LINEAGE = {
 }
 GAINS = {
     "[one query a scene][scenes]": ("study_scenes", ("sibling", 70)),
-    "[six heads of 32 trained][few]": ("study_few_heads", ("sibling", 70)),
+    "[seven thin heads of 64 trained][thin]": ("study_thin", ("sibling", 70)),
     "[an unrelated student][lineage]": ("study_lineage", ("unrelated", 70)),
-    "[theory of mind][mind]": ("study_mind_family", ("differences", 300)),
+    "[theory of mind][mind]": ("study_mind_sizes", ("sibling", 300)),
     "[SmolLM2-135M, boxes][boxes]": ("study_smollm2", ("half", 16)),
 }
 """Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
 FORECASTED = (
     *("study_entity", "study_lineage", "study_lineage_data", "study_scenes"),
-    *("study_few_heads", "study_quarter", "study_methods"),
+    *("study_few_heads", "study_quarter", "study_methods", "study_thin"),
 )
 FORECASTS = {
     "every scene asked at all its boxes": ("study_entity", "shared and unrelated lineage"),
@@ -67,14 +67,16 @@ FORECASTS = {
     "six heads trained": ("study_few_heads", "one"),
     "sixteen heads trained": ("study_quarter", "one"),
     "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
+    "thin heads": ("study_thin", "shared and unrelated lineage"),
     "theory of mind": ("study_mind", "shared and unrelated lineage"),
     "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
     "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
+    "theory of mind, changes at every token": ("study_mind_sizes", "shared and unrelated lineage"),
     "SmolLM2-135M, boxes": ("study_smollm2", "one"),
 }
 POOLED = {
     "entity tracking, bundled models": (*FORECASTED,),
-    "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family"),
+    "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family", "study_mind_sizes"),
     "boxes, SmolLM2-135M": ("study_smollm2",),
 }
 """Studies of one task, whose trainings the forecast's second table pools."""
@@ -540,9 +542,9 @@ def two_tokens() -> str:
     return table()
 
 
-def mind_heads() -> str:
-    """Theory of mind's circuit head by head: where each is needed, what it looks at, reads and writes."""
-    heads = storage.read_json(RESULTS / "mind_circuit/heads.json")["heads"]
+def circuit_heads(folder: str) -> str:
+    """A circuit head by head: where each is needed, what it looks at, reads and writes."""
+    heads = storage.read_json(RESULTS / folder / "heads.json")["heads"]
 
     def listed(values: Mapping[str, float], form: str, most: int = 3) -> str:
         some = list(values.items())[:most]
@@ -560,9 +562,9 @@ def mind_heads() -> str:
     return markdown(("head", "needed at", "costs", "looks at", "reads", "writes into"), rows())
 
 
-def mind_carries() -> str:
+def carries(folder: str) -> str:
     """What that circuit carries beside random ones and the strongest single ablations."""
-    of = storage.read_json(RESULTS / "mind_circuit/heads.json")["carries"]
+    of = storage.read_json(RESULTS / folder / "heads.json")["carries"]
     size = of["size"]
     rows = [
         ["the whole model", number(of["whole"]["accuracy"])],
@@ -636,7 +638,7 @@ def plans() -> str:
 
 
 SIZES = (70, 280, 1050)
-STUDENTS = ("sibling", "unrelated")
+STUDENTS = {"sibling": "a student of the lineage", "unrelated": "an unrelated student"}
 METHODS = {
     "path patching": "path patching",
     "activation patching": "activation patching",
@@ -679,6 +681,26 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
+    **{
+        f"study-mind-sizes-{name}-{size}": partial(study, "study_mind_sizes", (name, size))
+        for name in STUDENTS
+        for size in (300, 1000)
+    },
+    "mind-gains": lambda: gains(
+        "study_mind_sizes",
+        {(name, size): f"{words}, {size:,} stories" for name, words in STUDENTS.items() for size in (300, 1000)},
+        "student and stories",
+    ),
+    **{
+        f"study-thin-{name}-{size}": partial(study, "study_thin", (name, size))
+        for name in STUDENTS
+        for size in SIZES[:2]
+    },
+    "thin-gains": lambda: gains(
+        "study_thin",
+        {(name, size): f"{words}, {size} prompts" for name, words in STUDENTS.items() for size in SIZES[:2]},
+        "student and prompts",
+    ),
     "study-mind-family": partial(family, "study_mind_family", 300),
     **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
     "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
@@ -698,8 +720,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
     "discovery-worth": worth,
     "two-tokens": two_tokens,
-    "mind-heads": mind_heads,
-    "mind-carries": mind_carries,
+    "mind-heads": partial(circuit_heads, "mind_circuit"),
+    "mind-carries": partial(carries, "mind_circuit"),
+    "thin-heads": partial(circuit_heads, "study_thin"),
+    "thin-carries": partial(carries, "study_thin"),
     "transfer": lambda: transfer("study_mind", ("sibling", 1000)),
     "plans": plans,
     "boxes": lambda: run("smollm2_boxes"),
