@@ -691,16 +691,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
         {(name, size): f"{words}, {size:,} stories" for name, words in STUDENTS.items() for size in (300, 1000)},
         "student and stories",
     ),
-    **{
-        f"study-thin-{name}-{size}": partial(study, "study_thin", (name, size))
-        for name in STUDENTS
-        for size in SIZES[:2]
-    },
-    "thin-gains": lambda: gains(
-        "study_thin",
-        {(name, size): f"{words}, {size} prompts" for name, words in STUDENTS.items() for size in SIZES[:2]},
-        "student and prompts",
-    ),
+    **{f"study-thin-{name}-70": partial(study, "study_thin", (name, 70)) for name in STUDENTS},
+    "thin-gains": lambda: gains("study_thin", {(name, 70): words for name, words in STUDENTS.items()}, "student"),
     "study-mind-family": partial(family, "study_mind_family", 300),
     **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
     "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
