@@ -638,6 +638,8 @@ def plans() -> str:
 
 
 SIZES = (70, 280, 1050)
+SIZED = (("sibling", 300), ("sibling", 1000), ("unrelated", 300))
+"""Cells of `study_mind_sizes` that have been run."""
 STUDENTS = {"sibling": "a student of the lineage", "unrelated": "an unrelated student"}
 METHODS = {
     "path patching": "path patching",
@@ -681,14 +683,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
-    **{
-        f"study-mind-sizes-{name}-{size}": partial(study, "study_mind_sizes", (name, size))
-        for name in STUDENTS
-        for size in (300, 1000)
-    },
+    **{f"study-mind-sizes-{'-'.join(map(str, cell))}": partial(study, "study_mind_sizes", cell) for cell in SIZED},
     "mind-gains": lambda: gains(
         "study_mind_sizes",
-        {(name, size): f"{words}, {size:,} stories" for name, words in STUDENTS.items() for size in (300, 1000)},
+        {(name, size): f"{STUDENTS[name]}, {size:,} stories" for name, size in SIZED},
         "student and stories",
     ),
     **{f"study-thin-{name}-70": partial(study, "study_thin", (name, 70)) for name in STUDENTS},

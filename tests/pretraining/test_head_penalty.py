@@ -3,6 +3,7 @@ it shrinks heads and resumes to the same bits."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,20 @@ def begun(config: LessonConfig) -> Boxes:
     return Boxes(new_model(TINY, len(vocabulary), seed=1), vocabulary, config, label="test")
 
 
+def attention(model: Any, layer: int) -> Any:
+    """The attention of a layer."""
+    return model.model.layers[layer].self_attn
+
+
 def test_the_norm_is_that_of_the_output_value_matrix() -> None:
     """Written out head by head; two query heads share their values."""
     model = new_model(TINY, 20, seed=0)
     norms = head_norms(model)
     assert norms.shape == (2, 4)
-    for layer, block in enumerate(model.model.layers):
+    for layer in range(2):
         for head in range(4):
-            values = block.self_attn.v_proj.weight[4 * (head // 2) : 4 * (head // 2 + 1)]
-            outputs = block.self_attn.o_proj.weight[:, 4 * head : 4 * (head + 1)]
+            values = attention(model, layer).v_proj.weight[4 * (head // 2) : 4 * (head // 2 + 1)]
+            outputs = attention(model, layer).o_proj.weight[:, 4 * head : 4 * (head + 1)]
             assert norms[layer, head].item() == pytest.approx((outputs @ values).norm().item(), rel=1e-5)
 
 
@@ -37,8 +43,8 @@ def test_larger_values_behind_smaller_outputs_hide_nothing() -> None:
     model = new_model(TINY, 20, seed=0)
     before = head_norms(model)
     with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight.mul_(8)
-        model.model.layers[0].self_attn.o_proj.weight.div_(8)
+        attention(model, 0).v_proj.weight.mul_(8)
+        attention(model, 0).o_proj.weight.div_(8)
     torch.testing.assert_close(head_norms(model), before)
 
 
@@ -48,7 +54,7 @@ def test_one_head_costs_less_than_two_that_write_alike() -> None:
     split, whole = new_model(TINY, 20, seed=0), new_model(TINY, 20, seed=0)
     with torch.no_grad():
         for model, shares in ((split, (0.5, 0.5)), (whole, (1.0, 0.0))):
-            outputs = model.model.layers[0].self_attn.o_proj.weight
+            outputs = attention(model, 0).o_proj.weight
             one = outputs[:, :4].clone()
             outputs[:, :4], outputs[:, 4:8] = shares[0] * one, shares[1] * one
     torch.testing.assert_close(head_norms(split).sum(), head_norms(whole).sum())
@@ -56,7 +62,7 @@ def test_one_head_costs_less_than_two_that_write_alike() -> None:
     expected = 2 * torch.log1p(norm / 2) - torch.log1p(norm)
     torch.testing.assert_close(head_penalty(split) - head_penalty(whole), expected, rtol=1e-3, atol=1e-4)
     assert expected > 0.1
-    (slope,) = torch.autograd.grad(head_penalty(whole), whole.model.layers[0].self_attn.o_proj.weight)
+    (slope,) = torch.autograd.grad(head_penalty(whole), attention(whole, 0).o_proj.weight)
     assert bool(slope.isfinite().all())
 
 

@@ -7,6 +7,8 @@ Concave: what two heads write alike costs less in one, where a sum of norms (the
 is split. The product of the matrices, not each: no head escapes by a larger W_V behind a smaller W_O.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,7 +30,7 @@ def head_norms(model: LlamaForCausalLM) -> Float[Tensor, "layer head"]:
     return torch.stack([_norms(block.self_attn) for block in model.model.layers])
 
 
-def _norms(attention: torch.nn.Module) -> Float[Tensor, " head"]:
+def _norms(attention: Any) -> Float[Tensor, " head"]:
     size = attention.head_dim
     values = attention.v_proj.weight.unflatten(0, (-1, size))  # kv_head d_head d_model
     outputs = attention.o_proj.weight.unflatten(1, (-1, size))  # d_model head d_head
