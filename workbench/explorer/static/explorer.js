@@ -72,10 +72,12 @@ class Wire {
       this.waiting(false);
     }
     if (message.failure) return this.apply({ failure: message.failure });
-    if (message.id < this.applied) return;
-    this.applied = message.id;
-    this.apply(message.view);
-    if (message.view.pending?.length && !this.open.size) this.timer = setTimeout(() => (this.polling(), this.ask({ do: "poll" })), 40);
+    if (message.id >= this.applied) {
+      this.applied = message.id;
+      this.pending = message.view.pending?.length;
+      this.apply(message.view);
+    }
+    if (this.pending && !this.open.size) this.timer = setTimeout(() => (this.polling(), this.ask({ do: "poll" })), 40);
   }
 
   close() {
