@@ -102,6 +102,28 @@ def reproduces(page: Any) -> None:
     assert [str(head) for head in found["circuit"].heads] == [OTHER, HEAD]
 
 
+OUT_OF_ORDER = """async () => {
+  const sent = [], views = [];
+  let hear;
+  const model = { send: (message) => sent.push(message), on: (_, listener) => { hear = listener; } };
+  const wire = new Wire(model, { apply: (view) => views.push(view), waiting: () => {}, polling: () => {} });
+  wire.ask({ do: "add" });
+  wire.ask({ do: "undo" });
+  hear({ id: 2, view: { of: "undo", pending: ["numbers"] } });
+  hear({ id: 1, view: { of: "add", pending: [] } });
+  await new Promise((done) => setTimeout(done, 200));
+  return { applied: views.map((view) => view.of), asked: sent.map((message) => message.command.do) };
+}"""
+
+
+def test_an_older_answer_that_comes_last_does_not_end_the_asking(watched: Watched) -> None:
+    """Its view is not applied, and what the newer one waits for is asked for all the same."""
+    page, script = watched.page, (ROOT / "workbench/explorer/static/explorer.js").read_text()
+    page.set_content("<p></p>")
+    page.add_script_tag(content=script.replace("export default { render };", "window.Wire = Wire;"))
+    assert page.evaluate(OUT_OF_ORDER) == {"applied": ["undo"], "asked": ["add", "undo", "poll"]}
+
+
 def test_the_command_lines_page(
     watched: Watched, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
