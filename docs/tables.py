@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -638,9 +639,10 @@ def plans() -> str:
 
 
 SIZES = (70, 280, 1050)
-SIZED = (("sibling", 300), ("sibling", 1000), ("unrelated", 300))
-"""Cells of `study_mind_sizes` that have been run."""
 STUDENTS = {"sibling": "a student of the lineage", "unrelated": "an unrelated student"}
+STORIES = tuple(product(STUDENTS, (300, 1000)))
+THIN = tuple(product(STUDENTS, (70, 280)))
+"""Cells of `study_mind_sizes` and `study_thin`."""
 METHODS = {
     "path patching": "path patching",
     "activation patching": "activation patching",
@@ -683,14 +685,18 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
-    **{f"study-mind-sizes-{'-'.join(map(str, cell))}": partial(study, "study_mind_sizes", cell) for cell in SIZED},
+    **{f"study-mind-sizes-{name}-{size}": partial(study, "study_mind_sizes", (name, size)) for name, size in STORIES},
     "mind-gains": lambda: gains(
         "study_mind_sizes",
-        {(name, size): f"{STUDENTS[name]}, {size:,} stories" for name, size in SIZED},
+        {(name, size): f"{STUDENTS[name]}, {size:,} stories" for name, size in STORIES},
         "student and stories",
     ),
-    **{f"study-thin-{name}-70": partial(study, "study_thin", (name, 70)) for name in STUDENTS},
-    "thin-gains": lambda: gains("study_thin", {(name, 70): words for name, words in STUDENTS.items()}, "student"),
+    **{f"study-thin-{name}-{size}": partial(study, "study_thin", (name, size)) for name, size in THIN},
+    "thin-gains": lambda: gains(
+        "study_thin",
+        {(name, size): f"{STUDENTS[name]}, {size} prompts" for name, size in THIN},
+        "student and prompts",
+    ),
     "study-mind-family": partial(family, "study_mind_family", 300),
     **{f"study-entity-{name}": partial(study, "study_entity", (name, 10)) for name in STUDENTS},
     "study-entity-sibling-40": partial(study, "study_entity", ("sibling", 40)),
