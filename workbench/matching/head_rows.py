@@ -21,7 +21,7 @@ from workbench.similarity.measures import Measure
 from workbench.tasks.base import PromptPairs
 from workbench.values.refs import Head, Position
 
-ROOM = 256 * 2**20
+ROOM = 2**30
 """Bytes of a model's activations that are kept at most."""
 
 
