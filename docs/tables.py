@@ -74,11 +74,12 @@ FORECASTS = {
     "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
     "theory of mind, changes at every token": ("study_mind_sizes", "shared and unrelated lineage"),
     "SmolLM2-135M, boxes": ("study_smollm2", "one"),
+    "SmolLM2-135M, heads at positions": ("study_smollm2_positions", "one"),
 }
 POOLED = {
     "entity tracking, bundled models": (*FORECASTED,),
     "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family", "study_mind_sizes"),
-    "boxes, SmolLM2-135M": ("study_smollm2",),
+    "boxes, SmolLM2-135M": ("study_smollm2", "study_smollm2_positions"),
 }
 """Studies of one task, whose trainings the forecast's second table pools."""
 WAITS = {
@@ -682,6 +683,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
     **{f"study-smollm2-{size}": partial(study, "study_smollm2", ("half", size)) for size in (4, 16)},
+    "study-smollm2-positions-4": partial(study, "study_smollm2_positions", ("half", 4)),
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
