@@ -2,10 +2,11 @@
 trainings gained from such starts.
 
 The start of a training is the mean over its aligned pairs of CKA minus its shuffled floor, on discovery prompts, in the
-untrained student. A study holds such starts with the gain of alignment over circuit CE in full accuracy. The forecast
-is that of the nearest starts: their mean gain, its interval, and how many of them gained. It says what happened there,
-with those models and that task; it is no law: it rests on a study of the same task, and where starts and gains hardly
-went together in that study, it says so and forecasts nothing.
+untrained student. A study holds such starts with the gain of alignment over circuit CE in full accuracy; the forecast
+reads its trainings with matched partners alone, for random ones are what nobody asks about. It is that of the nearest
+starts: their mean gain, its interval, and how many of them gained. It says what happened there, with those models and
+that task; it is no law: it rests on a study of the same task, and where starts and gains hardly went together in that
+study, or all began alike, it says so and forecasts nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from scipy import stats
+
 from workbench import storage
 from workbench.errors import InputError
 from workbench.experiment import located
+from workbench.experiment.conditions import CONDITIONS
 from workbench.study.grid import Starting
 from workbench.study.written import read_summary
 from workbench.values.statistics import Estimate, mean_interval
@@ -36,7 +40,7 @@ Verdict = Literal["likely to help", "undecided", "likely to hurt", "not to be to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """A training of a study: where its pairs began, and what alignment gained."""
+    """A training of a study with matched partners: where its pairs began, and what alignment gained."""
 
     above_floor: float
     gain: float
@@ -52,9 +56,9 @@ class Forecast:
     floor: float
     pairs: int
     trainings: int
-    """Of the study."""
+    """Of the study, with matched partners."""
     rank_correlation: float | None
-    """Of gain and start over all its trainings."""
+    """Of gain and start over these trainings; None where all began alike."""
     nearest: tuple[Start, ...]
     gain: Estimate
     """Mean gain of the nearest with its interval over them, which takes trainings of one start (other seeds) for
@@ -87,7 +91,7 @@ class Forecast:
         return (
             self._of_another_task() + f"{self._words()}: the {self.pairs} matched pairs' CKA is {self.cka:.2f}, "
             f"{self.above_floor:.2f} above its floor of {self.floor:.2f}. "
-            f"Of {self.trainings} trainings of the study{known}, the {len(self.nearest)} that began nearest ({low:.2f} "
+            f"Of {self.trainings} trainings of the study with matched partners{known}, the {len(self.nearest)} that began nearest ({low:.2f} "
             f"to {high:.2f} above) gained "
             f"{self.gain.mean:+.3f}{spread} in accuracy over training without alignment; {self.gained} of them gained "
             f"at all; they had {len({round(each.above_floor, 6) for each in self.nearest})} different starts.{outside}"
@@ -96,7 +100,8 @@ class Forecast:
     def _words(self) -> str:
         if self.verdict != "not to be told":
             return f"alignment is {self.verdict}"
-        return "whether alignment will help is not to be told, for in the study gains and starts hardly went together"
+        why = "all began alike" if self.rank_correlation is None else "gains and starts hardly went together"
+        return f"whether alignment will help is not to be told, for in the study {why}"
 
     def _of_another_task(self) -> str:
         if self.study_task == self.task:
@@ -110,25 +115,31 @@ class Known:
     """What a study knows of gains and starts."""
 
     starts: Sequence[Start]
-    rank_correlation: float | None = None
-    """Of gain and start over all its trainings."""
     task: str | None = None
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Of gain and start over its trainings (Spearman); None where all began, or gained, alike."""
+        starts, gains = [each.above_floor for each in self.starts], [each.gain for each in self.starts]
+        if len(set(starts)) < 2 or len(set(gains)) < 2:
+            return None
+        return float(stats.spearmanr(starts, gains)[0])  # pyright: ignore[reportArgumentType]
 
 
 def read_known(study: str | Path) -> Known:
-    """The starts and gains of a study, from its `summary.json`. Errors: `InputError` when there is none."""
+    """The starts and gains of a study's trainings with matched partners, from its `summary.json`. Errors: `InputError`
+    when there is none."""
     file = Path(located(str(study))) / "summary.json"
     if not file.exists():
         raise InputError(f"{study} holds no summary of a study; give the folder of a finished `workbench study`.")
     summary = read_summary(file)
-    diagnostic = summary["diagnostic"]
-    starts = [Start(above_floor=point["cka"] - point["floor"], gain=point["gain"]) for point in diagnostic["points"]]
+    starts = [
+        Start(above_floor=point["cka"] - point["floor"], gain=point["gain"])
+        for point in summary["diagnostic"]["points"]
+        if CONDITIONS[point["condition"]].aligns == "matched"
+    ]
     bundled = {folder: task for task, folder in BUNDLED.items()}
-    return Known(
-        starts=starts,
-        rank_correlation=diagnostic["rank_correlation"],
-        task=summary.get("task") or bundled.get(str(study)),
-    )
+    return Known(starts=starts, task=summary.get("task") or bundled.get(str(study)))
 
 
 def forecast(ckas: Sequence[Mapping[str, Any]], known: Known, *, task: str | None = None) -> Forecast | None:
@@ -149,7 +160,7 @@ def forecast(ckas: Sequence[Mapping[str, Any]], known: Known, *, task: str | Non
     all_starts = [each.above_floor for each in starts]
     verdict: Verdict = (
         "not to be told"
-        if rank_correlation is not None and rank_correlation < TELLS
+        if rank_correlation is None or rank_correlation < TELLS
         else "likely to help"
         if gained >= CLEAR * len(nearest)
         else "likely to hurt"
