@@ -64,7 +64,7 @@ def test_differences_ignore_what_the_two_prompts_share(models: tuple[Student, Te
             added[compared] = objective.alignment(objective.task_and_rows(INDEX)[1], theirs)[1]
     moved = {name: float((plain[name] - added[name]).abs().max()) for name in plain}
     assert moved["differences"] < 1e-4
-    assert moved["activations"] > 100 * moved["differences"]
+    assert moved["activations"] > 1e-2
 
 
 def test_rows_of_differences_are_clean_minus_corrupt_on_both_sides(models: tuple[Student, Teacher]) -> None:

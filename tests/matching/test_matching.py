@@ -15,9 +15,11 @@ from workbench.circuits.circuit import Circuit, Member, random_circuit
 from workbench.errors import InputError
 from workbench.matching import HeadMap, MatchingConfig, match_heads
 from workbench.matching.aligned_pairs import aligned_pairs
+from workbench.matching.config import Compared
 from workbench.matching.distances import DISTANCES, Evidence
 from workbench.matching.head_similarity import head_similarity
 from workbench.matching.pair_cka import floor_warning, pair_ckas
+from workbench.models import hooks
 from workbench.models.hooked_model import Teacher
 from workbench.patching.ablation import ablation_profiles, reference_means
 from workbench.values.refs import Head
@@ -194,3 +196,23 @@ def test_a_student_of_permuted_heads_is_matched_back(load_teacher: Callable[...,
         aligned_pairs(head_map, everyone, everyone, prompts),
     )
     assert all(value.floor == pytest.approx(0, abs=0.15) for value in strangers)
+
+
+def test_matching_by_differences_ignores_what_the_two_prompts_share(load_teacher: Callable[..., Teacher]) -> None:
+    """A vector for each prompt, added to the last layer's heads on the clean and on the corrupt prompt alike:
+    similarities of differences stay, those of activations move."""
+    student, teacher = load_teacher("llama", layers=2, seed=1), load_teacher("llama", layers=2, seed=2)
+    prompts = entity_pairs(scenes=4)
+    everyone = Circuit.of(
+        (Member(head, "A", "last") for head in student.heads), shape=(2, student.n_heads), method="given"
+    )
+    shared = torch.randn(len(prompts), 1, 1, student.d_head, generator=seeds.generator(0, "shared"))
+
+    def similarities(compared: Compared) -> torch.Tensor:
+        return head_similarity(student, teacher, prompts, everyone, everyone, compared=compared).values
+
+    for compared, least, most in (("differences", 0.0, 1e-4), ("activations", 1e-2, 2.0)):
+        plain = similarities(compared)
+        with hooks.edit(student.model, {hooks.z(1): lambda z: z + shared}):
+            moved = float((similarities(compared) - plain).abs().max())
+        assert least <= moved <= most, compared

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 SMALL = 0.1
-"""A norm well below which a head is as good as gone: where the penalty's slope ends to rise."""
+"""A norm well below which a head is as good as gone: there the slope is at its steepest and nearly even, 1 / SMALL."""
 LEAST = 1e-12
 """Under the root, where its slope would be infinite."""
 
