@@ -51,6 +51,7 @@ quantised: $(READY)  ## an int8 teacher against the full one, with torchao besid
 
 figures: $(READY)  ## draw the gallery in assets/figures and the picture of the explorer anew (needs Chromium: apt-get install -y chromium)
 	$(BIN)/python assets/figures/regenerate.py
+	$(BIN)/python -m docs.gains
 	$(BIN)/python assets/figures/explorer.py
 
 tables: $(READY)  ## the tables of README and site anew from the committed results

@@ -5,27 +5,41 @@ is made.
 """
 
 import json
-import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
+from docs import forecasts
+from docs.forms import (
+    DASH,
+    HARD,
+    METHOD,
+    MINUS,
+    MODELS,
+    PAPER,
+    RANDOM,
+    RESULTS,
+    ROOT,
+    difference,
+    markdown,
+    mean,
+    number,
+    over_floor,
+    probability,
+    reach,
+    summary,
+    titled,
+    with_interval,
+)
 from workbench import storage
 from workbench.experiment.results import TITLES
 from workbench.plan.road import plan_of
 from workbench.values import statistics
 
-ROOT = Path(__file__).parents[1]
-RESULTS, MODELS = ROOT / "assets/results", ROOT / "assets/models"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-METHOD, RANDOM = "circuit_ce_cka", "circuit_ce_random_cka"
-DASH, MINUS, HARD = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 BENCHMARKS = {
     "patch-to-logits": "a loop over 144 heads, two hooked forwards each",
     "patch-to-heads": "TransformerLens 4.3 `get_act_patch_direct_path`",
@@ -56,32 +70,6 @@ GAINS = {
     "[SmolLM2-135M, boxes][boxes]": ("study_smollm2", ("half", 16)),
 }
 """Studies of the table of gains and losses: a link whose target stands below the table, and the cell that it shows."""
-FORECASTED = (
-    *("study_entity", "study_lineage", "study_lineage_data", "study_scenes"),
-    *("study_few_heads", "study_quarter", "study_methods", "study_thin"),
-)
-FORECASTS = {
-    "every scene asked at all its boxes": ("study_entity", "shared and unrelated lineage"),
-    "lineage": ("study_lineage", "five"),
-    "lineage, more data": ("study_lineage_data", "shared and unrelated lineage"),
-    "one query a scene": ("study_scenes", "one"),
-    "six heads trained": ("study_few_heads", "one"),
-    "sixteen heads trained": ("study_quarter", "one"),
-    "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
-    "thin heads": ("study_thin", "shared and unrelated lineage"),
-    "theory of mind": ("study_mind", "shared and unrelated lineage"),
-    "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
-    "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
-    "theory of mind, changes at every token": ("study_mind_sizes", "shared and unrelated lineage"),
-    "SmolLM2-135M, boxes": ("study_smollm2", "one"),
-    "SmolLM2-135M, heads at positions": ("study_smollm2_positions", "one"),
-}
-POOLED = {
-    "entity tracking, bundled models": (*FORECASTED,),
-    "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family", "study_mind_sizes"),
-    "boxes, SmolLM2-135M": ("study_smollm2", "study_smollm2_positions"),
-}
-"""Studies of one task, whose trainings the forecast's second table pools."""
 WAITS = {
     "a training step, two threads, beside a busy process": (
         "busy-neighbour",
@@ -151,54 +139,6 @@ FAMILY = {
 """Students of `study_mind_family`: one model, each aligned by another member of the family."""
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """`0.123`; a dash for what there is not."""
-    return DASH if value is None else f"{value:.{digits}f}"
-
-
-def with_interval(found: Mapping[str, Any], digits: int = 3) -> str:
-    """`0.123 [0.10, 0.14]` of a mean over seeds; without an interval where there was nothing to repeat."""
-    reach = "" if found["low"] is None else f" [{found['low']:.2f},{HARD}{found['high']:.2f}]"
-    return number(found["mean"], digits) + reach
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Of what is there; None of nothing."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
-
-
-def over_floor(cka: float | None, floor: float | None) -> str:
-    """`0.91 (0.00)`: a CKA and what it is with the prompts shuffled."""
-    return DASH if cka is None else f"{cka:.2f} ({floor:.2f})".replace("-0.00", "0.00")
-
-
-def difference(found: Mapping[str, Any]) -> str:
-    """`+0.012 [0.003, 0.021]`, with real minus signs; without an interval where nothing was repeated."""
-    reach = "" if found["low"] is None else f" [{found['low']:.3f},{HARD}{found['high']:.3f}]"
-    return f"{found['mean']:+.3f}{reach}".replace("-", MINUS)
-
-
-def titled(condition: str) -> str:
-    """A condition in the paper's words, the method in bold."""
-    return f"**{TITLES[condition]}**" if condition == METHOD else TITLES[condition]
-
-
-@cache
-def summary(study: str) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """A study's cells by (student, training scenes)."""
-    return {
-        (cell["student"], cell["train_scenes"]): cell
-        for cell in storage.read_json(RESULTS / study / "summary.json")["cells"]
-    }
-
-
 def demo() -> str:
     """Every condition of `make demo`."""
     head = (
@@ -248,20 +188,12 @@ def study(name: str, which: tuple[str, int]) -> str:
 
 def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
     """One row a cell of a study (a student and its training scenes): circuit CE, CE + CKA and the difference of each
-    part over seeds."""
-    head = (
-        first,
-        "heads trained",
-        "CKA before",
-        "CE + random CKA",
-        "circuit / CE",
-        "CE + CKA",
-        "difference",
-        "circuit alone: CE",
-        "CE + CKA",
-        "difference",
-    )
+    part over seeds, and random partners where they were trained."""
     cells = summary(name)
+    controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
+    random_arm = ("CE + random CKA",) if controlled else ()
+    arms = ("CE + CKA", "difference", *random_arm)
+    head = (first, "heads trained", "CKA before", "circuit / CE", *arms, "circuit alone: CE", *arms)
 
     def row(which: tuple[str, int]) -> list[str]:
         cell = cells[which]
@@ -272,16 +204,45 @@ def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
                 number(plain[part]["mean"]),
                 number(aligned[part]["mean"]),
                 difference(cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"]),
+                *([with_interval(cell["conditions"][RANDOM][part])] if controlled else []),
             ]
             for part in ("full", "circuit")
         ]
-        control = [with_interval(cell["conditions"][RANDOM]["full"])] if controlled else []
         heads = f"{cell['heads_trained']['heads']} of {cell['heads_trained']['of']}"
-        return [words[which], heads, number(before, 2), *control, *pairs[0], *pairs[1]]
+        return [words[which], heads, number(before, 2), *pairs[0], *pairs[1]]
 
-    controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
-    head = [each for each in head if controlled or each != "CE + random CKA"]
     return markdown(head, [row(which) for which in words])
+
+
+def differences(name: str) -> str:
+    """Every aligned arm of a study minus circuit CE, full model and circuit alone: intervals over seeds and over
+    prompts, and the exact McNemar test pooled over seeds."""
+    parts = {"full": "full", "circuit": "circuit alone"}
+    figures = ("over prompts", "p")
+    head = ("cell", "arm", *(each for words in parts.values() for each in (f"{words}, over seeds", *figures)))
+
+    def row(student: str, cell: Mapping[str, Any], condition: str) -> list[str]:
+        found = cell["comparisons"]["circuit_ce"][condition]
+        cells = [
+            entry
+            for part in parts
+            for entry in (
+                difference(found[part]["over_seeds"]),
+                reach(found[part]["over_prompts"]),
+                probability(found[part]["pooled_p"]),
+            )
+        ]
+        return [f"{student}, {cell['train_prompts']:,} prompts", titled(condition), *cells]
+
+    return markdown(
+        head,
+        [
+            row(student.replace("-", " "), cell, condition)
+            for (student, _), cell in summary(name).items()
+            for condition in (METHOD, RANDOM, PAPER)
+            if condition in cell["comparisons"].get("circuit_ce", {})
+        ],
+    )
 
 
 def gains_and_losses() -> str:
@@ -334,131 +295,6 @@ def family_rows(cell: Mapping[str, Any], words: str) -> Iterable[list[str]]:
     yield row(f"**{words}**" if cell["best"] else words, METHOD, f"{weight:g}", validated)
     if RANDOM in there:
         yield row("the same with random partners", RANDOM, f"{weight:g}", DASH)
-
-
-def forecast() -> str:
-    """How the pairs' CKA before training ranks the gains of every study: over all its trainings, as stored, and over
-    those of the matched arm alone."""
-    head = ("study", "students", "trainings", "rank correlation", "trainings with matched partners", "rank correlation")
-
-    def row(words: str, name: str, students: str) -> list[str]:
-        found = storage.read_json(RESULTS / name / "summary.json")["diagnostic"]
-        matched = [point for point in found["points"] if point["condition"] == METHOD]
-        starts, gained = [point["cka"] - point["floor"] for point in matched], [point["gain"] for point in matched]
-        alone = float(spearmanr(starts, gained).statistic) if len(set(starts)) > 1 else None
-        counts = [str(len(points)) for points in (found["points"], matched)]
-        whole, part = (number(value, 2).replace("-", MINUS) for value in (found["rank_correlation"], alone))
-        return [words, students, counts[0], whole, counts[1], part]
-
-    return markdown(head, [row(words, *of) for words, of in FORECASTS.items()])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A training, or a cell of a study, as a forecast sees it."""
-
-    student: str
-    """With its study: what belongs to one student is not drawn apart."""
-    known: float
-    """Before training."""
-    gain: float
-    """Over circuit CE."""
-    matched: bool = True
-    scenes: int = 0
-
-
-def pooled() -> str:
-    """The same over all studies of a task, and over all, with intervals over the students of the studies."""
-    head = ("task", "students of studies", "trainings", "rank correlation", "with matched partners", "rank correlation")
-    points = {words: [point for name in names for point in trainings(name)] for words, names in POOLED.items()}
-    points[EVERY] = [point for of in points.values() for point in of]
-
-    def row(words: str) -> list[str]:
-        every = points[words]
-        matched = [point for point in every if point.matched]
-        students = len({point.student for point in every})
-        return [words, str(students), str(len(every)), ranked(every), str(len(matched)), ranked(matched)]
-
-    return markdown(head, [row(words) for words in points])
-
-
-@cache
-def trainings(name: str) -> list[Point]:
-    """Every aligned training of a study: its pairs' CKA above the floor before, and its gain in full accuracy."""
-    return [
-        Point(
-            student=f"{name} {point['student']}",
-            known=point["cka"] - point["floor"],
-            gain=point["gain"],
-            matched=point["condition"] == METHOD,
-            scenes=point["train_scenes"],
-        )
-        for point in storage.read_json(RESULTS / name / "summary.json")["diagnostic"]["points"]
-    ]
-
-
-def ranked(points: Sequence[Point], draws: int = 1000) -> str:
-    """Rank correlation of what was known with the gain, with the 95 % interval of a bootstrap over students; of fewer
-    than five students without one."""
-    students: dict[str, list[Point]] = {}
-    for point in points:
-        students.setdefault(point.student, []).append(point)
-
-    def correlation(drawn: Iterable[str]) -> float:
-        some = [point for student in drawn for point in students[student]]
-        known, gained = [point.known for point in some], [point.gain for point in some]
-        return float(spearmanr(known, gained).statistic) if len(set(known)) > 1 < len(set(gained)) else float("nan")
-
-    value, names, draw = number(correlation(students), 2), list(students), random.Random(0)
-    if len(names) < 5:
-        return value.replace("-", MINUS).replace("nan", DASH)
-    found = sorted(each for _ in range(draws) if (each := correlation(draw.choices(names, k=len(names)))) == each)
-    low, high = (found[int(len(found) * share)] for share in (0.025, 0.975))
-    return f"{value} [{low:.2f},{HARD}{high:.2f}]".replace("-0.00", "0.00").replace("-", MINUS)
-
-
-EVERY = "all of them"
-PREDICTORS: Mapping[str, Callable[[Mapping[str, Any], float], float | None]] = {
-    "CKA of the matched pairs above its floor": lambda _, start: start,
-    "share of the student's heads that train": lambda cell, _: (
-        cell["heads_trained"]["heads"] / cell["heads_trained"]["of"]
-    ),
-    "faithfulness of the student's circuit": lambda cell, _: base_of(cell, "faithfulness"),
-    "accuracy of the untrained student": lambda cell, _: base_of(cell, "full"),
-    "training prompts": lambda cell, _: cell["train_prompts"],
-}
-"""What is known of a cell before its training."""
-
-
-def base_of(cell: Mapping[str, Any], what: str) -> float | None:
-    """Of the untrained student, where the study evaluated it."""
-    found = cell["conditions"].get("base", {}).get(what)
-    return None if found is None else found["mean"]
-
-
-def predictors() -> str:
-    """What is known before training against the mean gain of matched partners, cell by cell: of entity tracking on the
-    bundled models, and of all studies."""
-    tasks = {"entity tracking": POOLED["entity tracking, bundled models"], EVERY: sum(POOLED.values(), ())}
-
-    def entry(task: str, measure: Callable[[Mapping[str, Any], float], float | None], part: str) -> str:
-        points = []
-        for name in tasks[task]:
-            starts = {(point.student, point.scenes): point.known for point in trainings(name) if point.matched}
-            for (student, scenes), cell in summary(name).items():
-                value = measure(cell, starts[f"{name} {student}", scenes])
-                gain = cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"]["mean"]
-                if value is not None:
-                    points.append(Point(student=f"{name} {student}", known=value, gain=gain))
-        return f"{ranked(points)} of {len(points)}"
-
-    parts = {"full": "full", "circuit": "circuit alone"}
-    head = ["known before training", *(f"{words}: {task}" for words in parts.values() for task in tasks)]
-    rows = [
-        [words, *(entry(task, measure, part) for part in parts for task in tasks)]
-        for words, measure in PREDICTORS.items()
-    ]
-    return markdown(head, rows)
 
 
 def transfer(name: str, cell: tuple[str, int]) -> str:
@@ -644,6 +480,11 @@ STUDENTS = {"sibling": "a student of the lineage", "unrelated": "an unrelated st
 STORIES = tuple(product(STUDENTS, (300, 1000)))
 THIN = tuple(product(STUDENTS, (70, 280)))
 """Cells of `study_mind_sizes` and `study_thin`."""
+COMPARED = (
+    *("entity", "scenes", "few_heads", "quarter", "thin", "lineage", "lineage_data"),
+    *("mind", "mind_whole", "mind_family", "mind_sizes", "smollm2", "smollm2_positions"),
+)
+"""Studies whose every difference stands on one page."""
 METHODS = {
     "path patching": "path patching",
     "activation patching": "activation patching",
@@ -676,9 +517,7 @@ def families() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "gains-and-losses": gains_and_losses,
-    "forecast": forecast,
-    "forecast-pooled": pooled,
-    "forecast-predictors": predictors,
+    **forecasts.TABLES,
     "demo": demo,
     **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
@@ -715,6 +554,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-methods": lambda: gains(
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
+    **{f"differences-{name}": partial(differences, f"study_{name}") for name in COMPARED},
     **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
     "discovery-worth": worth,
     "two-tokens": two_tokens,

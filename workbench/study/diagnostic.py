@@ -91,8 +91,8 @@ class Forecast:
         return (
             self._of_another_task() + f"{self._words()}: the {self.pairs} matched pairs' CKA is {self.cka:.2f}, "
             f"{self.above_floor:.2f} above its floor of {self.floor:.2f}. "
-            f"Of {self.trainings} trainings of the study with matched partners{known}, the {len(self.nearest)} that began nearest ({low:.2f} "
-            f"to {high:.2f} above) gained "
+            f"Of {self.trainings} trainings of the study with matched partners{known}, the {len(self.nearest)} that "
+            f"began nearest ({low:.2f} to {high:.2f} above) gained "
             f"{self.gain.mean:+.3f}{spread} in accuracy over training without alignment; {self.gained} of them gained "
             f"at all; they had {len({round(each.above_floor, 6) for each in self.nearest})} different starts.{outside}"
         )
