@@ -50,8 +50,10 @@ ARMS = {
 }
 """A condition -> its words, its symbol and its colour's place in the theme."""
 PARTS = {"full": "full model", "circuit": "circuit alone"}
-ROW, BESIDE = 30, 0.22
-"""Pixels of a row; how far apart its arms lie, in rows."""
+OVER = {"over_prompts": 1.2, "over_seeds": 3.2}
+"""An interval -> the width of its bar in pixels."""
+ROW, BESIDE, MARGIN = 30, 0.22, 0.04
+"""Pixels of a row; how far apart its arms lie, in rows; what is left beside the widest interval, as a share."""
 
 
 def rows_of(name: str, words: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -70,11 +72,12 @@ def gains(figure: str, theme: Theme = LIGHT) -> go.Figure:
         rows=1, cols=2, shared_yaxes=True, subplot_titles=list(PARTS.values()), horizontal_spacing=0.04
     )
     for column, part in enumerate(PARTS, 1):
+        drawn.update_xaxes(range=edges(rows, part), row=1, col=column)
         for place, (condition, (words, symbol, colour)) in enumerate(ARMS.items()):
             there = [(at, of[condition][part]) for at, (_, of) in enumerate(rows) if condition in of]
             line = {"color": theme.categories[colour - 1]}
             where = [at + (place - 1) * BESIDE for at, _ in there]
-            for width, over in ((1.2, "over_prompts"), (3.2, "over_seeds")):
+            for over, width in OVER.items():
                 drawn.add_scatter(
                     **spans(where, [found[over] for _, found in there]),
                     line={**line, "width": width},
@@ -106,6 +109,15 @@ def gains(figure: str, theme: Theme = LIGHT) -> go.Figure:
     ]
     titled(drawn, TITLES[figure], remarks, theme, width=1080, height=210 + ROW * len(rows))
     return drawn
+
+
+def edges(rows: Sequence[tuple[str, Mapping[str, Any]]], part: str) -> tuple[float, float]:
+    """From the lowest to the highest end of an interval, and a little more."""
+    intervals = [of[arm][part][over] for _, of in rows for arm in ARMS if arm in of for over in OVER]
+    low, high = (
+        pick(each[end] for each in intervals if each[end] is not None) for pick, end in ((min, "low"), (max, "high"))
+    )
+    return low - MARGIN * (high - low), high + MARGIN * (high - low)
 
 
 def spans(places: Sequence[float], reaches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
