@@ -24,7 +24,7 @@ from workbench.models.hooked_model import Student
 from workbench.report.study import study_report
 from workbench.study import grid
 from workbench.study.config import read_study
-from workbench.study.grid import Study, lineage_overlap
+from workbench.study.grid import Study, lineage_overlap, opened_study
 from workbench.study.summary import summarise, text
 from workbench.values.refs import Head
 from workbench.values.statistics import mean_interval
@@ -271,6 +271,50 @@ def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:
         Study(read_study(recipe, overrides={"overrides": {"data.validation_scenes": 0}}), tmp_path / "none")
     with pytest.raises(InputError, match="no study's summary"):
         study_report(tmp_path / "nothing")
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "a seed": {"seeds": [1, 2, 9]},
+    "a data size": {"train_scenes": [6, 8]},
+    "a condition": {"conditions": ["base", "circuit_ce", "circuit_ce_cka", "full_ce"]},
+}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "another seed first": {"seeds": [9, 1, 2]},
+    "a condition less": {"conditions": ["base", "circuit_ce"]},
+    "a data size before": {"train_scenes": [5, 6]},
+    "another lambda": {"weights": [0.1, 0.7]},
+    "another override": {"overrides": {"data.seed": 9}},
+}
+
+
+@pytest.mark.parametrize("changed", [*MORE, *OTHERWISE])
+def test_a_study_may_be_given_more_to_do_and_nothing_else(value: dict[str, Any], tmp_path: Path, changed: str) -> None:
+    """What has been run stays as it is; what it rests on can't be changed under it."""
+    value = {**value, "seeds": [1, 2], "validation_seeds": [5], "conditions": ["base", "circuit_ce", "circuit_ce_cka"]}
+    value = {**value, "train_scenes": [6], "anew": []}
+
+    def study(**settings: Any) -> Study:
+        path = tmp_path / "one.yaml"
+        path.write_text(yaml.safe_dump({**value, **settings}))
+        return Study(read_study(path), tmp_path / "study")
+
+    begun = study()
+    begun.begin(resume=False)
+    storage.write_json(begun.weight_file("short", 6), {"weight": 1.0, "validation_accuracy": {}})
+    settings = {**MORE, **OTHERWISE}[changed]
+    if changed in OTHERWISE:
+        with pytest.raises(InputError, match="may be added"):
+            study(**settings).begin(resume=True)
+        assert opened_study(tmp_path / "study").config == begun.config
+        return
+    more = study(**settings)
+    more.begin(resume=True)
+    assert opened_study(tmp_path / "study").config == more.config
+    added = set(more.arms("short", 6)) - set(begun.arms("short", 6))
+    assert set(begun.arms("short", 6)) <= set(more.arms("short", 6))
+    assert bool(added) == (changed != "a data size")
+    with pytest.raises(InputError, match="may be added"):
+        begun.begin(resume=True)  # what has been added stays
 
 
 @pytest.mark.parametrize("moment", ["before its student is saved", "while its student is saved"])

@@ -1,6 +1,7 @@
 """The settings of a study."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +91,29 @@ class StudyConfig:
     def chooses(self) -> bool:
         """Whether validation prompts choose anything."""
         return len(self.weights) > 1 or bool(self.learning_rates)
+
+    def grows(self, before: "StudyConfig") -> bool:
+        """Whether this is a study that has been begun, with more to do: further students, conditions, and data sizes or
+        seeds after those that it had. All else, on which its rows rest, is the same."""
+        students = {name: self.students.get(name) for name in before.students}
+        return (
+            replace(before, students=self.students, train_scenes=self.train_scenes, seeds=self.seeds)
+            == replace(self, conditions=before.conditions)
+            and all(
+                mine is not None
+                and replace(mine, conditions=None) == replace(before.students[name], conditions=None)
+                and set(before.asked(name)) <= set(self.asked(name))
+                for name, mine in students.items()
+            )
+            and (not self.best or len(self.students) == len(before.students))  # another student might be the best
+            and self.train_scenes[: len(before.train_scenes)] == before.train_scenes
+            and self.seeds[: len(before.seeds)] == before.seeds
+        )
+
+    def asked(self, student: str) -> tuple[ConditionName, ...]:
+        """The conditions of a student: its own, else the study's."""
+        own = self.students[student].conditions
+        return self.conditions if own is None else own
 
     def _check_baseline(self, name: str, student: StudentConfig) -> None:
         """The other student is there, of the same model, and evaluated on the same prompts."""

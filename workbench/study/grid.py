@@ -90,8 +90,9 @@ class Study:
         self._open: dict[str, Run] = {}
 
     def begin(self, *, resume: bool) -> None:
-        """Open the folder, and hold it. Errors: `InputError` when another process works in it, when it holds another
-        study, or one and `resume` is off."""
+        """Open the folder, and hold it; a study that is resumed may have more to do than it had (`StudyConfig.grows`).
+        Errors: `InputError` when another process works in it, when it holds another study, or one and `resume` is
+        off."""
         file, described = self.path / "study.json", to_plain(self.config)
         storage.hold(self.path, lambda: leave_free(self.path, file.name))
         if not file.exists() or holds_nothing_but(self.path, file.name):
@@ -99,11 +100,16 @@ class Study:
             return
         if not resume:
             raise InputError(f"{self.path} already holds a study; resume it with --resume, or choose another --out.")
-        if _described(file) != self.config:
+        before = _described(file)
+        if before == self.config:
+            return
+        if not self.config.grows(before):
             raise InputError(
-                f"{self.path} was begun as another study; resume with its recipe (it is in {file}), or choose another "
-                "--out."
+                f"{self.path} was begun as another study; resume with its recipe (it is in {file}), to which students, "
+                "conditions, and further data sizes and seeds may be added, or choose another --out."
             )
+        log.info("%s has more to do than when it was begun", self.path)
+        storage.write_json(file, {**storage.read_json(file), "study": described})
 
     def folder(self, student: str) -> RunFolder:
         """Where a student's circuits and head map lie."""
@@ -178,9 +184,8 @@ class Study:
 
     def conditions(self, student: str, scenes: int) -> tuple[str, ...]:
         """Of a cell; those for the best student are known once lambda is chosen for all."""
-        own = self.config.students[student].conditions
         best = self.config.best if self.config.best and self.best(scenes) == student else ()
-        return tuple(dict.fromkeys((*(self.config.conditions if own is None else own), *best)))
+        return tuple(dict.fromkeys((*self.config.asked(student), *best)))
 
     def best(self, scenes: int) -> str | None:
         """The student of the highest validation accuracy at its chosen lambda; None before all have chosen theirs."""
@@ -245,9 +250,8 @@ class Study:
     def _check(self, run: Run, name: str) -> None:
         """What can be refused of a student's trainings before anything is computed; the recipe's own data size trains
         nothing."""
-        own = self.config.students[name].conditions
         conditions = (
-            *(self.config.conditions if own is None else own),
+            *self.config.asked(name),
             *self.config.best,
             *([METHOD] if self.config.chooses else []),
         )
