@@ -29,6 +29,7 @@ STUDIES = {
     "theory of mind, changes at every token": ("study_mind_sizes", "shared and unrelated lineage"),
     "SmolLM2-135M, boxes": ("study_smollm2", "one"),
     "SmolLM2-135M, heads at positions": ("study_smollm2_positions", "one"),
+    "SmolLM2-135M, path patching": ("study_smollm2_paths", "one"),
 }
 """A study in words -> its name, and what its students are."""
 STUDIES_OF = {
@@ -37,7 +38,7 @@ STUDIES_OF = {
         *("study_few_heads", "study_quarter", "study_methods", "study_thin"),
     ),
     "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family", "study_mind_sizes"),
-    "boxes, SmolLM2-135M": ("study_smollm2", "study_smollm2_positions"),
+    "boxes, SmolLM2-135M": ("study_smollm2", "study_smollm2_positions", "study_smollm2_paths"),
 }
 """Studies of one task."""
 EVERY = "all of them"

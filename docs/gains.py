@@ -35,6 +35,7 @@ FIGURES: Mapping[str, Mapping[str, str]] = {
     "gains_boxes": {
         "study_smollm2": "by elimination",
         "study_smollm2_positions": "heads at positions",
+        "study_smollm2_paths": "path patching",
     },
 }
 """A figure -> its studies, and what each is called in it."""

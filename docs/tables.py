@@ -482,7 +482,7 @@ THIN = tuple(product(STUDENTS, (70, 280)))
 """Cells of `study_mind_sizes` and `study_thin`."""
 COMPARED = (
     *("entity", "scenes", "few_heads", "quarter", "thin", "lineage", "lineage_data"),
-    *("mind", "mind_whole", "mind_family", "mind_sizes", "smollm2", "smollm2_positions"),
+    *("mind", "mind_whole", "mind_family", "mind_sizes", "smollm2", "smollm2_positions", "smollm2_paths"),
 )
 """Studies whose every difference stands on one page."""
 METHODS = {
@@ -523,6 +523,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
     **{f"study-smollm2-{size}": partial(study, "study_smollm2", ("half", size)) for size in (4, 16)},
     "study-smollm2-positions-4": partial(study, "study_smollm2_positions", ("half", 4)),
+    "study-smollm2-paths-4": partial(study, "study_smollm2_paths", ("half", 4)),
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
     **{f"study-mind-whole-{name}": partial(study, "study_mind_whole", (name, 300)) for name in STUDENTS},
