@@ -273,48 +273,99 @@ def test_what_a_study_refuses(recipe: Path, tmp_path: Path) -> None:
         study_report(tmp_path / "nothing")
 
 
-MORE: dict[str, dict[str, Any]] = {
+GROWN: dict[str, dict[str, Any]] = {
     "a seed": {"seeds": [1, 2, 9]},
     "a data size": {"train_scenes": [6, 8]},
     "a condition": {"conditions": ["base", "circuit_ce", "circuit_ce_cka", "full_ce"]},
+    "a student's condition": {"students": {"other": {"conditions": ["base", "circuit_ce", "full_ce"]}}},
+    "a student": {"students": {"third": {"overrides": {"alignment.measure": "procrustes"}}}},
 }
 OTHERWISE: dict[str, dict[str, Any]] = {
     "another seed first": {"seeds": [9, 1, 2]},
+    "a seed that chose lambda": {"seeds": [1, 2, 5], "validation_seeds": [6]},
     "a condition less": {"conditions": ["base", "circuit_ce"]},
     "a data size before": {"train_scenes": [5, 6]},
     "another lambda": {"weights": [0.1, 0.7]},
     "another override": {"overrides": {"data.seed": 9}},
+    "a student otherwise": {"students": {"other": {"overrides": {"alignment.measure": "procrustes"}}}},
+    "a condition that a baseline stands for": {"students": {"twin": {"conditions": ["circuit_ce", "circuit_ce_cka"]}}},
 }
 
 
-@pytest.mark.parametrize("changed", [*MORE, *OTHERWISE])
-def test_a_study_may_be_given_more_to_do_and_nothing_else(value: dict[str, Any], tmp_path: Path, changed: str) -> None:
-    """What has been run stays as it is; what it rests on can't be changed under it."""
-    value = {**value, "seeds": [1, 2], "validation_seeds": [5], "conditions": ["base", "circuit_ce", "circuit_ce_cka"]}
-    value = {**value, "train_scenes": [6], "anew": []}
+@pytest.fixture
+def begun(value: dict[str, Any], tmp_path: Path) -> Callable[..., Study]:
+    """A study of three students in one folder, with settings changed."""
+    short, other = value["students"].values()
+    students = {
+        "short": short,
+        "other": {**other, "conditions": ["base", "circuit_ce"]},
+        "twin": {**short, "baseline": "short", "conditions": ["circuit_ce_cka"]},
+    }
+    plain = {**value, "validation_seeds": [5], "conditions": ["base", "circuit_ce", "circuit_ce_cka"], "anew": []}
 
-    def study(**settings: Any) -> Study:
+    def study(*, students_changed: dict[str, Any] | None = None, **settings: Any) -> Study:
+        changed = students_changed or {}
+        names = dict.fromkeys((*students, *changed))
+        mine = {name: {**students.get(name, short), **changed.get(name, {})} for name in names}
         path = tmp_path / "one.yaml"
-        path.write_text(yaml.safe_dump({**value, **settings}))
+        path.write_text(json.dumps({**plain, **settings, "students": mine}))
         return Study(read_study(path), tmp_path / "study")
 
-    begun = study()
-    begun.begin(resume=False)
-    storage.write_json(begun.weight_file("short", 6), {"weight": 1.0, "validation_accuracy": {}})
-    settings = {**MORE, **OTHERWISE}[changed]
-    if changed in OTHERWISE:
-        with pytest.raises(InputError, match="may be added"):
-            study(**settings).begin(resume=True)
-        assert opened_study(tmp_path / "study").config == begun.config
-        return
-    more = study(**settings)
-    more.begin(resume=True)
-    assert opened_study(tmp_path / "study").config == more.config
-    added = set(more.arms("short", 6)) - set(begun.arms("short", 6))
-    assert set(begun.arms("short", 6)) <= set(more.arms("short", 6))
-    assert bool(added) == (changed != "a data size")
+    return study
+
+
+def settings_of(changed: dict[str, Any]) -> dict[str, Any]:
+    """Those of one change, the students' by another name."""
+    return {("students_changed" if name == "students" else name): value for name, value in changed.items()}
+
+
+@pytest.mark.parametrize("more", GROWN)
+def test_a_study_may_be_given_more_to_do(begun: Callable[..., Study], more: str) -> None:
+    first = begun()
+    first.begin(resume=False)
+    storage.write_json(first.path / "summary.json", {})
+    study = begun(**settings_of(GROWN[more]))
+    study.begin(resume=True)
+    assert opened_study(study.path).config == study.config
+    assert len(storage.read_json(study.path / "study.json")["grown"]) == 1
+    every = {
+        (name, scenes, *arm)
+        for name in study.config.students
+        for scenes in study.config.train_scenes
+        for arm in study.arms(name, scenes)
+    }
+    before = {(name, 6, *arm) for name in first.config.students for arm in first.arms(name, 6)}
+    assert before < every
     with pytest.raises(InputError, match="may be added"):
-        begun.begin(resume=True)  # what has been added stays
+        first.begin(resume=True)  # what has been added stays
+
+
+@pytest.mark.parametrize("changed", OTHERWISE)
+def test_what_a_studys_rows_rest_on_cannot_be_changed_under_it(begun: Callable[..., Study], changed: str) -> None:
+    first = begun()
+    first.begin(resume=False)
+    storage.write_json(first.path / "summary.json", {})
+    with pytest.raises(InputError, match="may be added"):
+        begun(**settings_of(OTHERWISE[changed])).begin(resume=True)
+    assert opened_study(first.path).config == first.config
+
+
+def test_a_condition_whose_learning_rate_nobody_chose_is_not_added(begun: Callable[..., Study]) -> None:
+    rates = {"learning_rates": [0.001, 0.01]}
+    begun(**rates).begin(resume=False)
+    more = begun(**rates, conditions=["base", "circuit_ce", "circuit_ce_cka", "full_ce"])
+    storage.write_json(more.path / "summary.json", {})
+    with pytest.raises(InputError, match="may be added"):
+        more.begin(resume=True)
+
+
+def test_what_cannot_be_run_is_refused_before_it_is_asked_for(begun: Callable[..., Study]) -> None:
+    first = begun()
+    first.begin(resume=False)
+    storage.write_json(first.path / "summary.json", {})
+    with pytest.raises(InputError):
+        begun(students_changed={"third": {"overrides": {"training.batch": 10**6}}}).begin(resume=True)
+    assert opened_study(first.path).config == first.config
 
 
 @pytest.mark.parametrize("moment", ["before its student is saved", "while its student is saved"])

@@ -1,7 +1,7 @@
 """The settings of a study."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,8 @@ from workbench.experiment.recipe import parse_config, read_yaml
 STRICT = ConfigDict(extra="forbid")
 BESIDE_METHOD = ("teacher", "data", "discovery", "evaluation", "dtype", "teacher_dtype", "training")
 """Keys of a recipe in which a student and its baseline must not differ."""
+GROWING = ("students", "train_scenes", "seeds", "conditions")
+"""What a study that has been begun may get more of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -94,21 +96,28 @@ class StudyConfig:
 
     def grows(self, before: "StudyConfig") -> bool:
         """Whether this is a study that has been begun, with more to do: further students, conditions, and data sizes or
-        seeds after those that it had. All else, on which its rows rest, is the same."""
-        students = {name: self.students.get(name) for name in before.students}
+        seeds after those that it had. All else, on which its rows rest, is the same: where a student is compared with
+        another's rows, or the learning rate of each condition was chosen, the conditions too; where the best student
+        was, the students."""
+        settled = bool(before.learning_rates)
         return (
-            replace(before, students=self.students, train_scenes=self.train_scenes, seeds=self.seeds)
-            == replace(self, conditions=before.conditions)
-            and all(
-                mine is not None
-                and replace(mine, conditions=None) == replace(before.students[name], conditions=None)
-                and set(before.asked(name)) <= set(self.asked(name))
-                for name, mine in students.items()
-            )
-            and (not self.best or len(self.students) == len(before.students))  # another student might be the best
+            all(getattr(self, one.name) == getattr(before, one.name) for one in fields(self) if one.name not in GROWING)
+            and (not before.best or len(self.students) == len(before.students))
+            and all(self._grows_in(before, name, settled=settled) for name in before.students)
             and self.train_scenes[: len(before.train_scenes)] == before.train_scenes
             and self.seeds[: len(before.seeds)] == before.seeds
         )
+
+    def _grows_in(self, before: "StudyConfig", name: str, *, settled: bool) -> bool:
+        """Whether a student is the same as before, and is asked for no condition less."""
+        if name not in self.students:
+            return False
+        student, old = self.students[name], before.students[name]
+        asked, had = set(self.asked(name)), set(before.asked(name))
+        same = all(
+            getattr(student, one.name) == getattr(old, one.name) for one in fields(old) if one.name not in GROWING
+        )
+        return same and (asked == had if settled or old.baseline is not None else asked >= had)
 
     def asked(self, student: str) -> tuple[ConditionName, ...]:
         """The conditions of a student: its own, else the study's."""

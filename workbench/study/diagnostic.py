@@ -58,7 +58,7 @@ class Forecast:
     trainings: int
     """Of the study, with matched partners."""
     rank_correlation: float | None
-    """Of gain and start over these trainings; None where all began alike."""
+    """Of gain and start over these trainings; None where all began, or gained, alike."""
     nearest: tuple[Start, ...]
     gain: Estimate
     """Mean gain of the nearest with its interval over them, which takes trainings of one start (other seeds) for
@@ -100,7 +100,9 @@ class Forecast:
     def _words(self) -> str:
         if self.verdict != "not to be told":
             return f"alignment is {self.verdict}"
-        why = "all began alike" if self.rank_correlation is None else "gains and starts hardly went together"
+        why = (
+            "all began, or gained, alike" if self.rank_correlation is None else "gains and starts hardly went together"
+        )
         return f"whether alignment will help is not to be told, for in the study {why}"
 
     def _of_another_task(self) -> str:

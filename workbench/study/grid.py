@@ -108,8 +108,11 @@ class Study:
                 f"{self.path} was begun as another study; resume with its recipe (it is in {file}), to which students, "
                 "conditions, and further data sizes and seeds may be added, or choose another --out."
             )
-        log.info("%s has more to do than when it was begun", self.path)
-        storage.write_json(file, {**storage.read_json(file), "study": described})
+        for name in self.config.students:  # what can't be run is refused before it is asked for
+            self._check(self._opened(name), name)
+        log.info("%s has more to do than before; a cell counts again when all of it is done", self.path)
+        old = storage.read_json(file)
+        storage.write_json(file, {**old, "study": described, "grown": [*old.get("grown", []), provenance()]})
 
     def folder(self, student: str) -> RunFolder:
         """Where a student's circuits and head map lie."""
