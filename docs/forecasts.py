@@ -4,47 +4,24 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from statistics import fmean
 from typing import Any
 
 from scipy.stats import spearmanr
 
 from docs.forms import DASH, HARD, METHOD, MINUS, RESULTS, markdown, number, summary
+from docs.studies import OF_ONE_TASK, STUDIES, Shown
 from workbench import storage
 from workbench.experiment.recipe import read_recipe
 from workbench.study.config import read_study
 from workbench.study.diagnostic import BUNDLED, Known, forecast, read_known
 
-STUDIES = {
-    "every scene asked at all its boxes": ("study_entity", "shared and unrelated lineage"),
-    "lineage": ("study_lineage", "five"),
-    "lineage, more data": ("study_lineage_data", "shared and unrelated lineage"),
-    "one query a scene": ("study_scenes", "one"),
-    "six heads trained": ("study_few_heads", "one"),
-    "sixteen heads trained": ("study_quarter", "one"),
-    "one choice changed at a time": ("study_methods", "one, ten variants of the method"),
-    "thin heads": ("study_thin", "shared and unrelated lineage"),
-    "theory of mind": ("study_mind", "shared and unrelated lineage"),
-    "theory of mind, whole circuits": ("study_mind_whole", "shared and unrelated lineage"),
-    "theory of mind, the family of alignments": ("study_mind_family", "one, five kinds of alignment"),
-    "theory of mind, changes at every token": ("study_mind_sizes", "shared and unrelated lineage"),
-    "SmolLM2-135M, boxes": ("study_smollm2", "one"),
-    "SmolLM2-135M, heads at positions": ("study_smollm2_positions", "one"),
-    "SmolLM2-135M, path patching": ("study_smollm2_paths", "one"),
-}
-"""A study in words -> its name, and what its students are."""
-STUDIES_OF = {
-    "entity tracking": (
-        *("study_entity", "study_lineage", "study_lineage_data", "study_scenes"),
-        *("study_few_heads", "study_quarter", "study_methods", "study_thin"),
-    ),
-    "theory of mind": ("study_mind", "study_mind_whole", "study_mind_family", "study_mind_sizes"),
-    "boxes, SmolLM2-135M": ("study_smollm2", "study_smollm2_positions", "study_smollm2_paths"),
-}
-"""Studies of one task."""
 EVERY = "all of them"
-GROUPS = {**STUDIES_OF, EVERY: sum(STUDIES_OF.values(), ())}
+GROUPS = {**OF_ONE_TASK, EVERY: sum(OF_ONE_TASK.values(), ())}
 FEW = 5
 """Of fewer models no interval is drawn, of fewer cells no correlation."""
+UNRELATED = "unrelated-student"
+"""How the sources of students without the teacher's lineage end."""
 NEAR_NONE = 0.005
 """A mean gain of less than this, either way, is called none."""
 
@@ -60,6 +37,11 @@ class Point:
     gain: float
     """Over circuit CE."""
     matched: bool = True
+
+    @property
+    def related(self) -> bool:
+        """Whether the student is of the teacher's lineage."""
+        return not self.model.endswith(UNRELATED)
 
 
 @cache
@@ -103,28 +85,33 @@ def by_study() -> str:
     those of the matched arm alone."""
     head = ("study", "students", "trainings", "rank correlation", "trainings with matched partners", "rank correlation")
 
-    def row(words: str, name: str, students: str) -> list[str]:
-        points = trainings(name)
+    def row(name: str, shown: Shown) -> list[str]:
+        points = trainings(f"study_{name}")
         matched = [point for point in points if point.matched]
-        whole, alone = (
-            number(value, 2).replace("-", MINUS) for value in (stored(name)["rank_correlation"], correlation(matched))
-        )
-        return [words, students, str(len(points)), whole, str(len(matched)), alone]
+        values = (stored(f"study_{name}")["rank_correlation"], correlation(matched))
+        whole, alone = (number(value, 2).replace("-", MINUS) for value in values)
+        return [shown.words, shown.students, str(len(points)), whole, str(len(matched)), alone]
 
-    return markdown(head, [row(words, *of) for words, of in STUDIES.items()])
+    return markdown(head, [row(*each) for studies in STUDIES.values() for each in studies.items()])
 
 
 def pooled() -> str:
-    """The same over all studies of a task, and over all, with intervals over the models."""
+    """The same over all studies of a task, over all of them, and over students of the teacher's lineage alone; with
+    intervals over the students."""
     head = ("task", "students", "trainings", "rank correlation", "with matched partners", "rank correlation")
+    points = {task: [point for name in names for point in trainings(name)] for task, names in GROUPS.items()}
 
-    def row(words: str) -> list[str]:
-        every = [point for name in GROUPS[words] for point in trainings(name)]
+    def row(words: str, every: Sequence[Point]) -> list[str]:
         matched = [point for point in every if point.matched]
         students = len({point.model for point in every})
         return [words, str(students), str(len(every)), ranked(every), str(len(matched)), ranked(matched)]
 
-    return markdown(head, [row(words) for words in GROUPS])
+    rows = [row(task, every) for task, every in points.items()]
+    kin = [
+        row(f"{task}, related students alone", [point for point in points[task] if point.related])
+        for task in ("entity tracking", EVERY)
+    ]
+    return markdown(head, [*rows, *kin])
 
 
 def ranked(points: Sequence[Point], draws: int = 1000) -> str:
@@ -246,27 +233,37 @@ def checked() -> str:
     known = read_known(BUNDLED["entity_tracking"])
     calls_of = ("likely to help", "of them gained", "likely to hurt", "of them lost")
     head = ("study", "cells", *calls_of, "gain forecast", "gain that came")
+    others = {name: shown for name, shown in STUDIES["entity tracking"].items() if name != "entity"}
+    calls = {name: [Called.of(cell, known) for cell in cells(f"study_{name}")] for name in others}
 
-    def row(words: str, name: str) -> list[str]:
-        calls = [(called(cell, known), cell.gain("full")["mean"]) for cell in cells(name)]
-        helped, hurt = ([gain for (verdict, _), gain in calls if verdict == each] for each in VERDICTS)
+    def row(words: str, some: Sequence[Called]) -> list[str]:
+        helped, hurt = ([call.gain for call in some if call.verdict == each] for each in VERDICTS)
         right = sum(gain > NEAR_NONE for gain in helped), sum(gain < -NEAR_NONE for gain in hurt)
-        means = (sum(values) / len(calls) for values in ([mean for (_, mean), _ in calls], [gain for _, gain in calls]))
-        counts = [len(calls), len(helped), right[0], len(hurt), right[1]]
+        counts = (len(some), len(helped), right[0], len(hurt), right[1])
+        means = (fmean(call.forecast for call in some), fmean(call.gain for call in some))
         return [words, *map(str, counts), *(f"{value:+.3f}".replace("-", MINUS) for value in means)]
 
-    others = {words: name for words, (name, _) in STUDIES.items() if name in STUDIES_OF["entity tracking"]}
-    return markdown(head, [row(words, name) for words, name in others.items() if name != "study_entity"])
+    rows = [row(others[name].words, some) for name, some in calls.items()]
+    return markdown(head, [*rows, row(EVERY, [call for some in calls.values() for call in some])])
 
 
 VERDICTS = ("likely to help", "likely to hurt")
 
 
-def called(cell: Cell, known: Known) -> tuple[str, float]:
-    """(verdict, mean gain) that the nearest trainings of a study say of a cell's start."""
-    found = forecast([{"cka": cell.start, "floor": 0.0}], known, task=known.task)
-    assert found is not None, "a study with trainings, and pairs"
-    return found.verdict, found.gain.mean
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Called:
+    """What the nearest trainings of a study say of a cell's start, and what it gained."""
+
+    verdict: str
+    forecast: float
+    gain: float
+
+    @classmethod
+    def of(cls, cell: Cell, known: Known) -> "Called":
+        """A cell called by a study."""
+        said = forecast([{"cka": cell.start, "floor": 0.0}], known, task=known.task)
+        assert said is not None, "a study with trainings, and pairs"
+        return cls(verdict=said.verdict, forecast=said.gain.mean, gain=cell.gain("full")["mean"])
 
 
 TABLES: Mapping[str, Callable[[], str]] = {

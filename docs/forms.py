@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from workbench import storage
+from workbench.experiment.conditions import METHOD
 from workbench.experiment.results import TITLES
 
 ROOT = Path(__file__).parents[1]
 RESULTS, MODELS = ROOT / "assets/results", ROOT / "assets/models"
-METHOD, RANDOM, PAPER = "circuit_ce_cka", "circuit_ce_random_cka", "circuit_ce_paper_cka"
+RANDOM, PAPER = "circuit_ce_random_cka", "circuit_ce_paper_cka"
+ARMS = {METHOD: "matched partners", RANDOM: "random partners", PAPER: "paper's matching"}
+"""Arms that align, by their partners."""
 DASH, MINUS, HARD = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 
 
@@ -27,8 +30,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def with_interval(found: Mapping[str, Any], digits: int = 3) -> str:
     """`0.123 [0.10, 0.14]` of a mean over seeds; without an interval where there was nothing to repeat."""
-    reach = "" if found["low"] is None else f" [{found['low']:.2f},{HARD}{found['high']:.2f}]"
-    return number(found["mean"], digits) + reach
+    interval = "" if found["low"] is None else f" [{found['low']:.2f},{HARD}{found['high']:.2f}]"
+    return number(found["mean"], digits) + interval
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -45,7 +48,7 @@ def over_floor(cka: float | None, floor: float | None) -> str:
 def difference(found: Mapping[str, Any]) -> str:
     """`+0.012 [0.003, 0.021]`, with real minus signs; without an interval where nothing was repeated."""
     interval = "" if found["low"] is None else f" {reach(found)}"
-    return f"{found['mean']:+.3f}{interval}".replace("-", MINUS)
+    return f"{found['mean']:+.3f}{interval}".replace("-0.000", "+0.000").replace("-", MINUS)
 
 
 def reach(found: Mapping[str, Any]) -> str:

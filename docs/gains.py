@@ -12,44 +12,19 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from docs.forms import METHOD, PAPER, RANDOM, ROOT, summary
+from docs.forms import ARMS, METHOD, PAPER, RANDOM, ROOT, summary
+from docs.studies import STUDIES
 from workbench.plots.export import save_figure
 from workbench.plots.theme import LIGHT, Theme, titled
 
-FIGURES: Mapping[str, Mapping[str, str]] = {
-    "gains_entity": {
-        "study_entity": "all boxes asked",
-        "study_scenes": "one query",
-        "study_few_heads": "six heads train",
-        "study_quarter": "sixteen heads",
-        "study_thin": "thin heads",
-        "study_lineage": "lineage",
-        "study_lineage_data": "lineage, more data",
-    },
-    "gains_mind": {
-        "study_mind": "strongest ablations",
-        "study_mind_whole": "whole circuits",
-        "study_mind_family": "the family",
-        "study_mind_sizes": "changes aligned",
-    },
-    "gains_boxes": {
-        "study_smollm2": "by elimination",
-        "study_smollm2_positions": "heads at positions",
-        "study_smollm2_paths": "path patching",
-    },
+FIGURES = {
+    "gains_entity": ("entity tracking", "Entity tracking"),
+    "gains_mind": ("theory of mind", "Theory of mind"),
+    "gains_boxes": ("boxes, SmolLM2-135M", "SmolLM2-135M on boxes"),
 }
-"""A figure -> its studies, and what each is called in it."""
-TITLES = {
-    "gains_entity": "Entity tracking: what alignment gained over circuit CE",
-    "gains_mind": "Theory of mind: what alignment gained over circuit CE",
-    "gains_boxes": "SmolLM2-135M on boxes: what alignment gained over circuit CE",
-}
-ARMS = {
-    METHOD: ("matched partners", "circle", 1),
-    RANDOM: ("random partners", "diamond-open", 3),
-    PAPER: ("paper's matching", "x", 6),
-}
-"""A condition -> its words, its symbol and its colour's place in the theme."""
+"""A figure -> the task of its studies, and its title's first words."""
+LOOKS = {METHOD: ("circle", 0), RANDOM: ("diamond-open", 2), PAPER: ("x", 5)}
+"""An arm -> its symbol, and its colour's place in the theme."""
 PARTS = {"full": "full model", "circuit": "circuit alone"}
 OVER = {"over_prompts": 1.2, "over_seeds": 3.2}
 """An interval -> the width of its bar in pixels."""
@@ -68,15 +43,18 @@ def rows_of(name: str, words: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
 def gains(figure: str, theme: Theme = LIGHT) -> go.Figure:
     """Every difference of a figure's studies: a mark is the mean over seeds, its thick bar the 95 % interval over
     seeds, its thin one over prompts."""
-    rows = [row for name, words in FIGURES[figure].items() for row in rows_of(name, words)]
+    task, title = FIGURES[figure]
+    rows = [
+        row for name, shown in STUDIES[task].items() if shown.short for row in rows_of(f"study_{name}", shown.short)
+    ]
     drawn = make_subplots(
         rows=1, cols=2, shared_yaxes=True, subplot_titles=list(PARTS.values()), horizontal_spacing=0.04
     )
     for column, part in enumerate(PARTS, 1):
         drawn.update_xaxes(range=edges(rows, part), row=1, col=column)
-        for place, (condition, (words, symbol, colour)) in enumerate(ARMS.items()):
+        for place, (condition, (symbol, colour)) in enumerate(LOOKS.items()):
             there = [(at, of[condition][part]) for at, (_, of) in enumerate(rows) if condition in of]
-            line = {"color": theme.categories[colour - 1]}
+            line = {"color": theme.categories[colour]}
             where = [at + (place - 1) * BESIDE for at, _ in there]
             for over, width in OVER.items():
                 drawn.add_scatter(
@@ -90,8 +68,8 @@ def gains(figure: str, theme: Theme = LIGHT) -> go.Figure:
                 y=where,
                 mode="markers",
                 marker={"symbol": symbol, "size": 8, **line},
-                name=words,
-                legendgroup=words,
+                name=ARMS[condition],
+                legendgroup=condition,
                 showlegend=column == 1,
                 row=1,
                 col=column,
@@ -108,7 +86,14 @@ def gains(figure: str, theme: Theme = LIGHT) -> go.Figure:
         "A row: study, student, training prompts. Marks: means over seeds; thick bars: 95 % intervals over seeds; thin "
         "bars: over prompts."
     ]
-    titled(drawn, TITLES[figure], remarks, theme, width=1080, height=210 + ROW * len(rows))
+    titled(
+        drawn,
+        f"{title}: what alignment gained over circuit CE",
+        remarks,
+        theme,
+        width=1080,
+        height=210 + ROW * len(rows),
+    )
     return drawn
 
 

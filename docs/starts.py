@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from docs.forecasts import STUDIES_OF
 from docs.forms import METHOD, RESULTS, ROOT
+from docs.studies import OF_ONE_TASK
 from workbench import storage
 from workbench.circuits.evaluation import CircuitReport
 from workbench.distillation.config import AlignmentConfig
@@ -42,7 +42,7 @@ from workbench.study.grid import Cell, Study
 from workbench.tasks.base import PromptPairs
 
 FILE = RESULTS / "forecast/starts.json"
-STUDIES = (*STUDIES_OF["entity tracking"], *STUDIES_OF["theory of mind"])
+STUDIES = (*OF_ONE_TASK["entity tracking"], *OF_ONE_TASK["theory of mind"])
 NEAR = 2e-3
 """By how much a CKA may differ from the one that the study has stored."""
 TOGETHER = AlignmentConfig(interchanged="all")
@@ -89,7 +89,7 @@ def cells(name: str, work: Path) -> Iterator[Cell]:
 def measured(study: str, cell: Cell) -> dict[str, Any]:
     """All that is known of a cell's student; a warning where its CKA is not the stored one."""
     run = cell.run
-    start = similarities(run) | stored(study, cell)
+    start = similarities(run) | stored(study, cell.student, cell.scenes)
     if not near(start["cka"], start["stored_cka"]) or not near(start["cka_floor"], start["stored_floor"]):
         log.warning("%s, %s: %s is not what was stored", study, cell.student, start)
     pairs = aligned(run, run.head_map())
@@ -105,10 +105,10 @@ def measured(study: str, cell: Cell) -> dict[str, Any]:
     return values
 
 
-def stored(study: str, cell: Cell) -> dict[str, float | None]:
+def stored(study: str, student: str, scenes: int) -> dict[str, float | None]:
     """The start that the study's summary holds, of the matched arm."""
     points = storage.read_json(RESULTS / study / "summary.json")["diagnostic"]["points"]
-    of = (cell.student, cell.scenes, METHOD)
+    of = (student, scenes, METHOD)
     start = next((each for each in points if (each["student"], each["train_scenes"], each["condition"]) == of), {})
     return {"stored_cka": start.get("cka"), "stored_floor": start.get("floor")}
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from docs import forecasts
 from docs.forms import (
+    ARMS,
     DASH,
     HARD,
     METHOD,
     MINUS,
     MODELS,
-    PAPER,
     RANDOM,
     RESULTS,
     ROOT,
@@ -34,6 +34,7 @@ from docs.forms import (
     titled,
     with_interval,
 )
+from docs.studies import STUDIES
 from workbench import storage
 from workbench.experiment.results import TITLES
 from workbench.plan.road import plan_of
@@ -191,9 +192,8 @@ def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
     part over seeds, and random partners where they were trained."""
     cells = summary(name)
     controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
-    random_arm = ("CE + random CKA",) if controlled else ()
-    arms = ("CE + CKA", "difference", *random_arm)
-    head = (first, "heads trained", "CKA before", "circuit / CE", *arms, "circuit alone: CE", *arms)
+    arms = ("CE", "CE + CKA", "difference", *(("CE + random CKA",) if controlled else ()))
+    head = (first, "heads trained", "CKA before", *(f"{part}: {arm}" for part in ("full", "alone") for arm in arms))
 
     def row(which: tuple[str, int]) -> list[str]:
         cell = cells[which]
@@ -215,8 +215,8 @@ def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
 
 
 def differences(name: str) -> str:
-    """Every aligned arm of a study minus circuit CE, full model and circuit alone: intervals over seeds and over
-    prompts, and the exact McNemar test pooled over seeds."""
+    """The arms of a study that align beside cross-entropy, minus circuit CE, full model and circuit alone: intervals
+    over seeds and over prompts, and the exact McNemar test pooled over seeds."""
     parts = {"full": "full", "circuit": "circuit alone"}
     figures = ("over prompts", "p")
     head = ("cell", "arm", *(each for words in parts.values() for each in (f"{words}, over seeds", *figures)))
@@ -232,14 +232,15 @@ def differences(name: str) -> str:
                 probability(found[part]["pooled_p"]),
             )
         ]
-        return [f"{student}, {cell['train_prompts']:,} prompts", titled(condition), *cells]
+        arm = f"**{ARMS[condition]}**" if condition == METHOD else ARMS[condition]
+        return [f"{student}, {cell['train_prompts']:,} prompts", arm, *cells]
 
     return markdown(
         head,
         [
             row(student.replace("-", " "), cell, condition)
             for (student, _), cell in summary(name).items()
-            for condition in (METHOD, RANDOM, PAPER)
+            for condition in ARMS
             if condition in cell["comparisons"].get("circuit_ce", {})
         ],
     )
@@ -480,11 +481,6 @@ STUDENTS = {"sibling": "a student of the lineage", "unrelated": "an unrelated st
 STORIES = tuple(product(STUDENTS, (300, 1000)))
 THIN = tuple(product(STUDENTS, (70, 280)))
 """Cells of `study_mind_sizes` and `study_thin`."""
-COMPARED = (
-    *("entity", "scenes", "few_heads", "quarter", "thin", "lineage", "lineage_data"),
-    *("mind", "mind_whole", "mind_family", "mind_sizes", "smollm2", "smollm2_positions", "smollm2_paths"),
-)
-"""Studies whose every difference stands on one page."""
 METHODS = {
     "path patching": "path patching",
     "activation patching": "activation patching",
@@ -555,7 +551,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study-methods": lambda: gains(
         "study_methods", {(name, 70): words for name, words in VARIANTS.items()}, "what is changed"
     ),
-    **{f"differences-{name}": partial(differences, f"study_{name}") for name in COMPARED},
+    **{
+        f"differences-{name}": partial(differences, f"study_{name}") for studies in STUDIES.values() for name in studies
+    },
     **{f"discovery-{name}": partial(discovery, name) for name in DISCOVERIES},
     "discovery-worth": worth,
     "two-tokens": two_tokens,
