@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from docs.forms import DASH, HARD, METHOD, MINUS, RESULTS, markdown, number, summary
+from docs.forms import DASH, HARD, METHOD, MINUS, RESULTS, diagnostic, markdown, number, start, summary
 from docs.studies import OF_ONE_TASK, STUDIES, Shown
 from workbench import storage
 from workbench.experiment.recipe import read_recipe
@@ -53,12 +53,6 @@ def model_of(study: str, student: str) -> str:
 
 
 @cache
-def stored(study: str) -> Mapping[str, Any]:
-    """The forecast's part of a study's summary: every aligned training."""
-    return storage.read_json(RESULTS / study / "summary.json")["diagnostic"]
-
-
-@cache
 def trainings(study: str) -> list[Point]:
     """Every aligned training of a study: its pairs' CKA above the floor before, and its gain in full accuracy."""
     return [
@@ -68,7 +62,7 @@ def trainings(study: str) -> list[Point]:
             gain=point["gain"],
             matched=point["condition"] == METHOD,
         )
-        for point in stored(study)["points"]
+        for point in diagnostic(study)["points"]
     ]
 
 
@@ -88,7 +82,7 @@ def by_study() -> str:
     def row(name: str, shown: Shown) -> list[str]:
         points = trainings(f"study_{name}")
         matched = [point for point in points if point.matched]
-        values = (stored(f"study_{name}")["rank_correlation"], correlation(matched))
+        values = (diagnostic(f"study_{name}")["rank_correlation"], correlation(matched))
         whole, alone = (number(value, 2).replace("-", MINUS) for value in values)
         return [shown.words, shown.students, str(len(points)), whole, str(len(matched)), alone]
 
@@ -152,11 +146,8 @@ class Cell:
     @property
     def start(self) -> float:
         """Its matched pairs' CKA above their floor, as the study stored it."""
-        return next(
-            point["cka"] - point["floor"]
-            for point in stored(self.study)["points"]
-            if (point["student"], point["train_scenes"], point["condition"]) == (self.student, self.scenes, METHOD)
-        )
+        of = start(self.study, self.student, self.scenes)
+        return of["cka"] - of["floor"]
 
     def base(self, what: str) -> float | None:
         """Of the untrained student, where the study evaluated it."""

@@ -75,3 +75,16 @@ def summary(study: str) -> dict[tuple[str, int], Mapping[str, Any]]:
         (cell["student"], cell["train_scenes"]): cell
         for cell in storage.read_json(RESULTS / study / "summary.json")["cells"]
     }
+
+
+@cache
+def diagnostic(study: str) -> Mapping[str, Any]:
+    """The forecast's part of a study's summary: every aligned training."""
+    return storage.read_json(RESULTS / study / "summary.json")["diagnostic"]
+
+
+def start(study: str, student: str, scenes: int) -> Mapping[str, Any]:
+    """A training with matched partners as the diagnostic has it: `cka` and `floor` of its untrained pairs."""
+    of = (student, scenes, METHOD)
+    points = diagnostic(study)["points"]
+    return next(each for each in points if (each["student"], each["train_scenes"], each["condition"]) == of)

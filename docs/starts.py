@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from docs.forms import METHOD, RESULTS, ROOT
+from docs.forms import RESULTS, ROOT, start
 from docs.studies import OF_ONE_TASK
 from workbench import storage
 from workbench.circuits.evaluation import CircuitReport
@@ -89,14 +89,14 @@ def cells(name: str, work: Path) -> Iterator[Cell]:
 def measured(study: str, cell: Cell) -> dict[str, Any]:
     """All that is known of a cell's student; a warning where its CKA is not the stored one."""
     run = cell.run
-    start = similarities(run) | stored(study, cell.student, cell.scenes)
-    if not near(start["cka"], start["stored_cka"]) or not near(start["cka_floor"], start["stored_floor"]):
-        log.warning("%s, %s: %s is not what was stored", study, cell.student, start)
+    known = similarities(run) | stored(study, cell.student, cell.scenes)
+    if not near(known["cka"], known["stored_cka"]) or not near(known["cka_floor"], known["stored_floor"]):
+        log.warning("%s, %s: %s is not what was stored", study, cell.student, known)
     pairs = aligned(run, run.head_map())
     values = {
         "train_scenes": cell.scenes,
         "discovery_prompts": len(run.prompts.discovery),
-        **start,
+        **known,
         **agreements(run, pairs),
         **circuits(run),
         "matched": len(pairs),
@@ -107,10 +107,8 @@ def measured(study: str, cell: Cell) -> dict[str, Any]:
 
 def stored(study: str, student: str, scenes: int) -> dict[str, float | None]:
     """The start that the study's summary holds, of the matched arm."""
-    points = storage.read_json(RESULTS / study / "summary.json")["diagnostic"]["points"]
-    of = (student, scenes, METHOD)
-    start = next((each for each in points if (each["student"], each["train_scenes"], each["condition"]) == of), {})
-    return {"stored_cka": start.get("cka"), "stored_floor": start.get("floor")}
+    known = start(study, student, scenes)
+    return {"stored_cka": known["cka"], "stored_floor": known["floor"]}
 
 
 def near(value: float | None, other: float | None) -> bool:

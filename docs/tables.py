@@ -30,6 +30,7 @@ from docs.forms import (
     over_floor,
     probability,
     reach,
+    start,
     summary,
     titled,
     with_interval,
@@ -189,29 +190,35 @@ def study(name: str, which: tuple[str, int]) -> str:
 
 def gains(name: str, words: Mapping[tuple[str, int], str], first: str) -> str:
     """One row a cell of a study (a student and its training scenes): circuit CE, CE + CKA and the difference of each
-    part over seeds, and random partners where they were trained."""
+    part over seeds, and random partners where they were trained; the CKA is that of the untrained student on the
+    discovery prompts."""
     cells = summary(name)
-    controlled = all(RANDOM in cell["conditions"] for cell in cells.values())
+    controlled = any(RANDOM in cells[which]["conditions"] for which in words)
     arms = ("CE", "CE + CKA", "difference", *(("CE + random CKA",) if controlled else ()))
     head = (first, "heads trained", "CKA before", *(f"{part}: {arm}" for part in ("full", "alone") for arm in arms))
 
-    def row(which: tuple[str, int]) -> list[str]:
+    def part_of(which: tuple[str, int], part: str) -> list[str]:
         cell = cells[which]
-        plain, aligned = (cell["conditions"][condition] for condition in ("circuit_ce", METHOD))
-        before = cell["conditions"].get("base", plain)["cka"]["mean"]
-        pairs = [
-            [
-                number(plain[part]["mean"]),
-                number(aligned[part]["mean"]),
-                difference(cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"]),
-                *([with_interval(cell["conditions"][RANDOM][part])] if controlled else []),
-            ]
-            for part in ("full", "circuit")
+        random_arm = cell["conditions"].get(RANDOM)
+        return [
+            number(plain(cells, which)[part]["mean"]),
+            number(cell["conditions"][METHOD][part]["mean"]),
+            difference(cell["comparisons"]["circuit_ce"][METHOD][part]["over_seeds"]),
+            *([DASH if random_arm is None else with_interval(random_arm[part])] if controlled else []),
         ]
-        heads = f"{cell['heads_trained']['heads']} of {cell['heads_trained']['of']}"
-        return [words[which], heads, number(before, 2), *pairs[0], *pairs[1]]
+
+    def row(which: tuple[str, int]) -> list[str]:
+        heads = f"{cells[which]['heads_trained']['heads']} of {cells[which]['heads_trained']['of']}"
+        before = number(start(name, *which)["cka"], 2)
+        return [words[which], heads, before, *part_of(which, "full"), *part_of(which, "circuit")]
 
     return markdown(head, [row(which) for which in words])
+
+
+def plain(cells: Mapping[tuple[str, int], Mapping[str, Any]], which: tuple[str, int]) -> Mapping[str, Any]:
+    """Circuit CE of a cell, or of its student's baseline where that stands for it."""
+    student, scenes = cells[which].get("baseline") or which[0], which[1]
+    return cells[student, scenes]["conditions"]["circuit_ce"]
 
 
 def differences(name: str) -> str:
@@ -253,10 +260,7 @@ def gains_and_losses() -> str:
     def row(words: str, name: str, which: tuple[str, int]) -> list[str]:
         cells = summary(name)
         cell = cells[which]
-        plain = cells[cell["baseline"], which[1]] if cell.get("baseline") else cell
-        accuracies = [
-            number(of["conditions"][arm]["full"]["mean"]) for of, arm in ((plain, "circuit_ce"), (cell, METHOD))
-        ]
+        accuracies = [number(of["full"]["mean"]) for of in (plain(cells, which), cell["conditions"][METHOD])]
         gained = cell["comparisons"]["circuit_ce"][METHOD]
         parts = [difference(gained[part]["over_seeds"]) for part in ("full", "circuit")]
         return [words, f"{cell['train_prompts']:,}", *accuracies, *parts]
