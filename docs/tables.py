@@ -139,6 +139,21 @@ FAMILY = {
     "interchange-cka": "interchange + CKA of activations",
 }
 """Students of `study_mind_family`: one model, each aligned by another member of the family."""
+MEMBERS = {
+    "cka": "CKA of activations",
+    "differences": "CKA of differences",
+    "procrustes": "Procrustes of activations",
+    "gram": "Gram distance of activations",
+    "attention": "KL of the attention patterns",
+    "impact-weights": "CKA, pairs weighted by ablation impact",
+    "own-and-last": "CKA, at own positions and the last",
+    "interchange": "interchange (DIITO), all pairs together",
+    "interchange-one": "interchange, a pair a prompt",
+    "interchange-cka": "interchange + CKA of activations",
+    "matched-by-differences": "CKA, matched by similarity of differences",
+    "matched-by-profile": "CKA, matched by effects on each prompt",
+}
+"""Students of `study_entity_family`, in the same way."""
 
 
 def demo() -> str:
@@ -522,7 +537,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"study-scenes-{size}": partial(study, "study_scenes", ("sibling", size)) for size in SIZES},
     **{f"study-few-heads-{size}": partial(study, "study_few_heads", ("sibling", size)) for size in SIZES},
     **{f"study-smollm2-{size}": partial(study, "study_smollm2", ("half", size)) for size in (4, 16)},
-    "study-smollm2-positions-4": partial(study, "study_smollm2_positions", ("half", 4)),
+    **{
+        f"study-smollm2-positions-{scenes}": partial(study, "study_smollm2_positions", ("half", scenes))
+        for scenes in (4, 8)
+    },
     "study-smollm2-paths-4": partial(study, "study_smollm2_paths", ("half", 4)),
     **{f"study-quarter-{size}": partial(study, "study_quarter", ("sibling", size)) for size in SIZES[:2]},
     **{f"study-mind-{name}": partial(study, "study_mind", (name, 1000)) for name in STUDENTS},
