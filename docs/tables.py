@@ -139,21 +139,6 @@ FAMILY = {
     "interchange-cka": "interchange + CKA of activations",
 }
 """Students of `study_mind_family`: one model, each aligned by another member of the family."""
-MEMBERS = {
-    "cka": "CKA of activations",
-    "differences": "CKA of differences",
-    "procrustes": "Procrustes of activations",
-    "gram": "Gram distance of activations",
-    "attention": "KL of the attention patterns",
-    "impact-weights": "CKA, pairs weighted by ablation impact",
-    "own-and-last": "CKA, at own positions and the last",
-    "interchange": "interchange (DIITO), all pairs together",
-    "interchange-one": "interchange, a pair a prompt",
-    "interchange-cka": "interchange + CKA of activations",
-    "matched-by-differences": "CKA, matched by similarity of differences",
-    "matched-by-profile": "CKA, matched by effects on each prompt",
-}
-"""Students of `study_entity_family`, in the same way."""
 
 
 def demo() -> str:
