@@ -7,14 +7,13 @@ from functools import cache, partial
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from docs.forms import DASH, HARD, METHOD, MINUS, RESULTS, diagnostic, markdown, number, start, summary
 from docs.studies import OF_ONE_TASK, STUDIES, Shown
 from workbench import storage
 from workbench.experiment.recipe import read_recipe
 from workbench.study.config import read_study
 from workbench.study.diagnostic import BUNDLED, Known, forecast, read_known
+from workbench.values.statistics import rank_correlation
 
 EVERY = "all of them"
 GROUPS = {**OF_ONE_TASK, EVERY: sum(OF_ONE_TASK.values(), ())}
@@ -66,12 +65,9 @@ def trainings(study: str) -> list[Point]:
     ]
 
 
-def correlation(points: Iterable[Point]) -> float | None:
+def correlation(points: Sequence[Point]) -> float | None:
     """Rank correlation of what was known with the gain (Spearman); None where one of them never differs."""
-    known, gained = zip(*((point.known, point.gain) for point in points), strict=True)
-    if len(set(known)) < 2 or len(set(gained)) < 2:
-        return None
-    return float(spearmanr(known, gained)[0])  # pyright: ignore[reportArgumentType]
+    return rank_correlation([point.known for point in points], [point.gain for point in points])
 
 
 def by_study() -> str:
@@ -118,7 +114,7 @@ def ranked(points: Sequence[Point], draws: int = 1000) -> str:
     def of(drawn: Iterable[str]) -> float | None:
         return correlation([point for model in drawn for point in models[model]])
 
-    value = number(of(models), 2) if points else DASH
+    value = number(of(models), 2)
     names, draw = list(models), random.Random(0)
     if len(names) < FEW or value == DASH:
         return value.replace("-", MINUS)

@@ -7,7 +7,7 @@ from scipy import stats
 
 from workbench.errors import InputError
 from workbench.values.scores import mcnemar
-from workbench.values.statistics import compared, mean_interval
+from workbench.values.statistics import compared, mean_interval, rank_correlation
 
 
 def outcomes(rates: list[float], prompts: int, seed: int) -> list[torch.Tensor]:
@@ -82,3 +82,13 @@ def test_unequal_seeds_and_ragged_scenes_are_refused():
         compared(outcomes([0.5], 10, 0), outcomes([0.5, 0.5], 10, 0))
     with pytest.raises(InputError, match="do not divide"):
         compared(outcomes([0.5], 10, 0), outcomes([0.5], 10, 1), clusters=3)
+
+
+def test_rank_correlation_by_hand() -> None:
+    """1 - 6 * (sum of squared differences of ranks) / (n (n^2 - 1)): ranks 1 2 3 4 against 2 1 4 3 differ by 1 each."""
+    assert rank_correlation([0.1, 0.2, 0.3, 0.9], [5, 4, 9, 8]) == pytest.approx(1 - 6 * 4 / (4 * 15))
+    assert rank_correlation([1, 2, 3], [9, 8, -7]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    assert rank_correlation([], []) is None
+    with pytest.raises(InputError, match="in pairs"):
+        rank_correlation([1, 2], [1])

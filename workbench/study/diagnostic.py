@@ -14,15 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scipy import stats
-
 from workbench import storage
 from workbench.errors import InputError
 from workbench.experiment import located
 from workbench.experiment.conditions import CONDITIONS
 from workbench.study.grid import Starting
 from workbench.study.written import read_summary
-from workbench.values.statistics import Estimate, mean_interval
+from workbench.values.statistics import Estimate, mean_interval, rank_correlation
 
 BUNDLED: Mapping[str, str] = {
     "entity_tracking": "assets/results/study_entity",
@@ -122,10 +120,7 @@ class Known:
     @property
     def rank_correlation(self) -> float | None:
         """Of gain and start over its trainings (Spearman); None where all began, or gained, alike."""
-        starts, gains = [each.above_floor for each in self.starts], [each.gain for each in self.starts]
-        if len(set(starts)) < 2 or len(set(gains)) < 2:
-            return None
-        return float(stats.spearmanr(starts, gains)[0])  # pyright: ignore[reportArgumentType]
+        return rank_correlation([each.above_floor for each in self.starts], [each.gain for each in self.starts])
 
 
 def read_known(study: str | Path) -> Known:

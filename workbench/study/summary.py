@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Bool
-from scipy import stats
 from torch import Tensor
 
 from workbench import storage
@@ -24,7 +23,7 @@ from workbench.experiment.transfer import transfer_table, transfer_text
 from workbench.study.choice import read_choice
 from workbench.study.grid import Cell, Study, starting_similarity
 from workbench.values.display import plain
-from workbench.values.statistics import compared, mean_interval
+from workbench.values.statistics import compared, mean_interval, rank_correlation
 
 Outcomes = Mapping[str, Bool[Tensor, " prompt"]]
 
@@ -235,8 +234,7 @@ def _diagnostic(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
                 )
     above = [point["cka"] - point["floor"] for point in points]
     gains = [point["gain"] for point in points]
-    correlation = float(stats.spearmanr(above, gains)[0]) if len(set(above)) > 2 and len(set(gains)) > 2 else None  # pyright: ignore[reportArgumentType]
-    return {"points": points, "rank_correlation": correlation}
+    return {"points": points, "rank_correlation": rank_correlation(above, gains)}
 
 
 def _is_plain_with_alignment(name: str) -> bool:

@@ -53,6 +53,16 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     )
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation of paired values; None where one side never differs. Errors: `InputError` for sides
+    of unequal length."""
+    if len(first) != len(second):
+        raise InputError(f"{len(first)} values stand against {len(second)}; give them in pairs.")
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(stats.spearmanr(first, second)[0])  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """A condition against another one on the same seeds and prompts; differences are first minus second, in
